@@ -1,0 +1,45 @@
+"""What an op is: its implementations, inputs to try it on, and the least work it can do.
+
+Tests and benches are parametrised from `Op`, so an op that is in the table is tested and benched, and one that is not
+does not exist.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least an op can do: every input read once and every output written once, and the algorithm's own FLOPs."""
+
+    bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op and all that tests and benches need to know of it.
+
+    `implementations` all share one signature; `"torch"` is the reference, correct in every dtype up to float64.
+    `inputs(shape, make)` builds the keyword arguments of a call from a shape (named sizes) and a tensor factory:
+    `make(*size)` draws normal values of the dtype and device under test. `differentiable` names the arguments that
+    take a gradient, `cost(shape, itemsize)` counts the forward pass. `preferred` is what `auto` takes on a device
+    type, the reference where it names none.
+    """
+
+    name: str
+    implementations: Mapping[str, Callable[..., Any]]
+    inputs: Callable[[Mapping[str, int], Callable[..., torch.Tensor]], dict[str, Any]]
+    differentiable: tuple[str, ...]
+    cost: Callable[[Mapping[str, int], int], Cost]
+    test_shapes: tuple[Mapping[str, int], ...]
+    bench_shapes: tuple[Mapping[str, int], ...]
+    preferred: Mapping[str, str] = field(default_factory=lambda: {"cuda": "triton"})
+
+
+def accumulation_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype statistics are taken in: float32 for the half precisions, the tensor's own above."""
+    return torch.promote_types(x.dtype, torch.float32)

@@ -1,0 +1,122 @@
+"""What the machine can do: the device, the precisions it computes in, its rated peak."""
+
+import os
+import platform
+import re
+import resource
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from model.config import UserError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Dense bf16/fp16 tensor-core TFLOP/s with float32 accumulation, from NVIDIA's and AMD's data sheets. GeForce cards run
+# that at half their advertised float16 rate.
+PEAK_TFLOPS = {
+    "GB200": 2500, "B300": 2500, "B200": 2250, "GH200": 989, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756,
+    "H100": 989, "H800": 989, "H20": 148, "A100": 312, "A800": 312, "A40": 150, "A30": 165, "A10G": 70, "A10": 125,
+    "L40S": 362, "L40": 181, "L4": 121, "T4": 65, "V100": 125,
+    "RTX PRO 6000": 503, "RTX 6000 Ada": 364, "RTX A6000": 155,
+    "RTX 5090": 209.5, "RTX 5080": 112.6, "RTX 5070 Ti": 87.9, "RTX 5070": 61.7,
+    "RTX 4090": 165.2, "RTX 4080": 97.5, "RTX 4070 Ti": 80.2, "RTX 4070": 58.3, "RTX 4060": 30.2,
+    "RTX 3090 Ti": 80, "RTX 3090": 71, "RTX 3080": 59.5, "RTX 3070": 40.6, "RTX 3060": 25.6,
+    "MI355X": 2300, "MI325X": 1307, "MI300X": 1307, "MI250X": 383,
+}  # fmt: skip
+
+
+class HardwareError(UserError):
+    """A device or precision that this machine does not have."""
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one. Raises `HardwareError` for a device that is not there."""
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available[:0] = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if name != "auto" and name not in available:
+        raise HardwareError(f"device {name!r} is not on this machine, which has {', '.join(available)}")
+    return torch.device(available[0] if name == "auto" else name)
+
+
+def pick_precision(name: str, device: torch.device) -> Precision:
+    """`auto` is bf16 where the device multiplies it in hardware, else fp32. Raises `HardwareError` when it cannot."""
+    if device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        bf16 = device.type == "mps" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if name == "auto":
+        return "bf16" if bf16 else "fp32"
+    if name == "bf16" and not bf16 and device.type == "cuda":
+        raise HardwareError(
+            f"{torch.cuda.get_device_name(device)} does not compute in bf16: take --precision=fp16 or fp32"
+        )
+    return name
+
+
+def peak_flops(device: torch.device, precision: Precision) -> float | None:
+    """Rated FLOP/s of the device's matrix units, None where this table does not know it."""
+    if device.type != "cuda" or precision == "fp32":
+        return None
+    return rated_flops(torch.cuda.get_device_name(device))
+
+
+def rated_flops(card: str) -> float | None:
+    """Peak bf16 FLOP/s of a card by its name; None rather than a near relative's rate (Ti, SUPER, Laptop)."""
+    for name, rate in PEAK_TFLOPS.items():
+        if re.search(rf"\b{name}\b(?! (Ti|SUPER|Laptop|D|Max-Q)\b)", card):
+            return 1e12 * rate
+    return None
+
+
+def pick_compile(name: str, device: torch.device) -> tuple[bool, str]:
+    """Whether to use torch.compile, and what to say of it. Raises `HardwareError` where it is asked for in vain."""
+    lacking = ""
+    if device.type == "mps":
+        lacking = "torch.compile does not serve mps well yet"
+    elif not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", ""), "g++", "clang++")):
+        lacking = "there is no C++ compiler (g++ or clang++)"
+    elif not Path(sysconfig.get_path("include"), "Python.h").exists():
+        lacking = "Python's C headers are missing (python3-dev)"
+    if name == "on" and lacking:
+        raise HardwareError(f"cannot compile on this machine: {lacking}; --compile=off runs without")
+    if name == "off" or lacking:
+        return False, "no" + (f": {lacking}" if lacking else "")
+    return True, "yes: the first step takes up to a minute, a few seconds when it finds its code in the cache"
+
+
+def describe(device: torch.device, precision: Precision) -> str:
+    """The device, precision and rated speed in one line: the card's name, or the processor and its threads."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
+    peak = peak_flops(device, precision)
+    return f"{name}, {precision}, " + (f"{peak / 1e12:,.0f} TFLOP/s rated" if peak else "rated speed unknown")
+
+
+def memory(device: torch.device) -> dict[str, int | None]:
+    """Bytes held at the peak (by the process on a CPU), bytes reserved, and allocations that had to be retried."""
+    if device.type != "cuda":
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return {"memory": peak, "memory_reserved": None, "memory_retries": None}
+    stats = torch.cuda.memory_stats(device)
+    return {
+        "memory": stats["allocated_bytes.all.peak"],
+        "memory_reserved": stats["reserved_bytes.all.peak"],
+        "memory_retries": stats["num_alloc_retries"],
+    }
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on any device: torch has no exception of its own for the CPU's."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

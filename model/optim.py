@@ -1,0 +1,83 @@
+"""Optimisers and the learning-rate schedule."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+Schedule = Literal["constant", "linear", "cosine", "wsd"]
+
+
+def build_optimizers(
+    model: nn.Module,
+    name: Literal["adamw", "muon"],
+    lr: float,
+    muon_lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> list[Optimizer]:
+    """AdamW on everything, or Muon on the matrices of the blocks and AdamW on the rest.
+
+    Decoupled weight decay on matrices only: on a gain it would pull towards 0, which is not where a gain starts. Each
+    parameter group keeps its peak in `peak_lr`, which `set_lr` scales.
+
+    Muon's rate is scaled by 0.2 sqrt(max(rows, columns)), which gives its update AdamW's usual RMS, so that the two
+    rates are alike in size (Liu et al., "Muon is Scalable for LLM Training", 2025).
+    """
+    named = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
+    hidden = [p for key, p in named if p.ndim == 2 and key.startswith("blocks.")] if name == "muon" else []
+    taken = {id(p) for p in hidden}
+    rest = [p for _, p in named if id(p) not in taken]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizers: list[Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)]
+    if hidden:
+        muon = torch.optim.Muon(hidden, lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        optimizers.append(muon)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def load_optimizers(optimizers: list[Optimizer], states: list[dict]) -> None:
+    """Restore moments and step counts; rates and decays stay as now configured."""
+    for optimizer, state in zip(optimizers, states, strict=True):
+        configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        optimizer.load_state_dict(state)
+        for group, values in zip(optimizer.param_groups, configured, strict=True):
+            group.update(values)
+
+
+def set_lr(optimizers: list[Optimizer], factor: float) -> None:
+    """Set every group's learning rate to `factor` of its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+
+def lr_factor(schedule: Schedule, progress: float, warmup: float, decay: float, final: float) -> float:
+    """The share of the peak learning rate to use.
+
+    Args:
+        schedule: the shape after warm-up. `wsd` is constant and then linear over the last `decay` of the run.
+        progress: share of the run that is done, 0 to 1.
+        warmup: share of the run over which the rate rises linearly from 0.
+        decay: share of the run that `wsd` decays over.
+        final: share of the peak at progress 1, for every schedule but `constant`.
+    """
+    if progress < warmup:
+        return progress / warmup
+    left = (1 - progress) / (1 - warmup)
+    if schedule == "constant":
+        return 1.0
+    if schedule == "cosine":
+        left = 0.5 * (1 - math.cos(math.pi * left))
+    elif schedule == "wsd":
+        left = min(1.0, (1 - progress) / decay)
+    return final + (1 - final) * left

@@ -1,0 +1,69 @@
+"""Training windows cover every epoch once and resume anywhere; evaluation is the same for every batch size."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.batches import Batches, eval_batches
+from data.corpora import DataError
+
+
+@given(seq_len=st.integers(1, 9), extra=st.integers(1, 60), seed=st.integers(0, 2**31), epoch=st.integers(0, 3))
+def test_an_epoch_visits_every_window_once(seq_len, extra, seed, epoch):
+    tokens = np.arange(seq_len + extra, dtype=np.uint16)
+    batches = Batches(tokens, seq_len, seed)
+    count = batches.windows_per_epoch
+    assert count == len(tokens) // seq_len
+    inputs, targets = batches.get(epoch * count, count)
+    assert inputs.shape == targets.shape == (count, seq_len)
+    assert inputs.unique().numel() == inputs.numel()  # tokens are their own places
+    assert torch.equal((inputs + 1) % len(tokens), targets)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+
+
+@given(first=st.integers(0, 40), count=st.integers(1, 40), cut=st.integers(1, 40))
+def test_windows_depend_on_nothing_but_seed_and_index(first, count, cut):
+    tokens = np.random.default_rng(0).integers(2**16, size=101, dtype=np.uint16)
+    batches = Batches(tokens, 7, seed=3)
+    whole = batches.get(0, 81)
+    for of in (batches, Batches(tokens, 7, seed=3)):
+        for some, every in zip(of.get(first, count), whole, strict=True):
+            assert some.dtype == torch.int64 and some.is_contiguous()
+            assert torch.equal(some, every[first : first + count])
+
+
+def test_every_epoch_and_every_seed_has_its_own_order_and_offset():
+    tokens = np.arange(1000)
+    count = 100
+    runs = [Batches(tokens, 10, seed).get(epoch * count, count)[0] for seed in (0, 1) for epoch in (0, 1)]
+    for index, run in enumerate(runs):
+        offset = run[0, 0] % 10
+        assert not torch.equal(run, run.sort(dim=0).values)
+        for other in runs[:index]:
+            assert not torch.equal(run[:, 0] - offset, other[:, 0] - other[0, 0] % 10)
+    assert len({int(run[0, 0]) % 10 for run in runs}) > 1
+
+
+def test_too_little_text_is_an_error_with_the_numbers():
+    assert Batches(np.arange(9), 8, 0).get(0, 2)[0].shape == (2, 8)
+    with pytest.raises(DataError, match=r"8 tokens long.*seq_len = 8 takes 9"):
+        Batches(np.arange(8), 8, 0)
+    with pytest.raises(DataError, match="1 tokens long"):
+        next(eval_batches(np.arange(1), 4, 2, 10))
+
+
+@given(
+    length=st.integers(2, 80), seq_len=st.integers(1, 9), batch_size=st.integers(1, 9), max_tokens=st.integers(1, 90)
+)
+def test_evaluation_takes_the_same_targets_for_every_batch_size(length, seq_len, batch_size, max_tokens):
+    tokens = np.arange(length, dtype=np.uint16)
+    inputs, targets = map(torch.cat, zip(*eval_batches(tokens, seq_len, batch_size, max_tokens), strict=True))
+    assert inputs.shape == targets.shape and inputs.shape[1] == seq_len and len(inputs) % batch_size == 0
+    assert len(inputs) - batch_size < -(-min(max_tokens, length - 1) // seq_len) <= len(inputs)
+    counted = targets != -1
+    assert targets[counted].tolist() == list(range(1, min(max_tokens, length - 1) + 1))
+    assert torch.equal(inputs[counted] + 1, targets[counted])
+    alone = torch.cat([inputs for inputs, _ in eval_batches(tokens, seq_len, 1, max_tokens)])
+    assert torch.equal(inputs[: len(alone)], alone)

@@ -1,0 +1,279 @@
+"""Embedded and local corpora: what they read, and how each thing that can be wrong with them is told."""
+
+import gzip
+import json
+import sysconfig
+from importlib.metadata import Distribution
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from data import corpora
+from data.corpora import CORPORA, DataError, open_corpus, read_parquet, wikitext_articles
+from data.docstrings import docstrings
+
+MODULE = '''"""The module."""
+if True:
+    class A:
+        """A class.
+
+            Indented.
+
+        Not indented.
+        """
+        def f(self):
+            "Quoted once."
+            return lambda: """not a docstring"""
+try:
+    async def g():
+        """In a try."""
+except ImportError:
+    def g(): """In its handler."""
+else:
+    def g(): """Else."""
+finally:
+    def g(): """Finally."""
+match 1:
+    case _:
+        def h(): """In a case."""
+def last():
+    def inner(): """Inside."""
+'''
+
+
+@pytest.fixture
+def embedded(tmp_path, monkeypatch):
+    """A standard library of the files given, and one required package, `package` 1.0, of others."""
+
+    def build(library: dict[str, str], package: dict[str, str], version: str = "1.0") -> None:
+        site = tmp_path / "lib/site-packages"
+        info = site / f"package-{version}.dist-info"
+        files = {tmp_path / "lib" / name: text for name, text in library.items()}
+        files |= {site / name: text for name, text in package.items()}
+        files[info / "METADATA"] = f"Name: package\nVersion: {version}\nRequires-Dist: absent; extra == 'more'\n"
+        files[info / "RECORD"] = "".join(f"{name},,\n" for name in (*package, "../../bin/package.py"))
+        files[tmp_path / "pyproject.toml"] = (
+            "[project]\ndependencies = ['Package>=1', 'other; sys_platform == \"none\"', 'missing']"
+        )
+        for path, text in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        found = {"package": Distribution.at(info)}
+
+        def distribution(name: str) -> Distribution:
+            if name not in found:
+                assert name == "missing", f"{name} is not required"
+                raise corpora.importlib.metadata.PackageNotFoundError(name)
+            return found[name]
+
+        monkeypatch.setattr(corpora, "_STANDARD_LIBRARY", tmp_path / "lib")
+        monkeypatch.setattr(corpora, "_PYPROJECT", tmp_path / "pyproject.toml")
+        monkeypatch.setattr(corpora.importlib.metadata, "distribution", distribution)
+
+    return build
+
+
+def read(name: object) -> dict[str, list[str]]:
+    corpus = open_corpus(str(name))
+    assert corpus.deduplicate
+    shards = corpus.shards()
+    assert all(shard.split is None for shard in shards)
+    return {shard.name: list(shard.read()) for shard in shards}
+
+
+def write_parquet(path: Path, **columns: list) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def test_docstrings_of_every_definition_in_source_order():
+    assert docstrings(MODULE.encode()) == [
+        "The module.",
+        "A class.\n\n    Indented.\n\nNot indented.",
+        "Quoted once.",
+        "In a try.",
+        "In its handler.",
+        "Else.",
+        "Finally.",
+        "In a case.",
+        "Inside.",
+    ]
+
+
+@pytest.mark.parametrize("source", [b'"""unfinished', b'print """two"""', b'"""nul\0"""', b"x = 1"])
+def test_no_docstrings_where_there_can_be_none(source):
+    assert docstrings(source) == []
+
+
+def test_docstrings_corpus(embedded):
+    embedded(
+        {
+            "b.py": '"""Second."""',
+            "a.py": '"""First."""\ndef f(): """Shared."""\ndef g(): """Shared."""',
+            "package/test/c.py": '"""A test."""',
+            "broken.py": '"""',
+            "surrogate.py": r'"""\ud800"""',
+        },
+        {"package/z.py": '"""Shared."""\ndef f(): """Own."""', "package/tests/t.py": '"""A test."""'},
+    )
+    assert read("docstrings") == {"docstrings": ["First.\n\nShared.", "Second.", "���", "Own."]}
+
+
+def test_stdlib_corpus(embedded):
+    latin = "# -*- coding: latin-1 -*-\nx = 'é'\n"
+    embedded({"b.py": "b = 1\r\n", "a/__init__.py": "", "a/test/t.py": "t = 1"}, {"package/z.py": "z = 1"})
+    (corpora._STANDARD_LIBRARY / "a/latin.py").write_bytes(latin.encode("latin-1"))
+    assert read("stdlib") == {"stdlib": [latin, "b = 1\n"]}
+
+
+def test_docstrings_fingerprint_follows_package_versions(embedded):
+    embedded({}, {})
+    before = open_corpus("docstrings").fingerprint
+    assert open_corpus("docstrings").fingerprint == before
+    embedded({}, {}, version="1.1")
+    assert open_corpus("docstrings").fingerprint != before
+
+
+def test_reading_can_stop_early(embedded, capfd):
+    embedded({f"{index}.py": f'"""{index} {"x" * 10_000}"""' for index in range(100)}, {})
+    (shard,) = open_corpus("docstrings").shards()
+    documents = shard.read()
+    assert next(documents).startswith("0 x")
+    del documents
+    assert capfd.readouterr().err == ""
+
+
+def test_a_real_part_of_the_standard_library(embedded, monkeypatch):
+    embedded({}, {})
+    monkeypatch.setattr(corpora, "_STANDARD_LIBRARY", Path(sysconfig.get_path("stdlib"), "json"))
+    (documents,) = read("docstrings").values()
+    assert documents[0].startswith(json.__doc__.strip()[:60])
+    assert sum("Deserialize ``fp``" in text for text in documents) == 1
+    (sources,) = read("stdlib").values()
+    assert Path(json.__file__).read_text() in sources
+
+
+def test_package_file_that_is_gone(embedded):
+    embedded({}, {"package/a.py": '"""A."""'})
+    (corpora._STANDARD_LIBRARY / "site-packages/package/a.py").unlink()
+    with pytest.raises(DataError, match=r"stopped at or before .*package/a\.py"):
+        read("docstrings")
+
+
+def test_text_file_is_one_document(tmp_path):
+    path = tmp_path / "input"
+    path.write_bytes("één\r\n\ntwo\n".encode())
+    assert read(path) == {"text": ["één\r\n\ntwo\n"]}
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_jsonl(tmp_path, suffix):
+    rows = [{"text": "one\ntwo", "id": 1}, {"text": ""}, {"text": "a\ud800b 😀"}]
+    content = ("\n".join(map(json.dumps, rows)) + "\n\n").encode()
+    path = tmp_path / f"rows.jsonl{suffix}"
+    if suffix == ".zst":
+        with pyarrow.output_stream(path, compression="zstd") as stream:
+            stream.write(content)
+    else:
+        path.write_bytes(gzip.compress(content) if suffix else content)
+    assert read(path) == {path.name: ["one\ntwo", "a���b 😀"]}
+
+
+def test_parquet(tmp_path):
+    path = write_parquet(tmp_path / "rows.parquet", id=[1, 2, 3, 4], text=["one", None, "", "two"])
+    assert list(read_parquet(path)) == ["one", "", "", "two"]
+    assert read(path) == {"rows.parquet": ["one", "two"]}
+
+
+def test_folder(tmp_path):
+    for name in ("b.md", "a/z.PY", "a/b.txt", ".hidden.txt", ".git/c.txt", "image.png", "empty.txt", "d.JSONL"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("" if name == "empty.txt" else json.dumps({"text": name}))
+    write_parquet(tmp_path / "a/t.parquet", text=["row"])
+    texts = [json.dumps({"text": name}) for name in ("a/b.txt", "a/z.PY", "b.md")]
+    assert read(tmp_path) == {"a/t.parquet": ["row"], "d.JSONL": ["d.JSONL"], "text": texts}
+    assert open_corpus(str(tmp_path)).name == tmp_path.name
+
+
+def test_fingerprint_of_a_folder_follows_its_files(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    first = open_corpus(str(tmp_path)).fingerprint
+    assert open_corpus(f"{tmp_path}/../{tmp_path.name}").fingerprint == first
+    (tmp_path / "a.txt").write_text("three")
+    second = open_corpus(str(tmp_path)).fingerprint
+    (tmp_path / "a.txt").rename(tmp_path / "b.txt")
+    assert len({first, second, open_corpus(str(tmp_path)).fingerprint}) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("empty.txt", b"", "empty.txt holds no text"),
+        ("image.txt", b"PNG\0\1", "image.txt is not text: byte 3 of it is NUL"),
+        ("latin.txt", b"caf\xe9 au lait", "latin.txt is not UTF-8: invalid continuation byte at byte 3"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', "a.jsonl:3: not a line of JSON"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl:1: not a line of JSON ('utf-8' codec can't decode byte 0xff"),
+        ("a.jsonl", b'["text"]\n', "a.jsonl:1: not an object with a field 'text' but list"),
+        (
+            "a.jsonl",
+            b'{"body": "b", "text": 1}\n',
+            "a.jsonl:1: no field 'text' holding a string; its fields: body (str), text",
+        ),
+        ("a.jsonl.gz", b"plain", "a.jsonl.gz cannot be read: Not a gzipped file"),
+        ("a.jsonl.gz", gzip.compress(b"{}")[:-4], "a.jsonl.gz cannot be read: Compressed file ended before"),
+        ("a.jsonl.zst", b"plain", "a.jsonl.zst cannot be read: ZSTD decompress failed"),
+        ("a.parquet", b"PAR1 not PAR1", "a.parquet cannot be read as Parquet: "),
+    ],
+)
+def test_bad_files_are_told(tmp_path, name, content, told):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as error:
+        read(tmp_path / name)
+    assert f"{tmp_path}/{told}" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_file_that_goes_after_opening(tmp_path, name):
+    path = tmp_path / name
+    path.write_text("text")
+    (shard,) = open_corpus(str(path)).shards()
+    path.unlink()
+    with pytest.raises(DataError, match=f"{name} cannot be read"):
+        list(shard.read())
+
+
+def test_parquet_without_text_names_its_columns(tmp_path):
+    with pytest.raises(DataError, match=r"no column 'text' of strings; its columns: text \(int64\), body \(string\)"):
+        read(write_parquet(tmp_path / "a.parquet", text=[1], body=["b"]))
+
+
+def test_folder_without_text(tmp_path):
+    (tmp_path / "image.png").write_bytes(b"PNG")
+    with pytest.raises(DataError, match=r"holds no text.*\.md.*\.parquet"):
+        open_corpus(str(tmp_path))
+
+
+def test_unknown_name_suggests_the_nearest():
+    with pytest.raises(DataError, match=r"'tinystory' is no file or folder.*did you mean tinystories\?") as error:
+        open_corpus("tinystory")
+    assert all(name in str(error.value) for name in CORPORA)
+
+
+def test_corpus_name_wins_over_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pile").mkdir()
+    (tmp_path / "pile/a.txt").write_text("mine")
+    assert not open_corpus("pile").deduplicate
+    assert read("./pile") == {"text": ["mine"]}
+
+
+def test_wikitext_rows_become_articles():
+    one = ["", " = One = \n", "", " = is a sign . \n", " = = Part = = \n", " More . \n"]
+    two = [" = Two = Too = \n", "", " Text . \n"]
+    assert list(filter(None, wikitext_articles([*one, *two]))) == [
+        "".join(row or "\n" for row in one[1:]),
+        "".join(row or "\n" for row in two),
+    ]

@@ -1,0 +1,349 @@
+"""Train a GPT: knobs, set-up, loop.
+
+    python train.py --config small.py --lr=1e-3 --model.n_layer=4
+    python train.py --run small --resume
+
+`-h` lists every knob. Everything a run leaves is under out/<run>/ (model/run.py says what).
+"""
+
+import math
+import os
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Literal
+
+import torch
+from annotated_types import Ge, Gt, Interval
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from data.batches import Batches, eval_batches
+from data.corpora import DataError
+from data.prepare import DataConfig, prepare
+from data.tokenizer import Tokenizer
+from kernels import KernelChoice, KernelError, bind
+from model import checkpoint, hardware
+from model.budget import Budget
+from model.config import ConfigError, UserError, as_dict, build, flatten, merge, read_file, read_flags
+from model.evaluate import evaluate
+from model.generate import generate
+from model.gpt import GPT, ModelConfig
+from model.optim import Schedule, build_optimizers, load_optimizers, lr_factor, set_lr
+from model.run import Interrupt, Run, Status, check_writable, choose_folder, commit
+
+ROOT = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every knob of a run. A run's length is given by exactly one of `steps`, `tokens` and `seconds`."""
+
+    # the run
+    config: Annotated[str, "file of assignments, looked for as given and in configs/"] = "small.py"
+    run: Annotated[str, "name of the run's folder (default: the config's name, numbered when taken)"] = ""
+    out: Annotated[str, "folder of the runs"] = "out"
+    resume: Annotated[bool, "go on from the run's last checkpoint"] = False
+    overwrite: Annotated[bool, "discard the run of that name first"] = False
+    seed: Annotated[int, Ge(0), "of the initial weights and the order of the data"] = 0
+    # what is trained, on what, with what
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    kernels: KernelChoice = KernelChoice()
+    device: Annotated[str, "auto, cpu, cuda, cuda:1, mps"] = "auto"
+    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], "of the matrix products; weights stay fp32"] = "auto"
+    compile: Annotated[Literal["auto", "on", "off"], "torch.compile (auto: where there is a C++ compiler)"] = "auto"
+    deterministic: Annotated[bool, "refuse operations that differ from run to run"] = False
+    # how long
+    steps: Annotated[int, Ge(0), "optimizer steps"] = 0
+    tokens: Annotated[int, Ge(0), "training tokens"] = 0
+    seconds: Annotated[float, Ge(0), "seconds of training, compiling and evaluating included"] = 0.0
+    time_limit: Annotated[float, Ge(0), "stop after this many seconds, wherever the run is (0: never)"] = 0.0
+    # batch
+    batch_size: Annotated[int, Ge(1), "sequences in an optimizer step"] = 32
+    micro_batch: Annotated[int, Ge(0), "sequences in a forward and backward pass (0: batch_size)"] = 0
+    # optimizer
+    optimizer: Annotated[Literal["adamw", "muon"], "muon: on the matrices of the blocks, adamw elsewhere"] = "muon"
+    lr: Annotated[float, Gt(0), "peak learning rate of adamw"] = 3e-3
+    muon_lr: Annotated[float, Gt(0), "peak learning rate of muon"] = 2e-2
+    weight_decay: Annotated[float, Ge(0), "decoupled, on matrices only"] = 0.1
+    beta1: Annotated[float, Interval(ge=0, lt=1), "adamw's decay of the mean gradient"] = 0.9
+    beta2: Annotated[float, Interval(ge=0, lt=1), "adamw's decay of the mean square"] = 0.95
+    eps: Annotated[float, Gt(0), "adamw's, added to the root mean square"] = 1e-8
+    clip: Annotated[float, Ge(0), "largest norm of the gradient (0: no limit)"] = 1.0
+    # learning rate over the run
+    schedule: Annotated[Schedule, "after warm-up; wsd is constant, then linear over the last `decay`"] = "linear"
+    warmup: Annotated[float, Interval(ge=0, lt=1), "share of the run over which the rate rises"] = 0.02
+    decay: Annotated[float, Interval(gt=0, le=1), "share of the run over which wsd falls"] = 0.4
+    final_lr: Annotated[float, Interval(ge=0, le=1), "share of the peak at the end"] = 0.0
+    # records
+    log_every: Annotated[int, Ge(1), "steps between rows of metrics"] = 10
+    eval_every: Annotated[int, Ge(1), "steps between evaluations"] = 250
+    eval_tokens: Annotated[int, Ge(1), "size of the evaluation set (at most the validation split)"] = 131072
+    save_every: Annotated[int, Ge(1), "steps between checkpoints, besides one before each evaluation"] = 250
+    sample_every: Annotated[int, Ge(0), "steps between samples, besides those at the end (0: only those)"] = 500
+    sample_prompt: Annotated[str, "what samples go on from (nothing: a new document)"] = ""
+    wandb: Annotated[Literal["off", "offline", "online"], "mirror the metrics to Weights & Biases"] = "off"
+
+    def __post_init__(self):
+        if sum(map(bool, (self.steps, self.tokens, self.seconds))) != 1:
+            raise ValueError(
+                f"exactly one of steps, tokens and seconds gives the run's length, not steps={self.steps}, "
+                f"tokens={self.tokens}, seconds={self.seconds}"
+            )
+        if self.micro_batch and self.batch_size % self.micro_batch:
+            raise ValueError(f"batch_size {self.batch_size} must be a multiple of micro_batch {self.micro_batch}")
+
+
+BUDGETS = {"steps", "tokens", "seconds"}
+
+
+def configure(argv: list[str]) -> tuple[Config, Path]:
+    """The configuration that `argv` asks for and the folder of its run, of which nothing is made yet.
+
+    Precedence: defaults < config file < flags, a run's length replacing one of lower precedence. A resumed run starts
+    from its own configuration instead of the defaults, and reads a config file only when `--config` is given.
+    """
+    flags = read_flags(Config, argv, __doc__.partition("\n")[0])
+    name = flags.get("config", Config.config)
+    layers = [flatten(Config, read_file(name, ROOT / "configs")), flags]
+    config = build(Config, merge(layers, BUDGETS))
+    folder = choose_folder(Path(config.out), config.run, Path(name).stem, config.resume, config.overwrite)
+    if config.resume:
+        saved = checkpoint.load(folder / "last.pt")["config"]
+        config = build(Config, merge([flatten(Config, saved), *(layers if "config" in flags else [flags])], BUDGETS))
+    return replace(config, run=folder.name), folder
+
+
+class Trainer:
+    """One run: what it computes with, how far it is, and the steps that take it further."""
+
+    def __init__(self, config: Config, folder: Path):
+        """Check everything, prepare the corpus, build or restore the model; then, and only then, open the folder."""
+        self.config = config
+        self.device = hardware.pick_device(config.device)
+        self.precision = hardware.pick_precision(config.precision, self.device)
+        kernels = bind(config.kernels, self.device)
+        compiled, compiling = hardware.pick_compile(config.compile, self.device)
+        shape = config.model.resolved(config.data.expected_vocab_size)
+        with torch.device("meta"):
+            n_parameters = GPT(shape, kernels).n_parameters()
+        check_writable(folder, 4 * 12 * n_parameters)  # three checkpoints and one being written: weights, two moments
+        state = checkpoint.load(folder / "last.pt") if config.resume else {}
+        if state:
+            checkpoint.check_fits(state, asdict(shape), config.optimizer)
+
+        data = prepare(config.data)
+        self.tokenizer = data.tokenizer
+        if state and self.tokenizer != Tokenizer.load(folder / "tokenizer.json"):
+            raise ConfigError(f"{config.data.corpus} has other tokens now than when {folder} was trained on it")
+        self.micro_batch = config.micro_batch or config.batch_size
+        self.batches = Batches(data.train, shape.seq_len, config.seed)
+        self.eval_set = list(eval_batches(data.val, shape.seq_len, self.micro_batch, config.eval_tokens))
+        self.byte_lengths = torch.from_numpy(self.tokenizer.byte_lengths())
+
+        torch.manual_seed(config.seed)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without
+        torch.use_deterministic_algorithms(config.deterministic)
+        with self.device:
+            self.model = GPT(shape, kernels)
+        self.loss_of = torch.compile(self.model) if compiled else self.model
+        rates, betas = (config.lr, config.muon_lr, config.weight_decay), (config.beta1, config.beta2)
+        self.optimizers = build_optimizers(self.model, config.optimizer, *rates, betas, config.eps)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        enabled = self.precision != "fp32"
+        self.autocast = partial(torch.autocast, self.device.type, hardware.DTYPES[self.precision], enabled=enabled)
+
+        self.tokens_per_step = config.batch_size * shape.seq_len
+        self.step = self.sequences = 0  # done so far
+        self.budget = Budget.of(config.steps, config.tokens, config.seconds, self.tokens_per_step)
+        self.logged, self.busy, self.waited, self.speeds = 0, 0.0, 0.0, []  # step, seconds twice, tokens a second
+        if state:
+            self.restore(state)
+        elif config.overwrite and folder.exists():
+            shutil.rmtree(folder)
+        self.run = Run(folder, as_dict(replace(config, resume=False, overwrite=False)), self.step)
+        self.tokenizer.save(folder / "tokenizer.json")
+        self.run.start_mirror(config.wandb, as_dict(config))
+        self.peak, self.flops = hardware.peak_flops(self.device, self.precision), self.model.flops_per_token()
+        resumed = f", from step {self.step}" if state else ""
+        self.run.say(f"run      {folder}{resumed}")
+        self.run.say(
+            f"data     {config.data.corpus}, {len(data.train):,} tokens, vocabulary {self.tokenizer.vocab_size:,}"
+        )
+        self.run.say(f"model    {n_parameters:,} parameters, {self.flops:,} training FLOPs a token")
+        self.run.say(f"machine  {hardware.describe(self.device, self.precision)}")
+        self.run.say(f"kernels  {kernels}")
+        self.run.say(f"compile  {compiling}")
+
+    def restore(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        load_optimizers(self.optimizers, state["optimizers"])
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["rng"])
+        self.step, self.sequences = state["step"], state["sequences"]
+        self.budget.start(**state["budget"])
+
+    def save(self) -> None:
+        state = {
+            "config": as_dict(self.config),
+            "model_config": asdict(self.model.config),
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(),
+            "rng": torch.get_rng_state(),
+            "step": self.step,
+            "sequences": self.sequences,
+            "budget": self.budget.state(self.step),
+            "metrics": self.run.rows[-1] if self.run.rows else {},
+            "commit": commit(),
+        }
+        checkpoint.save(self.run.folder, state)
+
+    def position(self) -> dict:
+        """How far the run is, as every row of its record says."""
+        return {"step": self.step, "tokens": self.step * self.tokens_per_step, "seconds": self.budget.elapsed()}
+
+    def loop(self) -> Status:
+        """Train until the budget is used up or something ends the run early."""
+        config, timer = self.config, time.perf_counter
+        if self.step and self.step % config.eval_every == 0:
+            self.evaluate()  # in case the run died between its checkpoint and this
+        with Interrupt() as interrupt, ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(self.batches.get, self.sequences, config.batch_size)
+            while (progress := self.budget.progress(self.step)) < 1:
+                if interrupt.signal or 0 < config.time_limit <= self.budget.elapsed():
+                    return "interrupted" if interrupt.signal else "time_limit"
+                begin = timer()
+                inputs, targets = ahead.result()
+                self.waited += timer() - begin
+                self.sequences += config.batch_size
+                ahead = pool.submit(self.batches.get, self.sequences, config.batch_size)
+                loss, norm = self.train_step(inputs, targets, progress)
+                self.step += 1
+                evaluating = self.step % config.eval_every == 0
+                saving = evaluating or self.step % config.save_every == 0
+                logging = self.step == 1 or self.step % config.log_every == 0
+                if saving or logging:
+                    loss, norm = loss.item(), norm.item()  # waits for the device, so it is done no oftener
+                self.budget.step_ended()
+                self.busy += timer() - begin
+                if logging:
+                    self.log(loss, norm, progress)
+                if (saving or logging) and (status := self.run.trouble(loss, norm, self.model.config.vocab_size)):
+                    return status
+                if saving:
+                    self.save()
+                if evaluating:
+                    self.evaluate()
+                if config.sample_every and self.step % config.sample_every == 0:
+                    self.sample()
+        return "finished"
+
+    def train_step(self, inputs: Tensor, targets: Tensor, progress: float) -> tuple[Tensor, Tensor]:
+        """One optimizer step on `[batch_size, T]` ids. Returns loss and gradient norm, left on the device.
+
+        The summed loss of every micro-batch is divided by the tokens of the whole batch, so that accumulating gives
+        the large batch's gradient however its tokens fall."""
+        config, n_targets = self.config, int((targets >= 0).sum())
+        set_lr(self.optimizers, lr_factor(config.schedule, progress, config.warmup, config.decay, config.final_lr))
+        total = torch.zeros((), device=self.device)
+        for x, y in zip(inputs.split(self.micro_batch), targets.split(self.micro_batch), strict=True):
+            with self.autocast():
+                loss = self.loss_of(x.to(self.device), y.to(self.device), "sum")
+            loss = loss / n_targets
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norm = clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
+        if self.scaler.is_enabled():
+            norm = norm.nan_to_num(0.0, 0.0, 0.0)  # an overflow, which the scaler answers by skipping the step
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+        return total, norm
+
+    def log(self, loss: float, norm: float, progress: float) -> None:
+        """Record a row. Speed is over the steps since the last one, without evaluating, saving and sampling."""
+        speed = (self.step - self.logged) * self.tokens_per_step / self.busy
+        mfu = speed * self.flops / self.peak if self.peak else None
+        row = {"loss": loss, "grad_norm": norm, "lr": self.optimizers[0].param_groups[0]["lr"], "tok_s": speed}
+        row |= {"mfu": mfu, "data_wait": self.waited, **hardware.memory(self.device)}
+        share = f", {mfu:.1%} of peak" if mfu else ""
+        line = f"step {self.step:6d}  {progress:4.0%}  loss {loss:.4f}  norm {norm:.2f}  {speed:,.0f} tok/s{share}"
+        self.run.log(self.position() | row, line)
+        self.run.show_progress(progress, f"loss {loss:.3f}, {speed:,.0f} tok/s")
+        self.speeds.append(speed)
+        self.logged, self.busy, self.waited = self.step, 0.0, 0.0
+
+    def evaluate(self) -> None:
+        """Record the loss on the fixed evaluation set, in nats a token and bits a byte of text; keep the best."""
+        if any(row["step"] == self.step and "val_loss" in row for row in self.run.rows):
+            return
+        with self.autocast():
+            row = self.position() | evaluate(self.model, self.eval_set, self.byte_lengths)
+        if row["val_loss"] <= min((r["val_loss"] for r in self.run.rows if "val_loss" in r), default=math.inf):
+            checkpoint.mark_best(self.run.folder)
+        line = f"evaluation {row['val_loss']:.4f} nats a token, {row['val_bpb']:.4f} bits a byte"
+        self.run.log(row, f"step {self.step:6d}  {line}")
+
+    def sample(self) -> None:
+        """Record what the model writes now."""
+        ids = [self.tokenizer.eot, *self.tokenizer.encode(self.config.sample_prompt)]
+        with self.autocast():
+            seeded = torch.Generator().manual_seed(self.config.seed)
+            new = generate(self.model, [ids], 200, stop=self.tokenizer.eot, generator=seeded)[0]
+        self.run.add_sample(self.step, self.config.sample_prompt + self.tokenizer.decode(new))
+
+    def finish(self, status: Status) -> None:
+        """Save what is worth saving, say how it went, and close the record."""
+        if status in ("finished", "interrupted", "time_limit"):
+            self.save()
+        if status == "finished":
+            self.evaluate()
+            self.sample()
+        self.run.plot()
+        facts = self.position()
+        if self.speeds:
+            facts |= {
+                "tok_s_steady": median(self.speeds[1:] or self.speeds),
+                "tok_s_wall": facts["tokens"] / facts["seconds"],
+            }
+        facts |= {k: v for row in self.run.rows[-1:] for k, v in row.items() if k.startswith("val_")}
+        self.run.close(status, **facts)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train as the flags say. Returns the exit code: 0 finished, 1 ended early, 2 refused with nothing written."""
+    try:
+        config, folder = configure(sys.argv[1:] if argv is None else argv)
+        trainer = Trainer(config, folder)
+    except (UserError, DataError, KernelError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        status = trainer.loop()
+        trainer.finish(status)
+        return 0 if status in ("finished", "time_limit") else 1
+    except BaseException as error:
+        status = "oom" if hardware.out_of_memory(error) else "crashed"
+        if isinstance(error, KeyboardInterrupt):
+            status = "interrupted"
+        with suppress(OSError):  # a full disk, say, which is then the error to show
+            trainer.run.close(status, step=trainer.step, error=f"{type(error).__name__}: {error}")
+        if not isinstance(error, OSError) and status == "crashed":
+            raise
+        print(f"error: {status} at step {trainer.step}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
