@@ -311,7 +311,7 @@ class Trainer:
             self.evaluate()
             self.sample()
         self.run.plot()
-        facts = self.position()
+        facts = self.position() | {"flops_per_token": self.flops}
         if self.speeds:
             facts |= {
                 "tok_s_steady": median(self.speeds[1:] or self.speeds),

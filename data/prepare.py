@@ -121,7 +121,6 @@ class _Progress:
 
     shards: list[str] = field(default_factory=list)
     sizes: dict[str, int] = field(default_factory=lambda: {"train.bin": 0, "val.bin": 0, "seen.bin": 0})
-    complete: bool = False
 
 
 class _Preparation:
@@ -145,8 +144,7 @@ class _Preparation:
             self._make_tokenizer(shards).save(vocabulary)
         tokenizer = Tokenizer.load(vocabulary)
         progress = _Progress(**json.loads(state.read_text())) if state.exists() else _Progress()
-        if not progress.complete:
-            self._tokenize(shards, tokenizer, progress)
+        self._tokenize(shards, tokenizer, progress)
         summary = {"corpus": self.corpus.name, "fingerprint": self.corpus.fingerprint, "tokenizer": tokenizer.name}
         for split in SPLITS:
             summary[split] = _finish(self.partial / f"{split}.bin", progress.sizes[f"{split}.bin"], tokenizer)
@@ -247,7 +245,6 @@ class _Preparation:
                 val.write(tokens[tail:])
                 train.seek(tail * tokenizer.dtype.itemsize)
             train.seek(min(train.tell(), limit))  # where it ends: `_finish` cuts off what follows
-            progress.complete = True
             save()
 
 

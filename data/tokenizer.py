@@ -114,10 +114,13 @@ class Tokenizer:
             lengths[rank] = len(token)
         return lengths
 
+    def _by_rank(self) -> list[tuple[bytes, int]]:
+        return sorted(self.ranks.items(), key=lambda item: item[1])
+
     def save(self, path: Path) -> None:
         """Write the whole tokenizer as one JSON file; its bytes stand as the characters U+0000 to U+00FF."""
-        fields = asdict(self) | {"ranks": {token.decode("latin-1"): rank for token, rank in self.ranks.items()}}
-        write_atomically(path, json.dumps(fields, indent=0))
+        ranks = {token.decode("latin-1"): rank for token, rank in self._by_rank()}
+        write_atomically(path, json.dumps(asdict(self) | {"ranks": ranks}, indent=0))
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
@@ -140,7 +143,7 @@ class Tokenizer:
         # tokens is a merge, as for tiktoken.
         merges = [
             (_text(token[:cut]), _text(token[cut:]))
-            for token, _ in sorted(self.ranks.items(), key=lambda item: item[1])
+            for token, _ in self._by_rank()
             for cut in range(1, len(token))
             if token[:cut] in self.ranks and token[cut:] in self.ranks
         ]

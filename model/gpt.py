@@ -8,7 +8,7 @@ checkpoint trained with one choice loads under any other.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -27,6 +27,7 @@ class ModelConfig:
     n_layer: Annotated[int, Ge(1), "layers"] = 12
     n_head: Annotated[int, Ge(1), "query heads"] = 12
     n_kv_head: Annotated[int, Ge(0), "key and value heads (0: as many as query heads)"] = 0
+    head_dim: Annotated[int, Ge(0), "width of a head, even (0: d_model / n_head)"] = 0
     d_model: Annotated[int, Ge(1), "width of the residual stream"] = 768
     d_ff: Annotated[int, Ge(0), "width of the feed-forward layer (0: 8/3 of d_model, rounded up to 64)"] = 0
     seq_len: Annotated[int, Ge(1), "tokens in a sequence"] = 1024
@@ -37,14 +38,14 @@ class ModelConfig:
     norm_eps: Annotated[float, Gt(0), "added to the mean square in every norm"] = 1e-6
 
     def __post_init__(self):
-        if self.d_model % self.n_head or self.d_model // self.n_head % 2:
-            raise ConfigError(f"d_model {self.d_model} must be an even multiple of n_head {self.n_head}")
+        if not self.head_dim and self.d_model % self.n_head:
+            raise ConfigError(
+                f"d_model {self.d_model} must be a multiple of n_head {self.n_head}, or head_dim be given"
+            )
+        if (self.head_dim or self.d_model // self.n_head) % 2:
+            raise ConfigError(f"head_dim {self.head_dim or self.d_model // self.n_head} must be even, for RoPE")
         if self.n_kv_head and self.n_head % self.n_kv_head:
             raise ConfigError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
-
-    @property
-    def head_dim(self) -> int:
-        return self.d_model // self.n_head
 
     def resolved(self, vocab_size: int) -> "ModelConfig":
         """The same with every 0 replaced; `vocab_size` is the tokenizer's. Raises `ConfigError` when that is larger."""
@@ -52,10 +53,11 @@ class ModelConfig:
             raise ConfigError(f"model.vocab_size {self.vocab_size} is less than the tokenizer's {vocab_size}")
         derived = {
             "n_kv_head": self.n_kv_head or self.n_head,
+            "head_dim": self.head_dim or self.d_model // self.n_head,
             "d_ff": self.d_ff or 64 * math.ceil(self.d_model * 8 / 3 / 64),
             "vocab_size": self.vocab_size or vocab_size,
         }
-        return ModelConfig(**{**self.__dict__, **derived})
+        return replace(self, **derived)
 
 
 class Attention(nn.Module):
@@ -66,7 +68,7 @@ class Attention(nn.Module):
         self.config, self.kernels = config, kernels
         heads = config.n_head + 2 * config.n_kv_head
         self.qkv = nn.Linear(config.d_model, heads * config.head_dim, bias=False)
-        self.out = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.out = nn.Linear(config.n_head * config.head_dim, config.d_model, bias=False)
         self.q_gain = nn.Parameter(torch.ones(config.head_dim)) if config.qk_norm else None
         self.k_gain = nn.Parameter(torch.ones(config.head_dim)) if config.qk_norm else None
 
@@ -176,8 +178,8 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self) -> int:
-        """FLOPs a token of training takes: 6 a weight of every matrix it is multiplied by (head included, embedding
-        not), and 6 T C a layer for causal attention (2 T C forward: two products over T/2 visible keys on average)."""
+        """FLOPs that training takes a token: 6 for every weight it is multiplied by (head included, embedding not), and
+        6 T H D a layer for causal attention (forward, two products over T/2 visible keys on average)."""
         c = self.config
         matrices = sum(p.numel() for b in self.blocks for p in b.parameters() if p.ndim == 2)
-        return 6 * (matrices + self.head.weight.numel()) + 6 * c.n_layer * c.seq_len * c.d_model
+        return 6 * (matrices + self.head.weight.numel()) + 6 * c.n_layer * c.seq_len * c.n_head * c.head_dim

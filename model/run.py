@@ -126,12 +126,13 @@ class Run:
         self.say(line)
 
     def trouble(self, loss: float, norm: float, vocab_size: int) -> Status | None:
-        """What ends a run before its time: a loss or gradient norm that is not finite, or a loss half as bad again as
-        both a uniform guess and the run's first."""
+        """What ends a run before its time: a loss or gradient norm that is not finite, or five rows of losses half as
+        bad again as both a uniform guess and the first (one is a spike, from which a run may recover)."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return "nan"
-        first = next((row["loss"] for row in self.rows if "loss" in row), loss)
-        return "diverged" if loss > 1.5 * max(first, math.log(vocab_size)) else None
+        losses = [row["loss"] for row in self.rows if "loss" in row]
+        bound = 1.5 * max(math.log(vocab_size), losses[0] if losses else 0.0)
+        return "diverged" if len(losses) > 5 and min(losses[-5:]) > bound else None
 
     def add_sample(self, step: int, text: str) -> None:
         with self._samples.open("a") as file:
@@ -159,8 +160,8 @@ class Run:
         try:
             import wandb
 
-            if mode == "online" and not wandb.Api().api_key:
-                raise RuntimeError("no API key: run `wandb login` first, or take --wandb=offline")
+            if mode == "online":
+                wandb.Api()  # raises where there is no key, for which `init` would ask
             self.mirror = wandb.init(
                 project="nanofuse", name=self.folder.name, dir=self.folder, config=config, mode=mode, resume="allow",
                 settings=wandb.Settings(silent=True, init_timeout=30),

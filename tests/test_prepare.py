@@ -77,11 +77,14 @@ def test_both_splits_hold_the_documents_and_the_summary_counts_them(run):
 def test_the_second_time_nothing_is_read_or_written(run):
     fake = FakeCorpus(a=(None, STORIES))
     first = run(fake)
+    for lock in first.path.parent.glob("*.lock"):
+        lock.unlink()
     written = {path: path.stat().st_mtime_ns for path in first.path.iterdir()}
     second = run(fake)
     assert fake.reads == ["a"]
     assert {path: path.stat().st_mtime_ns for path in second.path.iterdir()} == written
     assert second.summary == first.summary and np.array_equal(second.train, first.train)
+    assert list(first.path.parent.iterdir()) == [first.path]
     assert sorted(path.name for path in written) == ["manifest.json", "tokenizer.json", "train.bin", "val.bin"]
 
 
@@ -137,12 +140,13 @@ def test_a_lone_line_is_cut_anywhere_and_too_little_text_is_an_error(run):
 
 
 def test_max_tokens_are_exact_and_later_shards_are_not_read(run, monkeypatch):
-    monkeypatch.setattr(module, "BATCH_CHARS", 50)
-    fake = FakeCorpus(a=(None, STORIES[:30]), b=(None, STORIES[30:]))
-    dataset = run(fake, max_tokens=500)
+    fake = FakeCorpus(a=(None, STORIES[:30]), b=(None, STORIES[30:]), deduplicate=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "BATCH_CHARS", 50)
+        dataset = run(fake, max_tokens=500)
     assert len(dataset.train) == 500 and dataset.train[-1] == dataset.tokenizer.eot
     assert fake.reads == ["a"]
-    assert documents(dataset, "train")[0] == STORIES[0]
+    assert np.array_equal(dataset.train[:-1], run(fake).train[:499])
 
 
 def test_bpe_trains_on_training_text_alone_and_reads_the_corpus_once(run, monkeypatch):
@@ -160,24 +164,26 @@ def test_bpe_trains_on_the_beginning_of_a_large_corpus(run, monkeypatch):
     trained_on = []
     train_bpe = module.train_bpe
     monkeypatch.setattr(module, "train_bpe", lambda texts, size: trained_on.extend(texts) or train_bpe(texts, size))
-    monkeypatch.setattr(module, "SAMPLE_CHARS", 1000)
+    monkeypatch.setattr(module, "SAMPLE_CHARS", 1001)
     fake = FakeCorpus(v=("val", STORIES[50:]), a=("train", STORIES[:30]), b=("train", STORIES[30:50]))
     dataset = run(fake, tokenizer="bpe", vocab_size=270)
-    assert "".join(trained_on) == "".join(STORIES)[:1000]
+    assert "".join(trained_on) == "".join(STORIES)[:1001]
     assert fake.reads == ["a", "v", "a", "b"]
     assert documents(dataset, "train") == STORIES[:50]
 
 
 def test_an_error_in_a_shard_keeps_those_before_it(run, monkeypatch):
     monkeypatch.setattr(module, "BATCH_CHARS", 100)
+    monkeypatch.setattr(module, "SAMPLE_CHARS", 500)  # all of it in the first shard
+    bpe = {"tokenizer": "bpe", "vocab_size": 265}
     whole = FakeCorpus(a=(None, STORIES[:30]), b=(None, STORIES[20:50]), c=(None, STORIES[40:]))
-    expected = run(whole, cache="other")
+    expected = run(whole, cache="other", **bpe)
     failing = FakeCorpus(a=(None, STORIES[:30]), b=(None, [*STORIES[20:40], DataError("line 7 is bad")]))
     failing.corpus = Corpus("fake", whole.corpus.fingerprint, True, failing.corpus.shards)
     with pytest.raises(DataError, match="line 7 is bad"):
-        run(failing)
+        run(failing, **bpe)
     whole.reads.clear()
-    dataset = run(whole)
+    dataset = run(whole, **bpe)
     assert whole.reads == ["b", "c"]
     assert any("resuming fake after 1 of 3 shards" in line for line in run.lines)
     assert contents(dataset) == contents(expected)
@@ -245,9 +251,20 @@ def test_a_damaged_folder_is_an_error_that_says_what_to_delete(run, name, damage
     assert sorted(folder.iterdir()) == left
 
 
+def test_of_files_too_large_to_checksum_each_time_the_size_is_checked(run, monkeypatch):
+    monkeypatch.setattr(module, "VERIFY_BYTES", 100)
+    fake = FakeCorpus(a=(None, STORIES))
+    folder = run(fake).path
+    damage_byte(folder / "train.bin")
+    run(fake)
+    os.truncate(folder / "train.bin", 400)
+    with pytest.raises(DataError, match=r"train.bin has 400 bytes, not [\d,]+\. Delete it"):
+        run(fake)
+
+
 def test_partial_files_that_lost_what_was_finished_are_an_error(run, tmp_path):
-    fake = FakeCorpus(a=(None, STORIES), b=(None, [KeyboardInterrupt()]))
-    with pytest.raises(KeyboardInterrupt):
+    fake = FakeCorpus(a=(None, STORIES), b=(None, [DataError("line 7 is bad")]))
+    with pytest.raises(DataError, match="line 7"):
         run(fake)
     (lost,) = tmp_path.glob("cache/*.partial/train.bin")
     os.truncate(lost, 100)

@@ -1,0 +1,108 @@
+"""Training: our small.py and nanoGPT's CPU recipe for the same wall-clock on the same text, one after the other.
+
+    pytest bench/bench_train.py --seconds 180
+
+Ours counts compiling and evaluating in its time, the baseline neither. Rows go to bench/results/train.jsonl.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+MARKS = (3.0, 2.5, 2.25, 2.0, 1.9, 1.8, 1.7, 1.6, 1.5)  # bits a byte, to report when each was reached
+
+
+def lines_of(*command: str) -> list[str]:
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+def ours(out: Path, *flags: str) -> dict:
+    """Train with `flags` in a process of its own; its record, summed up."""
+    lines_of("train.py", f"--out={out}", *flags)
+    folder = next(out.iterdir())
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    status = json.loads((folder / "status.json").read_text())
+    evaluations = [row for row in rows if "val_bpb" in row]
+    return {
+        "seconds": status["seconds"],
+        "steps": status["step"],
+        "tok_s": status["tok_s_steady"],
+        "tok_s_wall": status["tok_s_wall"],
+        "flops_per_token": status["flops_per_token"],
+        "memory": max(row["memory"] for row in rows if "memory" in row),
+        "val_bpb": evaluations[-1]["val_bpb"],
+        "reached": reached(evaluations),
+    }
+
+
+def baseline(seconds: float) -> dict:
+    rows = [json.loads(line) for line in lines_of("-m", "bench.nanogpt", "--seconds", str(seconds))]
+    last = rows[-1]
+    summary = {key: last[key] for key in ("seconds", "tok_s", "flops_per_token", "memory", "val_bpb")}
+    return summary | {"steps": last["step"], "tok_s_wall": last["tok_s"], "reached": reached(rows)}
+
+
+def reached(evaluations: list[dict]) -> dict[str, float]:
+    """Seconds at the first evaluation that was at or under each mark."""
+    first = {mark: next((row["seconds"] for row in evaluations if row["val_bpb"] <= mark), None) for mark in MARKS}
+    return {str(mark): seconds for mark, seconds in first.items() if seconds is not None}
+
+
+def matmul_rate(dtype: torch.dtype, size: int = 1024) -> float:
+    """FLOP/s of this machine's matrix product, the best of several."""
+    a, b = torch.randn(2, size, size).to(dtype)
+    best = float("inf")
+    for _ in range(8):
+        begin = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best
+
+
+def show(capsys, name: str, row: dict, rate: float) -> None:
+    marks = ", ".join(f"{mark} at {seconds:.0f} s" for mark, seconds in row["reached"].items())
+    with capsys.disabled():
+        print(
+            f"\n{name:12s} {row['val_bpb']:.4f} bits a byte after {row['seconds']:.0f} s and {row['steps']:,} steps; "
+            f"{row['tok_s']:,.0f} tok/s steady, {row['tok_s_wall']:,.0f} by the wall, "
+            f"{row['tok_s'] * row['flops_per_token'] / rate:.0%} of the matmul rate; "
+            f"{row['memory'] / 2**20:,.0f} MiB; reached {marks}"
+        )
+
+
+@pytest.fixture(scope="module")
+def rates():
+    return {"bf16": matmul_rate(torch.bfloat16), "fp32": matmul_rate(torch.float32)}
+
+
+def test_equal_wall_clock(pytestconfig, tmp_path, record, rates, capsys):
+    """The default configuration against the baseline, for the same seconds."""
+    seconds = pytestconfig.getoption("seconds")
+    theirs = baseline(seconds)
+    mine = ours(tmp_path, "--config=small.py", f"--seconds={seconds}")
+    show(capsys, "nanofuse", mine, rates["bf16"])
+    show(capsys, "nanoGPT", theirs, rates["fp32"])
+    record("train", {"bench": "equal wall-clock", "nanofuse": mine, "nanogpt": theirs, "matmul": rates})
+    assert mine["val_bpb"] < theirs["val_bpb"]
+
+
+def test_equal_shape(pytestconfig, tmp_path, record, rates, capsys):
+    """The baseline's shape, batch, tokens and optimizer in our trainer: what kernels, precision and compiler bring."""
+    seconds = min(30.0, pytestconfig.getoption("seconds"))
+    shape = "--model.n_layer=4 --model.n_head=4 --model.d_model=128 --model.d_ff=344 --model.seq_len=64 --batch_size=12"
+    flags = ("--data.tokenizer=bytes", "--optimizer=adamw", "--eval_every=100000", "--log_every=50", *shape.split())
+    theirs = baseline(seconds)
+    mine = ours(tmp_path, "--config=small.py", f"--seconds={seconds + 30}", *flags)
+    show(capsys, "nanofuse", mine, rates["bf16"])
+    show(capsys, "nanoGPT", theirs, rates["fp32"])
+    record("train", {"bench": "equal shape", "nanofuse": mine, "nanogpt": theirs, "matmul": rates})

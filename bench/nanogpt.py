@@ -1,0 +1,96 @@
+"""The baseline of bench_train: nanoGPT's recipe for a CPU, written plainly, in eager float32.
+
+4 layers, 4 heads, 128 wide, blocks of 64, batches of 12; learned positions, LayerNorm, GELU, AdamW at 1e-3 falling to
+1e-4 by a cosine; on bytes, as it would be on characters. `python -m bench.nanogpt --seconds 60` prints one line of JSON
+per evaluation. Evaluating is not counted in its time.
+"""
+
+import argparse
+import json
+import math
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.batches import Batches, eval_batches
+from data.prepare import DataConfig, prepare
+from model.evaluate import evaluate
+from model.hardware import memory
+
+LAYERS, HEADS, WIDTH, BLOCK, BATCH = 4, 4, 128, 64, 12
+LR, FINAL_LR, WARMUP_STEPS = 1e-3, 1e-4, 100
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH, bias=False), nn.LayerNorm(WIDTH, bias=False)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH, bias=False), nn.Linear(4 * WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3 * HEADS, -1)).transpose(1, 2).chunk(3, dim=1)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class NanoGPT(nn.Module):
+    def __init__(self, vocab_size: int):
+        super().__init__()
+        self.embedding, self.position = nn.Embedding(vocab_size, WIDTH), nn.Embedding(BLOCK, WIDTH)
+        self.layers = nn.Sequential(*(Layer() for _ in range(LAYERS)))
+        self.norm = nn.LayerNorm(WIDTH, bias=False)
+        for name, p in self.named_parameters():
+            if p.ndim == 2:
+                nn.init.normal_(p, std=0.02 / (2 * LAYERS) ** (0.5 * name.endswith(("out.weight", "down.weight"))))
+
+    def forward(self, ids: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        x = self.embedding(ids) + self.position.weight
+        logits = F.linear(self.norm(self.layers(x)), self.embedding.weight)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)
+
+    def flops_per_token(self) -> int:
+        matrices = sum(p.numel() for p in self.layers.parameters() if p.ndim == 2) + self.embedding.weight.numel()
+        return 6 * matrices + 6 * LAYERS * BLOCK * WIDTH
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--corpus", default="docstrings")
+    args = parser.parse_args()
+    data = prepare(DataConfig(corpus=args.corpus, tokenizer="bytes"), say=lambda line: None)
+    eval_set = list(eval_batches(data.val, BLOCK, 256, len(data.val)))
+    lengths = torch.from_numpy(data.tokenizer.byte_lengths())
+    torch.manual_seed(0)
+    model, batches = NanoGPT(data.tokenizer.vocab_size), Batches(data.train, BLOCK, seed=0)
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.99))
+    step, spent, evaluated = 0, 0.0, 0
+    while spent < args.seconds:
+        begin = time.perf_counter()
+        cosine = 0.5 * (1 + math.cos(math.pi * spent / args.seconds))
+        for group in optimizer.param_groups:
+            group["lr"] = min(1.0, (step + 1) / WARMUP_STEPS) * (FINAL_LR + (LR - FINAL_LR) * cosine)
+        loss = model(*batches.get(step * BATCH, BATCH))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        loss.item()
+        step += 1
+        spent += time.perf_counter() - begin
+        if (share := int(10 * spent / args.seconds)) > evaluated:
+            evaluated = share
+            row = {"step": step, "seconds": spent, "tok_s": step * BATCH * BLOCK / spent}
+            row |= evaluate(model, eval_set, lengths) | memory(torch.device("cpu"))
+            print(json.dumps(row | {"flops_per_token": model.flops_per_token()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

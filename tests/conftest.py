@@ -1,0 +1,56 @@
+"""What more than one test file needs: a small corpus, and runs on it so small that they take a second."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+
+# Two test processes on two cores would fight over the threads of each other's operators.
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+SENTENCES = [
+    f"The {adjective} {noun} {verb} the {other}." for adjective in ("quick", "lazy", "old", "red", "small")
+    for noun in ("fox", "dog", "wizard", "boxer") for verb in ("jumps over", "sees", "follows", "forgets")
+    for other in ("moon", "river", "gate")
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A folder of forty short documents."""
+    folder = tmp_path_factory.mktemp("corpus") / "text"
+    folder.mkdir()
+    for i in range(40):
+        (folder / f"{i:02d}.txt").write_text("\n".join(SENTENCES[(7 * i + j) % len(SENTENCES)] for j in range(30)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(corpus, tmp_path_factory):
+    """The flags of a run of one second: two narrow layers on bytes, in float32, eager."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def flags(out: Path, **changes) -> list[str]:
+        values = {
+            "data.corpus": corpus, "data.tokenizer": "bytes", "data.val_fraction": 0.1, "data.cache": cache, "out": out,
+            "model.n_layer": 2, "model.n_head": 2, "model.d_model": 32, "model.seq_len": 32, "batch_size": 4,
+            "steps": 12, "log_every": 4, "eval_every": 6, "save_every": 3, "eval_tokens": 256, "sample_every": 0,
+            "precision": "fp32", "compile": "off", "device": "cpu", "lr": 1e-2,
+        }  # fmt: skip
+        return [f"--{key}={value}" for key, value in (values | changes).items()]
+
+    return flags
+
+
+@pytest.fixture
+def run(tiny, tmp_path):
+    """Train with some knobs changed: exit code and the run's folder."""
+
+    def start(*extra: str, **changes) -> tuple[int, Path]:
+        name = str(changes.get("run", "small"))
+        return train.main([*tiny(tmp_path / "out", **changes), *extra]), tmp_path / "out" / name
+
+    return start

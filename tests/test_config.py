@@ -1,0 +1,121 @@
+"""The configuration: where values come from, and what is said of bad ones."""
+
+import json
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import pytest
+from annotated_types import Ge, Interval
+
+from model.config import ConfigError, as_dict, build, flatten, knobs, merge, read_file, read_flags
+from train import BUDGETS, Config
+
+
+@dataclass(frozen=True)
+class Inner:
+    kind: Annotated[str, "first"] = "plain"
+    size: Annotated[int, Ge(1), "how large"] = 4
+
+
+@dataclass(frozen=True)
+class Outer:
+    rate: Annotated[float, Interval(gt=0, lt=1), "how fast"] = 0.5
+    mode: Annotated[Literal["slow", "fast"], "which way"] = "slow"
+    loud: Annotated[bool, "whether to shout"] = False
+    inner: Inner = Inner()
+
+
+def parse(*argv):
+    return build(Outer, read_flags(Outer, list(argv), ""))
+
+
+def test_flags_with_and_without_equals_sign():
+    assert parse("--rate=0.25", "--inner.size", "9", "--mode", "fast") == Outer(0.25, "fast", inner=Inner(size=9))
+
+
+def test_a_bare_boolean_flag_is_true():
+    assert parse("--loud").loud and parse("--loud=true").loud and not parse("--loud=false").loud
+
+
+def test_a_section_by_its_name_sets_its_first_knob():
+    assert parse("--inner=fancy", "--inner.size=2").inner == Inner("fancy", 2)
+    assert flatten(Outer, {"inner": "fancy"}) == {"inner.kind": "fancy"}
+
+
+def test_defaults_then_file_then_flags(tmp_path):
+    (tmp_path / "a.py").write_text("rate = 1 / 4\ninner = dict(size=7)\nmode = 'fast'\n")
+    file = flatten(Outer, read_file("a.py", tmp_path))
+    config = build(Outer, file | read_flags(Outer, ["--mode=slow"], ""))
+    assert config == Outer(0.25, "slow", inner=Inner(size=7))
+
+
+def test_a_configuration_survives_json():
+    config = Outer(0.1, "fast", True, Inner("x", 3))
+    assert build(Outer, flatten(Outer, json.loads(json.dumps(as_dict(config))))) == config
+
+
+def test_a_layer_that_gives_one_rival_displaces_the_others_below():
+    assert merge([{"steps": 5, "lr": 1}, {"tokens": 7}], {"steps", "tokens"}) == {"lr": 1, "tokens": 7}
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--rat=1", r"no flag called --rat \(did you mean --rate\?\)"),
+        ("--inner.sise=1", r"--inner.sise \(did you mean --inner.size\?\)"),
+        ("stray", "unexpected argument stray"),
+        ("--rate=fast", "rate must be a number, not 'fast'"),
+        ("--rate=0", "rate must be more than 0, not 0"),
+        ("--rate=nan", "rate must be more than 0, not nan"),
+        ("--rate=1", "rate must be less than 1, not 1"),
+        ("--inner.size=2.5", "inner.size must be a whole number, not '2.5'"),
+        ("--inner.size=-3", "inner.size must be at least 1, not -3"),
+        ("--mode=fst", r"mode must be slow or fast, not 'fst' \(did you mean fast\?\)"),
+        ("--loud=maybe", "loud must be true or false, not 'maybe'"),
+        ("--rate", "expected one argument"),
+    ],
+)
+def test_bad_flags(flag, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(flag)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("rates = 0.1", r"no knob called rates \(did you mean rate\?\)"),
+        ("inner = dict(sizes=1)", r"inner.sizes \(did you mean inner.size\?\)"),
+        ("rate = 'high'", "rate must be a number, not 'high'"),
+        ("inner = dict(size=True)", "inner.size must be a whole number, not True"),
+        ("rate = 1 / 0", "does not run: ZeroDivisionError"),
+        ("rate = (", "does not run: SyntaxError"),
+    ],
+)
+def test_bad_files(tmp_path, text, message):
+    (tmp_path / "bad.py").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        build(Outer, flatten(Outer, read_file(str(tmp_path / "bad.py"), tmp_path)))
+
+
+def test_a_missing_file_lists_those_there(tmp_path):
+    (tmp_path / "one.py").touch()
+    with pytest.raises(ConfigError, match=r"no config file 'two.py'.*which has one.py"):
+        read_file("two.py", tmp_path)
+
+
+def test_every_knob_of_the_trainer_has_help_and_a_default_it_accepts(capsys):
+    for key, knob in knobs(Config).items():
+        assert knob.help, key
+        assert knob.read(knob.default) == knob.default, key
+    with pytest.raises(SystemExit):
+        read_flags(Config, ["-h"], "")
+    shown = capsys.readouterr().out
+    assert all(f"--{key}" in shown for key in knobs(Config))
+
+
+def test_every_config_file_is_valid():
+    from train import ROOT
+
+    for path in (ROOT / "configs").glob("*.py"):
+        config = build(Config, merge([flatten(Config, read_file(path.name, ROOT / "configs"))], BUDGETS))
+        config.model.resolved(config.data.expected_vocab_size)

@@ -1,0 +1,100 @@
+"""Out to Hugging Face's format and in again: the same logits, the same ids."""
+
+import json
+
+import pytest
+import torch
+
+from model.export import from_huggingface, main, to_huggingface
+from model.generate import load_run
+from model.gpt import ModelConfig
+
+transformers = pytest.importorskip("transformers")
+
+FAMILIES = {
+    "llama": {"model.qk_norm": "false", "model.tied": "true"},
+    "qwen3": {"model.qk_norm": "true", "model.tied": "false", "model.n_kv_head": 1, "model.head_dim": 24},
+}
+TEXT = "The quick fox jumps over the moon.\n\n  Ünïcode, tabs\t, 12345 and <|endoftext|> too 🙂"
+
+
+@pytest.mark.parametrize("changes", FAMILIES.values(), ids=FAMILIES)
+def test_transformers_gives_our_logits_and_ids(run, tmp_path, changes):
+    tokenizer = {"data.tokenizer": "bpe", "data.vocab_size": 300}
+    _, folder = run(**changes, **tokenizer, steps=6, **{"model.rope_theta": 500.0})
+    assert main(["--run", str(folder), "--to", str(tmp_path / "hf")]) == 0
+    model, tokenizer = load_run(folder, torch.device("cpu"))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert type(theirs).__name__ == ("Qwen3ForCausalLM" if changes["model.qk_norm"] == "true" else "LlamaForCausalLM")
+
+    plain = TEXT.replace("<|endoftext|>", "")
+    assert their_tokenizer(plain)["input_ids"] == tokenizer.encode(plain)
+    assert their_tokenizer.decode(tokenizer.encode(plain)) == plain
+    assert their_tokenizer.eos_token_id == tokenizer.eot
+
+    ids = torch.randint(tokenizer.vocab_size, (2, 32))
+    with torch.no_grad():
+        ours = model.head(model.hidden(ids))
+        torch.testing.assert_close(ours, theirs(ids).logits, atol=1e-4, rtol=0)
+
+    assert main(["--run", str(tmp_path / "again"), "--from", str(tmp_path / "hf")]) == 0
+    back, back_tokenizer = load_run(tmp_path / "again", torch.device("cpu"))
+    assert back.config == model.config and back_tokenizer.encode(TEXT) == tokenizer.encode(TEXT)
+    with torch.no_grad():
+        assert torch.equal(back.head(back.hidden(ids)), ours)
+
+
+def test_a_model_of_transformers_comes_in(tmp_path):
+    """Not one that we wrote: its own initialisation, sharded, in bfloat16."""
+    config = transformers.Qwen3Config(
+        vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=64, tie_word_embeddings=False,
+    )  # fmt: skip
+    theirs = transformers.Qwen3ForCausalLM(config).eval()
+    ours, weights = from_huggingface(json.loads(config.to_json_string()), theirs.state_dict())
+    from kernels import KernelChoice, bind
+    from model.gpt import GPT
+
+    model = GPT(ours, bind(KernelChoice()))
+    model.load_state_dict(weights)
+    ids = torch.randint(257, (2, 40))
+    with torch.no_grad():
+        torch.testing.assert_close(model.head(model.hidden(ids)), theirs(ids).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "mamba"}, "its model_type is 'mamba'; only llama and qwen3 are ours"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type is 'llama3'"),
+    ],
+)
+def test_models_that_are_not_ours(change, message):
+    config = ModelConfig(n_layer=1, n_head=2, d_model=16).resolved(30)
+    with pytest.raises(ValueError, match=message):
+        from_huggingface(to_huggingface(config, _weights(config), 0)[0] | change, {})
+
+
+def _weights(config):
+    from kernels import KernelChoice, bind
+    from model.gpt import GPT
+
+    return GPT(config, bind(KernelChoice())).state_dict()
+
+
+def test_nothing_is_overwritten(run, tmp_path, capsys):
+    _, folder = run(steps=1)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").touch()
+    for flags, message in (
+        (["--run", str(folder), "--to", str(tmp_path / "full")], "exists and is not an empty folder"),
+        (["--run", str(folder), "--from", str(tmp_path / "full")], "exists: choose a new name"),
+        (["--run", str(tmp_path / "new"), "--from", str(tmp_path / "full")], "has no model.safetensors"),
+    ):
+        with pytest.raises(SystemExit):
+            main(flags)
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

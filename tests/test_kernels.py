@@ -1,0 +1,178 @@
+"""Every implementation of every op in the table against the mathematics, and the choice between them."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+from kernels import OPS, KernelChoice, KernelError, bind
+from kernels.linear_cross_entropy import IGNORE
+from kernels.rope import rope_tables
+
+CASES = [
+    pytest.param(op, name, shape, id=f"{op.name}-{name}-{'x'.join(map(str, shape.values()))}")
+    for op in OPS.values() for name in op.implementations for shape in op.test_shapes
+]  # fmt: skip
+REFERENCES = [case for case in CASES if case.values[1] == "torch"]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def make_inputs(op, shape, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return op.inputs(shape, lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype))
+
+
+def call(op, name, inputs, dtype):
+    """Outputs and gradients of one implementation on `inputs` in `dtype`, under fixed random upstream gradients."""
+    cast = {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
+    for key in op.differentiable:
+        cast[key] = cast[key].detach().clone().requires_grad_()
+    outputs = op.implementations[name](**cast)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
+    gradients = torch.autograd.grad(outputs, [cast[key] for key in op.differentiable], upstream)
+    return {f"output {i}": o.detach() for i, o in enumerate(outputs)} | {
+        f"gradient of {key}": g for key, g in zip(op.differentiable, gradients, strict=True)
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op, name, shape", CASES)
+def test_parity(op, name, shape, dtype):
+    """No further from float64 than twice the reference's own rounding, plus one roundoff of the largest value.
+
+    A result that is exactly 0 (the gradient of q under a single key) is a difference of values as large as the inputs."""
+    inputs = make_inputs(op, shape, dtype)
+    truth = call(op, "torch", inputs, torch.float64)
+    reference, ours = call(op, "torch", inputs, dtype), call(op, name, inputs, dtype)
+    largest = max(inputs[key].double().abs().max() for key in op.differentiable)
+    for key, exact in truth.items():
+        assert ours[key].dtype == reference[key].dtype
+        allowed = 2 * (reference[key].double() - exact).abs().max() + torch.finfo(dtype).eps * (
+            exact.abs().max() or largest
+        )
+        assert (ours[key].double() - exact).abs().max() <= allowed, key
+
+
+@pytest.mark.parametrize("op, name, shape", REFERENCES)
+def test_reference_gradients(op, name, shape):
+    inputs = make_inputs(op, shape, torch.float64)
+    leaves = [inputs[key].detach().clone().requires_grad_() for key in op.differentiable]
+    assert torch.autograd.gradcheck(
+        lambda *values: op.implementations["torch"](**inputs | dict(zip(op.differentiable, values, strict=True))),
+        leaves,
+        fast_mode=True,
+    )
+
+
+@pytest.mark.parametrize("op, name, shape", CASES)
+def test_strided_inputs_give_the_same(op, name, shape):
+    inputs = make_inputs(op, shape, torch.float32)
+    strided = {}
+    for key, value in inputs.items():
+        if torch.is_tensor(value) and value.ndim > 1:
+            wide = torch.full((*value.shape[:-1], 2 * value.shape[-1]), math.nan, dtype=torch.float64).to(value.dtype)
+            wide[..., ::2] = value
+            value = wide[..., ::2]
+        strided[key] = value
+    torch.testing.assert_close(op.implementations[name](**inputs), op.implementations[name](**strided))
+
+
+def test_rmsnorm_is_torchs():
+    x, gain, residual = torch.randn(5, 48), torch.randn(48), torch.randn(5, 48)
+    y, stream = bind(KernelChoice()).rmsnorm(x, gain, residual, 1e-5)
+    torch.testing.assert_close(stream, x + residual)
+    torch.testing.assert_close(y, F.rms_norm(x + residual, (48,), gain, 1e-5))
+
+
+def test_rope_is_multiplication_by_a_unit_complex_number():
+    b, t, h, kv, d = 2, 9, 4, 2, 16
+    qkv = torch.randn(b, t, (h + 2 * kv) * d, dtype=torch.float64)
+    cos, sin = rope_tables(t, d, theta=500.0)
+    q, k, v = bind(KernelChoice()).rope(qkv, cos, sin, h, kv)
+    heads = qkv.unflatten(-1, (h + 2 * kv, d))
+    turn = torch.exp(1j * torch.outer(torch.arange(t), 500.0 ** (-torch.arange(0, d, 2) / d)))[:, None]
+    for ours, theirs in ((q, heads[:, :, :h]), (k, heads[:, :, h : h + kv])):
+        turned = torch.complex(*theirs.chunk(2, -1)) * turn
+        torch.testing.assert_close(ours, torch.cat((turned.real, turned.imag), -1), atol=1e-6, rtol=0)
+    assert torch.equal(v, heads[:, :, h + kv :])
+
+
+def test_rope_scores_depend_on_distance_only():
+    q, k = torch.randn(2, 1, 1, 32).double()
+    cos, sin = rope_tables(64, 32)
+
+    def score(i, j):
+        rotated = []
+        for x, at in ((q, i), (k, j)):
+            packed = torch.cat((x, x, x), -1)
+            rotated.append(bind(KernelChoice()).rope(packed, cos[at : at + 1], sin[at : at + 1], 1, 1)[0])
+        return (rotated[0] * rotated[1]).sum()
+
+    torch.testing.assert_close(score(5, 2), score(60, 57), atol=1e-5, rtol=0)
+    assert (score(5, 2) - score(5, 4)).abs() > 1e-3
+
+
+def test_swiglu_is_silu_times_up():
+    gate, up = torch.randn(2, 5, 24)
+    torch.testing.assert_close(bind(KernelChoice()).swiglu(torch.cat((gate, up), -1)), F.silu(gate) * up)
+
+
+@pytest.mark.parametrize("name", OPS["attention"].implementations)
+def test_attention_is_causal_and_grouped(name):
+    q, k, v = torch.randn(2, 6, 4, 16), torch.randn(2, 6, 2, 16), torch.randn(2, 6, 2, 16)
+    out = OPS["attention"].implementations[name](q, k, v)
+    for i in range(6):  # one query, one head at a time, over what it may see
+        for head in range(4):
+            keys, values = k[:, : i + 1, head // 2], v[:, : i + 1, head // 2]
+            weights = torch.einsum("bd,bsd->bs", q[:, i, head], keys).div(4).softmax(-1)
+            torch.testing.assert_close(out[:, i, head], torch.einsum("bs,bsd->bd", weights, values))
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_linear_cross_entropy_is_torchs(reduction):
+    x, weight, targets = torch.randn(2, 7, 16), torch.randn(50, 16), torch.randint(50, (2, 7))
+    targets[0, :3] = IGNORE
+    ours = bind(KernelChoice()).linear_cross_entropy(x, weight, targets, reduction)
+    theirs = F.cross_entropy((x @ weight.T).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction=reduction)
+    torch.testing.assert_close(ours.flatten(), theirs.flatten())
+
+
+def test_linear_cross_entropy_of_nothing_is_zero():
+    x = torch.randn(4, 8, requires_grad=True)
+    loss = bind(KernelChoice()).linear_cross_entropy(x, torch.randn(5, 8), torch.full((4,), IGNORE))
+    loss.backward()
+    assert loss == 0 and not x.grad.any()
+
+
+def test_costs_count_a_call():
+    shape = {"B": 1, "T": 4, "S": 4, "H": 2, "KV": 1, "D": 8}
+    cost = OPS["attention"].cost(shape, 2)
+    assert cost.bytes == 2 * (2 * 4 * 2 * 8 + 2 * 4 * 8)  # q and o, k and v
+    assert cost.flops == 2 * 2 * 8 * 2 * (1 + 2 + 3 + 4)  # two products, by head and visible pair
+
+
+def test_choice_by_op_and_for_every_op():
+    bound = bind(KernelChoice(every="torch", attention="sdpa"))
+    assert bound.names == dict.fromkeys(OPS, "torch") | {"attention": "sdpa"}
+    assert bound.attention is OPS["attention"].implementations["sdpa"]
+    assert bind(KernelChoice()).names["rmsnorm"] == "torch"  # auto, on a CPU
+
+
+def test_choice_that_does_not_exist_names_those_that_do():
+    with pytest.raises(KernelError, match=r"attention has no 'sdp' kernel; it has torch, sdpa \(did you mean sdpa\?\)"):
+        bind(KernelChoice(attention="sdp"))
+
+
+def test_triton_without_a_gpu_names_both_ways_out(monkeypatch):
+    op = kernels.Op(**{**OPS["swiglu"].__dict__, "implementations": {"torch": F.silu, "triton": F.silu}})
+    monkeypatch.setitem(OPS, "swiglu", op)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(KernelError, match="--kernels=torch, or set TRITON_INTERPRET=1"):
+        bind(KernelChoice(swiglu="triton"))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert bind(KernelChoice(swiglu="triton")).names["swiglu"] == "triton"
+    assert bind(KernelChoice(), "cuda").names["swiglu"] == "triton"

@@ -1,0 +1,111 @@
+"""Optimisers and schedule."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from kernels import KernelChoice, bind
+from model.budget import Budget
+from model.gpt import GPT, ModelConfig
+from model.optim import build_optimizers, load_optimizers, lr_factor, set_lr
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    config = ModelConfig(n_layer=1, n_head=2, d_model=16, seq_len=8, tied=False).resolved(11)
+    return GPT(config, bind(KernelChoice()))
+
+
+def optimizers_of(model, name="muon", lr=1e-2, weight_decay=0.1):
+    return build_optimizers(model, name, lr, 2e-2, weight_decay, (0.9, 0.95), 1e-8)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_every_parameter_is_in_one_group_and_only_matrices_decay(model, name):
+    names = {id(p): key for key, p in model.named_parameters()}
+    seen = {}
+    for optimizer in optimizers_of(model, name):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                assert id(p) not in seen
+                seen[id(p)] = type(optimizer).__name__
+                assert bool(group["weight_decay"]) == (p.ndim == 2)
+    assert seen.keys() == names.keys()
+    by_muon = {names[i] for i, kind in seen.items() if kind == "Muon"}
+    hidden = {key for key, p in model.named_parameters() if key.startswith("blocks") and p.ndim == 2}
+    assert by_muon == (hidden if name == "muon" else set())
+
+
+def test_weight_decay_is_decoupled(model):
+    before = model.head.weight.detach().clone()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizers = optimizers_of(model, "adamw", lr=0.5, weight_decay=0.2)
+    set_lr(optimizers, 0.1)
+    optimizers[0].step()
+    torch.testing.assert_close(model.head.weight, before * (1 - 0.05 * 0.2))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd", "constant"])
+def test_schedules_rise_hold_and_end_where_they_should(schedule):
+    factor = [lr_factor(schedule, i / 1000, 0.1, 0.4, 0.2) for i in range(1001)]
+    assert factor[0] == 0 and factor[50] == pytest.approx(0.5) and factor[100] == pytest.approx(1)
+    assert factor[1000] == pytest.approx(1 if schedule == "constant" else 0.2)
+    assert all(a >= b for a, b in itertools.pairwise(factor[100:]))
+    middle = {"linear": 0.6, "cosine": 0.6, "wsd": 1, "constant": 1}[schedule]
+    assert factor[550] == pytest.approx(middle)
+    if schedule == "cosine":
+        assert factor[325] == pytest.approx(0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi / 4)))
+    if schedule == "wsd":
+        assert factor[600] == pytest.approx(1) and factor[800] == pytest.approx(0.6)
+
+
+def test_a_schedule_without_warm_up_begins_at_its_peak():
+    assert lr_factor("linear", 0.0, 0.0, 0.4, 0.0) == 1
+
+
+def test_restored_state_keeps_the_rates_now_configured(model):
+    first = optimizers_of(model)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    for optimizer in first:
+        optimizer.step()
+    second = optimizers_of(model, lr=7.0, weight_decay=0.3)
+    load_optimizers(second, [optimizer.state_dict() for optimizer in first])
+    assert [g["peak_lr"] for o in second for g in o.param_groups] == [7.0, 7.0, 2e-2]
+    assert second[0].param_groups[0]["weight_decay"] == 0.3
+    weight = model.head.weight
+    assert torch.equal(second[0].state[weight]["exp_avg"], first[0].state[weight]["exp_avg"])
+
+
+def test_budget_in_tokens_is_whole_steps():
+    budget = Budget.of(0, 1000, 0.0, 300)
+    assert [budget.progress(step) for step in (0, 2, 4, 5)] == [0, 0.5, 1, 1]
+
+
+def test_budget_by_the_clock_begins_after_the_first_step(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    budget = Budget.of(0, 0, 50.0, 1)
+    budget.start()
+    now[0] = 110.0
+    assert budget.progress(0) == 0  # compiling
+    budget.step_ended()
+    now[0] = 130.0
+    assert budget.progress(9) == pytest.approx(0.5)
+    saved = budget.state(9)
+    assert saved == {"seconds": 30.0, "progress": pytest.approx(0.5)}
+
+    now[0] = 1000.0
+    resumed = Budget.of(0, 0, 50.0, 1)
+    resumed.start(**saved)
+    assert resumed.elapsed() == 30 and resumed.progress(9) == pytest.approx(0.5)
+    now[0] = 1010.0
+    resumed.step_ended()
+    now[0] = 1015.0
+    assert resumed.progress(12) == pytest.approx(0.75)
+    now[0] = 1020.0
+    assert resumed.progress(15) == 1

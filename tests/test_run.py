@@ -1,0 +1,92 @@
+"""A run's folder and its record."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from model.hardware import rated_flops
+from model.run import Interrupt, Run, RunError, choose_folder, find
+
+
+def choose(out, name="", config="small", resume=False, overwrite=False):
+    return choose_folder(out, name, config, resume, overwrite).name
+
+
+def test_names(tmp_path):
+    assert choose(tmp_path) == "small"
+    for taken, following in (
+        ("small", "small-2"),
+        ("small-2", "small-3"),
+        ("small-9", "small-10"),
+        ("smaller", "small-10"),
+    ):
+        (tmp_path / taken).mkdir()
+        assert choose(tmp_path) == following
+    assert choose(tmp_path, resume=True) == "small-9"
+    assert choose(tmp_path, "small-2", resume=True) == "small-2"
+    assert choose(tmp_path, "small-2", overwrite=True) == "small-2"
+    assert choose(tmp_path, overwrite=True) == "small"
+    assert choose(tmp_path, "other") == "other"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["small", "small-2", "small-9", "smaller"]
+
+
+def test_names_that_are_refused(tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(RunError, match="mine exists: --resume goes on with it, --overwrite discards it"):
+        choose(tmp_path, "mine")
+    with pytest.raises(RunError, match="give one of them"):
+        choose(tmp_path, "mine", resume=True, overwrite=True)
+    with pytest.raises(RunError, match=r"no run to resume at .*gone"):
+        choose(tmp_path, "gone", resume=True)
+    with pytest.raises(RunError, match="is not a run"):
+        find(str(tmp_path / "mine"))
+
+
+def test_reopening_drops_what_came_after_the_checkpoint(tmp_path):
+    run = Run(tmp_path, {})
+    for step in (1, 2, 3):
+        run.log({"step": step, "loss": 1.0}, "")
+        run.add_sample(step, f"--- not a heading\ntext {step}")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # killed in the middle of a row
+    again = Run(tmp_path, {}, at_step=2)
+    assert [row["step"] for row in again.rows] == [1, 2]
+    again.log({"step": 3}, "")
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+    assert "text 2" in (tmp_path / "samples.txt").read_text() and "text 3" not in (tmp_path / "samples.txt").read_text()
+
+
+def test_trouble(tmp_path):
+    run = Run(tmp_path, {})
+    run.log({"step": 1, "loss": 3.0}, "")
+    assert run.trouble(2.0, 1.0, 100) is None
+    assert run.trouble(float("nan"), 1.0, 100) == run.trouble(2.0, float("inf"), 100) == "nan"
+    for step in range(2, 7):  # the bound is 1.5 ln 100 = 6.91
+        assert run.trouble(7.0, 1.0, 100) is None
+        run.log({"step": step, "loss": 7.0}, "")
+    assert run.trouble(7.0, 1.0, 100) == "diverged"
+    run.log({"step": 7, "loss": 6.8}, "")
+    assert run.trouble(6.8, 1.0, 100) is None
+
+
+def test_the_first_interrupt_is_a_flag_and_the_second_acts():
+    with pytest.raises(KeyboardInterrupt), Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.signal == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    "card, tflops",
+    [
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989), ("NVIDIA H20", 148),
+        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A10", 125), ("NVIDIA A10G", 70), ("NVIDIA B200", 2250),
+        ("NVIDIA GeForce RTX 5090", 209.5), ("NVIDIA GeForce RTX 4070 Ti", 80.2), ("NVIDIA GeForce RTX 4070", 58.3),
+        ("NVIDIA GeForce RTX 4080 SUPER", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA X1000", None),
+        ("AMD Instinct MI300X", 1307), ("Tesla T4", 65), ("NVIDIA L4", 121), ("NVIDIA L40S", 362),
+    ],
+)  # fmt: skip
+def test_rated_speed_is_the_cards_own_or_unknown(card, tflops):
+    assert rated_flops(card) == (tflops and tflops * 1e12)

@@ -1,0 +1,45 @@
+"""The shape of the house: what may import what, and how long the loop may be."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# A package may import itself and what is listed here.
+ALLOWED = {
+    "kernels": set(),
+    "data": set(),
+    "model": {"kernels", "data"},
+    "train": {"kernels", "data", "model"},
+    "bench": {"kernels", "data", "model", "train"},
+}
+FILES = [path for name in ALLOWED for path in (*ROOT.glob(f"{name}.py"), *ROOT.glob(f"{name}/**/*.py"))]
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    here = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    ours = {name for name in imports(path) if name.partition(".")[0] in ALLOWED}
+    assert {name.partition(".")[0] for name in ours} <= ALLOWED[here] | {here}
+    if here == "kernels" and path.stem not in ("__init__", "spec"):  # ops never import each other
+        assert {name.split(".")[1] for name in ours} <= {"spec"}
+
+
+def test_the_loop_stays_short():
+    assert len((ROOT / "train.py").read_text().splitlines()) < 350
+
+
+def test_another_package_called_kernels_is_not_needed_by_transformers():
+    code = "import sys; sys.path.insert(0, '.'); import kernels, transformers; assert kernels.OPS"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,0 +1,309 @@
+"""The trainer as a person runs it: what it leaves, how it ends, what it refuses."""
+
+import json
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train
+from model import checkpoint
+from model.run import Run
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def status(folder):
+    return json.loads((folder / "status.json").read_text())
+
+
+def weights(folder):
+    return checkpoint.load(folder / "last.pt")["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_run_leaves_its_record(run):
+    code, folder = run(sample_every=6, sample_prompt="The old ")
+    assert code == 0 and status(folder)["status"] == "finished" and status(folder)["step"] == 12
+    written = {path.name for path in folder.iterdir()}
+    files = {"config.json", "metrics.jsonl", "samples.txt", "loss.png", "status.json", "tokenizer.json"}
+    assert written == files | {"last.pt", "previous.pt", "best.pt"}
+    training = [row for row in rows(folder) if "loss" in row]
+    assert [row["step"] for row in training] == [1, 4, 8, 12]
+    assert all(row["tokens"] == row["step"] * 4 * 32 and row["tok_s"] > 0 for row in training)
+    assert training[-1]["loss"] < training[0]["loss"] - 1
+    assert [row["step"] for row in rows(folder) if "val_loss" in row] == [6, 12]
+    assert (folder / "samples.txt").read_text().count("---\nThe old ") == 3
+    assert json.loads((folder / "config.json").read_text())["model"]["d_model"] == 32
+
+
+def test_overfits_one_small_batch(run, tmp_path):
+    (tmp_path / "one.txt").write_text("".join(chr(97 + i * i % 26) + chr(65 + i * 7 % 26) for i in range(80)))
+    quiet = {"eval_every": 999, "save_every": 999, "log_every": 50}
+    data = {"data.corpus": tmp_path / "one.txt", "data.val_fraction": 0.3}
+    code, folder = run(**data, **quiet, batch_size=2, steps=300)
+    assert code == 0 and rows(folder)[-2]["loss"] < 0.1
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resuming_is_exact(run, monkeypatch, optimizer):
+    """Interrupted between two checkpoints, then resumed: the same weights bit for bit, and the same record."""
+    _, whole = run(run="whole", optimizer=optimizer)
+    take = train.Trainer.train_step
+
+    def interrupted(self, *args):
+        if self.step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(self, *args)
+
+    monkeypatch.setattr(train.Trainer, "train_step", interrupted)
+    code, parts = run(run="parts", optimizer=optimizer)
+    assert code == 1 and status(parts)["status"] == "interrupted" and status(parts)["step"] == 8
+    monkeypatch.undo()
+    assert run("--resume", run="parts")[0] == 0  # its own configuration, not the flags', says muon or adamw
+    assert same(weights(whole), weights(parts))
+    columns = ("step", "tokens", "loss", "grad_norm", "lr", "val_loss", "val_bpb")
+    assert [[row.get(c) for c in columns] for row in rows(whole)] == [
+        [row.get(c) for c in columns] for row in rows(parts)
+    ]
+
+
+def test_a_crash_loses_only_what_came_after_the_checkpoint(run, monkeypatch):
+    _, whole = run(run="whole")
+    monkeypatch.setattr(Run, "add_sample", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(run="parts", sample_every=7)
+    parts = whole.parent / "parts"
+    assert status(parts)["status"] == "crashed" and "ZeroDivisionError" in status(parts)["error"]
+    monkeypatch.undo()
+    assert run("--resume", run="parts", sample_every=0)[0] == 0
+    assert same(weights(whole), weights(parts))
+
+
+def test_accumulating_is_the_large_batch(run):
+    """In float64 the two agree to rounding, so any miscounting of tokens would show."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        large, small = (run(run=name, micro_batch=n, steps=3)[1] for name, n in (("large", 4), ("small", 1)))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(weights(large).values(), weights(small).values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precisions_follow_float32(run, precision):
+    _, exact = run(run="fp32", steps=6)
+    _, half = run(run="half", precision=precision, steps=6)
+    ours, truth = (rows(f)[-1]["val_loss"] for f in (half, exact))
+    assert ours == pytest.approx(truth, abs=0.02) and ours != truth
+    assert all(w.dtype == torch.float32 for w in weights(half).values())
+
+
+def test_compiled_follows_eager(run):
+    _, eager = run(run="eager", steps=4)
+    _, compiled = run(run="compiled", steps=4, compile="on")
+    assert rows(compiled)[-1]["val_loss"] == pytest.approx(rows(eager)[-1]["val_loss"], abs=1e-3)
+
+
+def test_budgets_by_tokens_and_by_the_clock(run):
+    _, folder = run(run="tokens", steps=0, tokens=1000)
+    assert status(folder)["step"] == 8  # of 128 tokens
+    code, folder = run(run="clock", steps=0, seconds=1.0, eval_every=10**6)
+    assert code == 0 and status(folder)["status"] == "finished" and status(folder)["step"] > 3
+    assert rows(folder)[-1]["seconds"] == pytest.approx(1.0, abs=0.9)
+
+
+def test_a_time_limit_ends_a_run_that_can_be_resumed(run):
+    code, folder = run(run="limited", steps=10**6, time_limit=0.5)
+    assert code == 0 and status(folder)["status"] == "time_limit"
+    step = status(folder)["step"]
+    assert run("--resume", run="limited", steps=step + 2, time_limit=0)[0] == 0
+    assert status(folder)["step"] == step + 2
+
+
+def test_a_run_that_diverges_says_so_and_keeps_no_bad_checkpoint(run):
+    wild = {"optimizer": "adamw", "lr": 3.0, "clip": 0, "warmup": 0, "weight_decay": 0, "model.tied": "false"}
+    code, folder = run(**wild, steps=100, save_every=10**6, eval_every=10**6)
+    assert code == 1 and status(folder)["status"] == "diverged" and not list(folder.glob("*.pt"))
+
+
+def test_nan_is_reported_at_once(run, monkeypatch):
+    take = train.Trainer.train_step
+
+    def poisoned(self, *args):
+        if self.step == 5:
+            next(self.model.parameters()).data.fill_(float("nan"))
+        return take(self, *args)
+
+    monkeypatch.setattr(train.Trainer, "train_step", poisoned)
+    code, folder = run()
+    assert code == 1 and status(folder)["status"] == "nan" and status(folder)["step"] == 6
+    assert checkpoint.load(folder / "last.pt")["step"] == 3
+
+
+def test_out_of_memory_is_a_status(run, monkeypatch):
+    def exhausted(*args):
+        raise torch.OutOfMemoryError("tried to allocate 80 GB")
+
+    monkeypatch.setattr(train.Trainer, "train_step", exhausted)
+    code, folder = run()
+    assert code == 1 and status(folder)["status"] == "oom"
+
+
+def test_a_disk_that_fills_up_keeps_the_last_checkpoint(run, monkeypatch, capsys):
+    save = checkpoint.save
+
+    def full(folder, state):
+        if state["step"] > 3:
+            raise OSError(28, "No space left on device")
+        save(folder, state)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    code, folder = run()
+    assert code == 1 and status(folder)["status"] == "crashed" and "No space left" in capsys.readouterr().err
+    assert checkpoint.load(folder / "last.pt")["step"] == 3
+
+
+def test_wandb_offline_mirrors_the_rows(run):
+    pytest.importorskip("wandb")
+    code, folder = run(wandb="offline")
+    assert code == 0 and list(folder.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_wandb_without_a_key_is_no_reason_to_fail(run, monkeypatch, capsys):
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", os.devnull)
+    code, _ = run(wandb="online")
+    assert code == 0 and "W&B is off for this run: No API key" in capsys.readouterr().out
+
+
+def test_runs_are_named_after_their_config(run, tmp_path):
+    names = [run(steps=1)[1].parent for _ in range(3)]
+    assert sorted(p.name for p in names[0].iterdir()) == ["small", "small-2", "small-3"]
+    code, _ = run("--resume", steps=2)
+    assert code == 0
+    assert [status(tmp_path / "out" / name)["step"] for name in ("small", "small-2", "small-3")] == [1, 1, 2]
+
+
+def test_overwriting_discards_the_run(run):
+    run(run="mine")
+    code, folder = run("--overwrite", run="mine", steps=3, eval_every=10)
+    assert code == 0 and rows(folder)[-1]["step"] == 3 and status(folder)["step"] == 3
+
+
+def text(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+REFUSED = {
+    "unknown flag": ({"learning_rate": 1}, "no flag called --learning_rate"),
+    "unknown key": ({"model.n_layers": 1}, "did you mean --model.n_layer?"),
+    "wrong type": ({"batch_size": "many"}, "batch_size must be a whole number, not 'many'"),
+    "negative size": ({"model.d_model": -8}, "model.d_model must be at least 1, not -8"),
+    "zero size": ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+    "heads that do not divide": ({"model.n_head": 3}, "model.d_model 32 must be a multiple of n_head 3"),
+    "micro-batch that does not divide": ({"micro_batch": 3}, "batch_size 4 must be a multiple of micro_batch 3"),
+    "two lengths": ({"tokens": 5}, "exactly one of steps, tokens and seconds"),
+    "unknown corpus": ({"data.corpus": "tinystorys"}, "tinystories"),
+    "missing file": ({"data.corpus": "no/such.txt"}, "no/such.txt"),
+    "unknown device": ({"device": "cuda:9"}, "device 'cuda:9' is not on this machine, which has cpu"),
+    "unknown kernel": ({"kernels.attention": "flsh"}, "attention has no 'flsh' kernel; it has torch, sdpa"),
+    "triton without a GPU": ({"kernels": "triton"}, "triton"),
+    "unknown config": ({"config": "huge.py"}, "no config file 'huge.py'"),
+    "vocabulary beyond the corpus": ({"data.tokenizer": "bpe", "data.vocab_size": 60000}, "supports only"),
+    "sequence beyond the corpus": ({"model.seq_len": 10**6}, "a window of seq_len = 1,000,000 takes 1,000,001"),
+    "no run to resume": ({"run": "gone", "resume": "true"}, "no run to resume"),
+}
+
+
+@pytest.mark.parametrize("changes, message", REFUSED.values(), ids=REFUSED)
+def test_refusals(run, tmp_path, capsys, changes, message):
+    """One message that says what would be right; nothing on disk."""
+    code, _ = run(**changes)
+    error = capsys.readouterr().err
+    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+FILES = {
+    "empty": ("a.txt", "", "empty"),
+    "binary": ("a.txt", b"ab\x00cd" * 99, "binary"),
+    "not UTF-8": ("a.txt", b"caf\xe9 " * 99, "UTF-8"),
+    "bad line": ("a.jsonl", '{"text": "x"}\n{"text": \n', "a.jsonl:2"),
+    "no text field": ("a.jsonl", '{"content": "x"}\n', "content"),
+    "corrupt parquet": ("a.parquet", b"PAR1 but not really", "a.parquet"),
+}
+
+
+@pytest.mark.parametrize("name, content, message", FILES.values(), ids=FILES)
+def test_bad_files(run, tmp_path, capsys, name, content, message):
+    code, _ = run(**{"data.corpus": text(tmp_path / name, content)})
+    error = capsys.readouterr().err
+    assert code == 2 and message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_run_that_exists_is_left_alone(run, capsys):
+    _, folder = run(run="mine")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    code, _ = run(run="mine")
+    assert code == 2 and "--resume goes on with it, --overwrite discards it" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "change", [{"model.n_layer": 3}, {"optimizer": "adamw"}, {"data.tokenizer": "bpe", "data.vocab_size": 300}]
+)
+def test_what_cannot_change_on_resuming(run, capsys, change):
+    _, folder = run(run="mine")
+    before = (folder / "last.pt").read_bytes()
+    code, _ = run("--resume", run="mine", **change)
+    assert code == 2 and "cannot resume from a checkpoint with" in capsys.readouterr().err
+    assert (folder / "last.pt").read_bytes() == before and status(folder)["status"] == "finished"
+
+
+def test_kernels_may_change_on_resuming(run):
+    run(run="mine", **{"kernels.attention": "sdpa"})
+    assert run("--resume", run="mine", steps=14, **{"kernels.attention": "torch"})[0] == 0
+
+
+def test_a_truncated_checkpoint_is_refused(run, capsys):
+    _, folder = run(run="mine")
+    last = folder / "last.pt"
+    content = last.read_bytes()
+    last.unlink()
+    last.write_bytes(content[: len(content) // 2])
+    code, _ = run("--resume", run="mine")
+    error = capsys.readouterr().err
+    assert code == 2 and "truncated" in error and "previous.pt is there from before" in error
+
+
+def test_a_folder_that_cannot_be_written(run, tmp_path, capsys):
+    text(tmp_path / "out", "a file where the folder should be")
+    code, _ = run()
+    assert code == 2 and "cannot write to" in capsys.readouterr().err
+
+
+def test_a_disk_too_full_to_begin(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    code, _ = run()
+    assert code == 2 and "MB free and this run's checkpoints take" in capsys.readouterr().err
+
+
+def test_bf16_on_a_card_without_it(run, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    code, _ = run(device="cuda", precision="bf16")
+    assert code == 2 and "Tesla V100 does not compute in bf16: take --precision=fp16" in capsys.readouterr().err
