@@ -64,7 +64,7 @@ class Config:
     steps: Annotated[int, Ge(0), "optimizer steps"] = 0
     tokens: Annotated[int, Ge(0), "training tokens"] = 0
     seconds: Annotated[float, Ge(0), "seconds of training, compiling and evaluating included"] = 0.0
-    time_limit: Annotated[float, Ge(0), "stop after this many seconds, wherever the run is (0: never)"] = 0.0
+    time_limit: Annotated[float, Ge(0), "stop after this many seconds of this process, to be resumed (0: never)"] = 0.0
     # batch
     batch_size: Annotated[int, Ge(1), "sequences in an optimizer step"] = 32
     micro_batch: Annotated[int, Ge(0), "sequences in a forward and backward pass (0: batch_size)"] = 0
@@ -104,8 +104,8 @@ class Config:
 BUDGETS = {"steps", "tokens", "seconds"}
 
 
-def configure(argv: list[str]) -> tuple[Config, Path]:
-    """The configuration that `argv` asks for and the folder of its run, of which nothing is made yet.
+def configure(argv: list[str]) -> tuple[Config, Path, dict]:
+    """The configuration that `argv` asks for, its run's folder, not made yet, and the checkpoint to resume from.
 
     Precedence: defaults < config file < flags, a run's length replacing one of lower precedence. A resumed run starts
     from its own configuration instead of the defaults, and reads a config file only when `--config` is given.
@@ -115,16 +115,19 @@ def configure(argv: list[str]) -> tuple[Config, Path]:
     layers = [flatten(Config, read_file(name, ROOT / "configs")), flags]
     config = build(Config, merge(layers, BUDGETS))
     folder = choose_folder(Path(config.out), config.run, Path(name).stem, config.resume, config.overwrite)
-    if config.resume:
-        saved = checkpoint.load(folder / "last.pt")["config"]
-        config = build(Config, merge([flatten(Config, saved), *(layers if "config" in flags else [flags])], BUDGETS))
-    return replace(config, run=folder.name), folder
+    state = checkpoint.load(folder / "last.pt") if config.resume else {}
+    if state:
+        if "config" not in state:
+            raise ConfigError(f"{folder} holds imported weights, which come without what resuming takes")
+        layers = [flatten(Config, state["config"]), *(layers if "config" in flags else [flags])]
+        config = build(Config, merge(layers, BUDGETS))
+    return replace(config, run=folder.name), folder, state
 
 
 class Trainer:
     """One run: what it computes with, how far it is, and the steps that take it further."""
 
-    def __init__(self, config: Config, folder: Path):
+    def __init__(self, config: Config, folder: Path, state: dict):
         """Check everything, prepare the corpus, build or restore the model; then, and only then, open the folder."""
         self.config = config
         self.device = hardware.pick_device(config.device)
@@ -135,7 +138,6 @@ class Trainer:
         with torch.device("meta"):
             n_parameters = GPT(shape, kernels).n_parameters()
         check_writable(folder, 4 * 12 * n_parameters)  # three checkpoints and one being written: weights, two moments
-        state = checkpoint.load(folder / "last.pt") if config.resume else {}
         if state:
             checkpoint.check_fits(state, asdict(shape), config.optimizer)
 
@@ -157,26 +159,28 @@ class Trainer:
         rates, betas = (config.lr, config.muon_lr, config.weight_decay), (config.beta1, config.beta2)
         self.optimizers = build_optimizers(self.model, config.optimizer, *rates, betas, config.eps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        enabled = self.precision != "fp32"
-        self.autocast = partial(torch.autocast, self.device.type, hardware.DTYPES[self.precision], enabled=enabled)
+        dtype = hardware.DTYPES[self.precision]
+        self.autocast = partial(torch.autocast, self.device.type, dtype, enabled=dtype != torch.float32)
 
         self.tokens_per_step = config.batch_size * shape.seq_len
         self.step = self.sequences = 0  # done so far
-        self.budget = Budget.of(config.steps, config.tokens, config.seconds, self.tokens_per_step)
-        self.logged, self.busy, self.waited, self.speeds = 0, 0.0, 0.0, []  # step, seconds twice, tokens a second
+        self.budget = Budget(config.steps, config.tokens, config.seconds, self.tokens_per_step)
         if state:
             self.restore(state)
         elif config.overwrite and folder.exists():
             shutil.rmtree(folder)
+        self.logged, self.busy, self.waited, self.speeds = (
+            self.step,
+            0.0,
+            0.0,
+            [],
+        )  # since the last row; tokens a second
         self.run = Run(folder, as_dict(replace(config, resume=False, overwrite=False)), self.step)
         self.tokenizer.save(folder / "tokenizer.json")
         self.run.start_mirror(config.wandb, as_dict(config))
         self.peak, self.flops = hardware.peak_flops(self.device, self.precision), self.model.flops_per_token()
-        resumed = f", from step {self.step}" if state else ""
-        self.run.say(f"run      {folder}{resumed}")
-        self.run.say(
-            f"data     {config.data.corpus}, {len(data.train):,} tokens, vocabulary {self.tokenizer.vocab_size:,}"
-        )
+        self.run.say(f"run      {folder}" + (f", from step {self.step}" if state else ""))
+        self.run.say(f"data     {config.data.corpus}, {len(data.train):,} tokens, vocabulary {shape.vocab_size:,}")
         self.run.say(f"model    {n_parameters:,} parameters, {self.flops:,} training FLOPs a token")
         self.run.say(f"machine  {hardware.describe(self.device, self.precision)}")
         self.run.say(f"kernels  {kernels}")
@@ -188,7 +192,7 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
         self.step, self.sequences = state["step"], state["sequences"]
-        self.budget.start(**state["budget"])
+        self.budget.before = state["budget"]
 
     def save(self) -> None:
         state = {
@@ -213,12 +217,13 @@ class Trainer:
     def loop(self) -> Status:
         """Train until the budget is used up or something ends the run early."""
         config, timer = self.config, time.perf_counter
+        start = self.budget.start()
         if self.step and self.step % config.eval_every == 0:
             self.evaluate()  # in case the run died between its checkpoint and this
         with Interrupt() as interrupt, ThreadPoolExecutor(1) as pool:
             ahead = pool.submit(self.batches.get, self.sequences, config.batch_size)
             while (progress := self.budget.progress(self.step)) < 1:
-                if interrupt.signal or 0 < config.time_limit <= self.budget.elapsed():
+                if interrupt.signal or 0 < config.time_limit <= timer() - start:
                     return "interrupted" if interrupt.signal else "time_limit"
                 begin = timer()
                 inputs, targets = ahead.result()
@@ -281,7 +286,6 @@ class Trainer:
         line = f"step {self.step:6d}  {progress:4.0%}  loss {loss:.4f}  norm {norm:.2f}  {speed:,.0f} tok/s{share}"
         self.run.log(self.position() | row, line)
         self.run.show_progress(progress, f"loss {loss:.3f}, {speed:,.0f} tok/s")
-        self.speeds.append(speed)
         self.logged, self.busy, self.waited = self.step, 0.0, 0.0
 
     def evaluate(self) -> None:
@@ -312,11 +316,9 @@ class Trainer:
             self.sample()
         self.run.plot()
         facts = self.position() | {"flops_per_token": self.flops}
-        if self.speeds:
-            facts |= {
-                "tok_s_steady": median(self.speeds[1:] or self.speeds),
-                "tok_s_wall": facts["tokens"] / facts["seconds"],
-            }
+        facts["tok_s_wall"] = facts["tokens"] / facts["seconds"]
+        if speeds := [row["tok_s"] for row in self.run.rows if "tok_s" in row]:
+            facts["tok_s_steady"] = median(speeds[1:] or speeds)  # the first step compiles
         facts |= {k: v for row in self.run.rows[-1:] for k, v in row.items() if k.startswith("val_")}
         self.run.close(status, **facts)
 
@@ -324,8 +326,7 @@ class Trainer:
 def main(argv: list[str] | None = None) -> int:
     """Train as the flags say. Returns the exit code: 0 finished, 1 ended early, 2 refused with nothing written."""
     try:
-        config, folder = configure(sys.argv[1:] if argv is None else argv)
-        trainer = Trainer(config, folder)
+        trainer = Trainer(*configure(sys.argv[1:] if argv is None else argv))
     except (UserError, DataError, KernelError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -334,9 +335,8 @@ def main(argv: list[str] | None = None) -> int:
         trainer.finish(status)
         return 0 if status in ("finished", "time_limit") else 1
     except BaseException as error:
-        status = "oom" if hardware.out_of_memory(error) else "crashed"
-        if isinstance(error, KeyboardInterrupt):
-            status = "interrupted"
+        kinds = {"oom": hardware.out_of_memory(error), "interrupted": isinstance(error, KeyboardInterrupt)}
+        status = next((kind for kind, it_is in kinds.items() if it_is), "crashed")
         with suppress(OSError):  # a full disk, say, which is then the error to show
             trainer.run.close(status, step=trainer.step, error=f"{type(error).__name__}: {error}")
         if not isinstance(error, OSError) and status == "crashed":

@@ -1,6 +1,7 @@
-# The default: a model of about a million parameters on the documentation of the Python around it, in four minutes on
-# two cores. No network, no GPU.
+# The default: about a million parameters on the documentation inside the Python around it, in four minutes on two cores.
 data = dict(corpus="docstrings", tokenizer="bpe", vocab_size=2048)
-model = dict(n_layer=3, n_head=4, d_model=128, seq_len=128)
+model = dict(n_layer=3, n_head=2, d_model=128, seq_len=128)
 seconds = 240
 batch_size = 16
+lr = 1e-2
+sample_every = 1000

@@ -84,5 +84,4 @@ OP = Op(
         _shape(16, 1024, 1024, 12, 12, 64),
         _shape(4, 4096, 4096, 32, 8, 128),
     ),
-    preferred={"cuda": "triton", "cpu": "sdpa"},
 )

@@ -85,8 +85,6 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
 
 def check_fits(state: dict[str, Any], model_config: dict[str, Any], optimizer: str) -> None:
     """Raise `CheckpointError` when weights or optimizer state do not fit the model and optimizer to be resumed with."""
-    if "optimizers" not in state:
-        raise CheckpointError("cannot resume from imported weights: the checkpoint has no optimizer state")
     then = {**state["model_config"], "optimizer": state["config"]["optimizer"]}
     now = {**model_config, "optimizer": optimizer}
     changed = [f"{key} {then.get(key)} where this run has {now[key]}" for key in now if now[key] != then.get(key)]

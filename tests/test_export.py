@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import train
 from model.export import from_huggingface, main, to_huggingface
 from model.generate import load_run
 from model.gpt import ModelConfig
@@ -19,7 +20,7 @@ TEXT = "The quick fox jumps over the moon.\n\n  Ünïcode, tabs\t, 12345 and <|e
 
 
 @pytest.mark.parametrize("changes", FAMILIES.values(), ids=FAMILIES)
-def test_transformers_gives_our_logits_and_ids(run, tmp_path, changes):
+def test_transformers_gives_our_logits_and_ids(run, tmp_path, capsys, changes):
     tokenizer = {"data.tokenizer": "bpe", "data.vocab_size": 300}
     _, folder = run(**changes, **tokenizer, steps=6, **{"model.rope_theta": 500.0})
     assert main(["--run", str(folder), "--to", str(tmp_path / "hf")]) == 0
@@ -43,6 +44,8 @@ def test_transformers_gives_our_logits_and_ids(run, tmp_path, changes):
     assert back.config == model.config and back_tokenizer.encode(TEXT) == tokenizer.encode(TEXT)
     with torch.no_grad():
         assert torch.equal(back.head(back.hidden(ids)), ours)
+    assert train.main([f"--out={tmp_path}", "--run=again", "--resume"]) == 2
+    assert "holds imported weights" in capsys.readouterr().err
 
 
 def test_a_model_of_transformers_comes_in(tmp_path):

@@ -82,15 +82,14 @@ def test_restored_state_keeps_the_rates_now_configured(model):
 
 
 def test_budget_in_tokens_is_whole_steps():
-    budget = Budget.of(0, 1000, 0.0, 300)
+    budget = Budget(0, 1000, 0.0, 300)
     assert [budget.progress(step) for step in (0, 2, 4, 5)] == [0, 0.5, 1, 1]
 
 
 def test_budget_by_the_clock_begins_after_the_first_step(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    budget = Budget.of(0, 0, 50.0, 1)
-    budget.start()
+    budget = Budget(0, 0, 50.0, 1)
     now[0] = 110.0
     assert budget.progress(0) == 0  # compiling
     budget.step_ended()
@@ -100,8 +99,8 @@ def test_budget_by_the_clock_begins_after_the_first_step(monkeypatch):
     assert saved == {"seconds": 30.0, "progress": pytest.approx(0.5)}
 
     now[0] = 1000.0
-    resumed = Budget.of(0, 0, 50.0, 1)
-    resumed.start(**saved)
+    resumed = Budget(0, 0, 50.0, 1)
+    resumed.before = saved
     assert resumed.elapsed() == 30 and resumed.progress(9) == pytest.approx(0.5)
     now[0] = 1010.0
     resumed.step_ended()
