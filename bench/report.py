@@ -21,9 +21,10 @@ def train_table(rows: list[dict]) -> str:
     for (bench, _), row in newest.items():
         for name, precision in (("nanofuse", "bf16"), ("nanogpt", "fp32")):
             r = row[name]
+            bits = f"{r['val_bpb']:.3f}" if bench == "equal wall-clock" else ""  # else they end at different times
             share = r["tok_s"] * r["flops_per_token"] / row["matmul"][precision]
             lines.append(
-                f"| {bench} | {name} | {r['val_bpb']:.3f} | {r['seconds']:.0f} | {r['tok_s']:,.0f} | "
+                f"| {bench} | {name} | {bits} | {r['seconds']:.0f} | {r['tok_s']:,.0f} | "
                 f"{r['tok_s_wall']:,.0f} | {share:.0%} | {r['memory'] / 2**20:,.0f} MiB |"
             )
     where = sorted({f"{row['device']}; torch {row['torch']}; {row['date']}" for row in newest.values()})

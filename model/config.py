@@ -163,12 +163,13 @@ def read_flags(cls: type, argv: list[str], description: str) -> dict[str, str]:
     """The flags given, as text by dotted key. `-h` prints every knob and exits. Raises `ConfigError`."""
     parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for key, knob in knobs(cls).items():
+        bare = "true" if knob.type is bool else "on" if "on" in knob.choices else None  # what the flag alone means
         shown = "" if knob.default in ("", None) else f" (default {knob.default})"
         parser.add_argument(
             f"--{key}",
             metavar="|".join(knob.choices) if knob.choices else knob.type.__name__,
             help=f"{knob.help}{shown}".replace("%", "%%"),
-            **({"nargs": "?", "const": "true"} if knob.type is bool else {}),
+            **({"nargs": "?", "const": bare} if bare else {}),
         )
     for name in _sections(cls):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)

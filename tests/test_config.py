@@ -35,6 +35,7 @@ def test_flags_with_and_without_equals_sign():
 
 def test_a_bare_boolean_flag_is_true():
     assert parse("--loud").loud and parse("--loud=true").loud and not parse("--loud=false").loud
+    assert build(Config, read_flags(Config, ["--compile", "--steps=1"], "")).compile == "on"
 
 
 def test_a_section_by_its_name_sets_its_first_knob():

@@ -115,6 +115,12 @@ def test_compiled_follows_eager(run):
     assert rows(compiled)[-1]["val_loss"] == pytest.approx(rows(eager)[-1]["val_loss"], abs=1e-3)
 
 
+def test_a_seed_is_a_run(run):
+    folders = [run(run=name, seed=seed, deterministic="true")[1] for name, seed in (("a", 1), ("b", 1), ("c", 2))]
+    a, b, c = map(weights, folders)
+    assert same(a, b) and not same(a, c) and torch.are_deterministic_algorithms_enabled()
+
+
 def test_budgets_by_tokens_and_by_the_clock(run):
     _, folder = run(run="tokens", steps=0, tokens=1000)
     assert status(folder)["step"] == 8  # of 128 tokens
