@@ -1,4 +1,5 @@
-# The default: about a million parameters on the documentation inside the Python around it, in four minutes on two cores.
+# The default: about a million parameters, on the documentation inside the Python around it, in four minutes on two
+# cores. bench/LOG.md says what else was tried.
 data = dict(corpus="docstrings", tokenizer="bpe", vocab_size=2048)
 model = dict(n_layer=3, n_head=2, d_model=128, seq_len=128)
 seconds = 240
