@@ -7,6 +7,7 @@ Ours counts compiling and evaluating in its time, the baseline neither. Rows go 
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -14,6 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import train
+from bench import nanogpt
 
 ROOT = Path(__file__).parents[1]
 MARKS = (3.0, 2.5, 2.25, 2.0, 1.9, 1.8, 1.7, 1.6, 1.5)  # bits a byte, to report when each was reached
@@ -96,20 +100,35 @@ def test_equal_wall_clock(pytestconfig, tmp_path, record, rates, capsys):
     assert mine["val_bpb"] < theirs["val_bpb"]
 
 
-def test_equal_shape(pytestconfig, tmp_path, record, rates, capsys):
-    """The baseline's shape, batch, tokens and optimizer in our trainer: what kernels, precision and compiler bring."""
-    seconds = min(30.0, pytestconfig.getoption("seconds"))
+def test_equal_shape(tmp_path, record, rates, capsys):
+    """The baseline's shape, batch, bytes and optimizer in our trainer: what precision and compiler bring. The two take
+    turns in one process, so that a machine that slows down slows both."""
     shape = "--model.n_layer=4 --model.n_head=4 --model.d_model=128 --model.d_ff=344 --model.seq_len=64 --batch_size=12"
-    flags = (
-        "--data.tokenizer=bytes",
-        "--optimizer=adamw",
-        "--model.qk_norm=false",
-        "--eval_every=100000",
-        "--log_every=50",
-        *shape.split(),
-    )
-    theirs = baseline(seconds)
-    mine = ours(tmp_path, "--config=small.py", f"--seconds={seconds + 30}", *flags)
-    show(capsys, "nanofuse", mine, rates["bf16"])
-    show(capsys, "nanoGPT", theirs, rates["fp32"])
-    record("train", {"bench": "equal shape", "nanofuse": mine, "nanogpt": theirs, "matmul": rates})
+    flags = f"--out={tmp_path} --steps=1 --data.tokenizer=bytes --optimizer=adamw --model.qk_norm=false {shape}"
+    trainer = train.Trainer(*train.configure(flags.split()))
+    model = nanogpt.NanoGPT(257)
+    optimizer = nanogpt.build_optimizer(model)
+    steps = {
+        "nanofuse": lambda batch: trainer.train_step(*batch, 0.5),
+        "nanogpt": lambda batch: nanogpt.train_step(model, optimizer, *batch),
+    }
+    seconds = {name: [] for name in steps}
+    for turn in range(21):
+        for name, step in steps.items():
+            begin = time.perf_counter()
+            for i in range(20):
+                step(trainer.batches.get((20 * turn + i) * 12, 12))
+            seconds[name].append((time.perf_counter() - begin) / 20)
+    flops = {"nanofuse": trainer.flops, "nanogpt": model.flops_per_token()}
+    rows = {
+        name: {
+            "tok_s": 12 * 64 / statistics.median(spent[1:]),
+            "flops_per_token": flops[name],
+        }  # the first turn compiles
+        for name, spent in seconds.items()
+    }
+    with capsys.disabled():
+        print(
+            f"\nequal shape  nanofuse {rows['nanofuse']['tok_s']:,.0f} tok/s, nanoGPT {rows['nanogpt']['tok_s']:,.0f}"
+        )
+    record("train", {"bench": "equal shape", **rows, "matmul": rates})

@@ -56,6 +56,22 @@ class NanoGPT(nn.Module):
         return 6 * matrices + 6 * LAYERS * BLOCK * WIDTH
 
 
+def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.99))
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, targets: Tensor) -> None:
+    loss = model(ids, targets)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=float, required=True)
@@ -66,23 +82,14 @@ def main() -> None:
     lengths = torch.from_numpy(data.tokenizer.byte_lengths())
     torch.manual_seed(0)
     model, batches = NanoGPT(data.tokenizer.vocab_size), Batches(data.train, BLOCK, seed=0)
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.99))
+    optimizer = build_optimizer(model)
     step, spent, evaluated = 0, 0.0, 0
     while spent < args.seconds:
         begin = time.perf_counter()
         cosine = 0.5 * (1 + math.cos(math.pi * spent / args.seconds))
         for group in optimizer.param_groups:
             group["lr"] = min(1.0, (step + 1) / WARMUP_STEPS) * (FINAL_LR + (LR - FINAL_LR) * cosine)
-        loss = model(*batches.get(step * BATCH, BATCH))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        loss.item()
+        train_step(model, optimizer, *batches.get(step * BATCH, BATCH))
         step += 1
         spent += time.perf_counter() - begin
         if (share := int(10 * spent / args.seconds)) > evaluated:

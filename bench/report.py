@@ -1,6 +1,6 @@
 """Write the README's measured results from bench/results: `python -m bench.report`.
 
-Only the newest row of each bench and device is shown; nothing between the README's markers is typed by hand.
+Only the newest row of each bench is shown; nothing between the README's markers is typed by hand.
 """
 
 import json
@@ -13,29 +13,23 @@ BEGIN, END = "<!-- results: written by python -m bench.report -->", "<!-- end of
 
 def train_table(rows: list[dict]) -> str:
     """Our trainer beside the baseline, by bench."""
-    newest = {(row["bench"], row["device"]): row for row in rows}
+    newest = {row["bench"]: row for row in rows}
+    whole, shape = newest["equal wall-clock"], newest["equal shape"]
     lines = [
-        "| bench | | bits a byte | seconds | tok/s, steady | tok/s, wall | of the matmul rate | peak memory |",
+        "| | bits a byte | seconds | tok/s, steady | tok/s, wall | of matmul rate | peak memory | tok/s, equal shape |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for (bench, _), row in newest.items():
-        for name, precision in (("nanofuse", "bf16"), ("nanogpt", "fp32")):
-            r = row[name]
-            bits = f"{r['val_bpb']:.3f}" if bench == "equal wall-clock" else ""  # else they end at different times
-            share = r["tok_s"] * r["flops_per_token"] / row["matmul"][precision]
-            lines.append(
-                f"| {bench} | {name} | {bits} | {r['seconds']:.0f} | {r['tok_s']:,.0f} | "
-                f"{r['tok_s_wall']:,.0f} | {share:.0%} | {r['memory'] / 2**20:,.0f} MiB |"
-            )
-    where = sorted({f"{row['device']}; torch {row['torch']}; {row['date']}" for row in newest.values()})
-    ratios = []
-    for (bench, _), row in newest.items():
-        mine, theirs = row["nanofuse"], row["nanogpt"]
-        if bench == "equal shape":
-            ratios.append(f"{bench}: {mine['tok_s'] / theirs['tok_s']:.2f} times the tokens a second")
-        else:
-            ratios.append(f"{bench}: {mine['val_bpb'] / theirs['val_bpb']:.2f} of the bits a byte")
-    return "\n".join([*lines, "", f"{'; '.join(ratios)}. Measured on: {' / '.join(where)}."])
+    for name, precision in (("nanofuse", "bf16"), ("nanogpt", "fp32")):
+        r = whole[name]
+        share = r["tok_s"] * r["flops_per_token"] / whole["matmul"][precision]
+        lines.append(
+            f"| {name} | {r['val_bpb']:.3f} | {r['seconds']:.0f} | {r['tok_s']:,.0f} | {r['tok_s_wall']:,.0f} | "
+            f"{share:.0%} | {r['memory'] / 2**20:,.0f} MiB | {shape[name]['tok_s']:,.0f} |"
+        )
+    bits = whole["nanofuse"]["val_bpb"] / whole["nanogpt"]["val_bpb"]
+    speed = shape["nanofuse"]["tok_s"] / shape["nanogpt"]["tok_s"]
+    where = f"{whole['device']}, torch {whole['torch']}, {whole['date']}, commit {whole['commit']}"
+    return "\n".join([*lines, "", f"{bits:.2f} of the bits a byte; {speed:.2f} times the tokens a second. {where}."])
 
 
 def main() -> int:
