@@ -8,7 +8,7 @@ import torch
 
 import train
 
-# Two test processes on two cores would fight over the threads of each other's operators.
+# Operators as small as these are slower on more threads.
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 SENTENCES = [

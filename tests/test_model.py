@@ -89,6 +89,14 @@ def test_kernels_never_show_in_the_parameters():
     torch.testing.assert_close(one(ids, ids), other(ids, ids))
 
 
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_the_model_is_one_graph(kernels):
+    model, ids = build(kernels=kernels), torch.randint(101, (2, 24))
+    torch.compiler.reset()
+    traced = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(traced(ids, ids), model(ids, ids))
+
+
 def test_evaluation_counts_known_targets_and_their_bytes():
     model, lengths = build(), torch.arange(101)
     ids, targets = torch.randint(101, (2, 4, 24)).unbind(0)
