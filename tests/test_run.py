@@ -5,8 +5,9 @@ import os
 import signal
 
 import pytest
+import torch
 
-from model.hardware import rated_flops
+from model.hardware import HardwareError, pick_compile, rated_flops
 from model.run import Interrupt, Run, RunError, choose_folder, find
 
 
@@ -90,3 +91,15 @@ def test_the_first_interrupt_is_a_flag_and_the_second_acts():
 )  # fmt: skip
 def test_rated_speed_is_the_cards_own_or_unknown(card, tflops):
     assert rated_flops(card) == (tflops and tflops * 1e12)
+
+
+def test_compiling_without_a_compiler_is_said_or_refused(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert pick_compile("auto", cpu) == (False, "no: there is no C++ compiler (g++ or clang++)")
+    with pytest.raises(HardwareError, match=r"cannot compile on this machine: there is no C\+\+ compiler"):
+        pick_compile("on", cpu)
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: "/nowhere")
+    assert pick_compile("auto", cpu) == (False, "no: Python's C headers are missing (python3-dev)")
+    assert pick_compile("off", cpu)[0] is False

@@ -203,9 +203,10 @@ def test_runs_are_named_after_their_config(run, tmp_path):
 
 
 def test_overwriting_discards_the_run(run):
-    run(run="mine")
+    _, folder = run(run="mine")
+    (folder / "samples-of-mine.txt").touch()
     code, folder = run("--overwrite", run="mine", steps=3, eval_every=10)
-    assert code == 0 and rows(folder)[-1]["step"] == 3 and status(folder)["step"] == 3
+    assert code == 0 and rows(folder)[-1]["step"] == 3 and not (folder / "samples-of-mine.txt").exists()
 
 
 def text(path, content):
