@@ -169,12 +169,7 @@ class Trainer:
             self.restore(state)
         elif config.overwrite and folder.exists():
             shutil.rmtree(folder)
-        self.logged, self.busy, self.waited, self.speeds = (
-            self.step,
-            0.0,
-            0.0,
-            [],
-        )  # since the last row; tokens a second
+        self.logged, self.busy, self.waited = self.step, 0.0, 0.0  # the last row's step, and seconds since
         self.run = Run(folder, as_dict(replace(config, resume=False, overwrite=False)), self.step)
         self.tokenizer.save(folder / "tokenizer.json")
         self.run.start_mirror(config.wandb, as_dict(config))
@@ -335,8 +330,9 @@ def main(argv: list[str] | None = None) -> int:
         trainer.finish(status)
         return 0 if status in ("finished", "time_limit") else 1
     except BaseException as error:
-        kinds = {"oom": hardware.out_of_memory(error), "interrupted": isinstance(error, KeyboardInterrupt)}
-        status = next((kind for kind, it_is in kinds.items() if it_is), "crashed")
+        status = "oom" if hardware.out_of_memory(error) else "crashed"
+        if isinstance(error, KeyboardInterrupt):
+            status = "interrupted"
         with suppress(OSError):  # a full disk, say, which is then the error to show
             trainer.run.close(status, step=trainer.step, error=f"{type(error).__name__}: {error}")
         if not isinstance(error, OSError) and status == "crashed":

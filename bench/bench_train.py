@@ -103,32 +103,28 @@ def test_equal_wall_clock(pytestconfig, tmp_path, record, rates, capsys):
 def test_equal_shape(tmp_path, record, rates, capsys):
     """The baseline's shape, batch, bytes and optimizer in our trainer: what precision and compiler bring. The two take
     turns in one process, so that a machine that slows down slows both."""
-    shape = "--model.n_layer=4 --model.n_head=4 --model.d_model=128 --model.d_ff=344 --model.seq_len=64 --batch_size=12"
-    flags = f"--out={tmp_path} --steps=1 --data.tokenizer=bytes --optimizer=adamw --model.qk_norm=false {shape}"
+    layers, heads, width, block, batch = nanogpt.LAYERS, nanogpt.HEADS, nanogpt.WIDTH, nanogpt.BLOCK, nanogpt.BATCH
+    shape = f"--model.n_layer={layers} --model.n_head={heads} --model.d_model={width} --model.d_ff=344"
+    data = f"--data.tokenizer=bytes --model.seq_len={block} --batch_size={batch}"
+    flags = f"--out={tmp_path} --steps=1 --optimizer=adamw --model.qk_norm=false {shape} {data}"
     trainer = train.Trainer(*train.configure(flags.split()))
-    model = nanogpt.NanoGPT(257)
+    model = nanogpt.NanoGPT(trainer.tokenizer.vocab_size)
     optimizer = nanogpt.build_optimizer(model)
     steps = {
-        "nanofuse": lambda batch: trainer.train_step(*batch, 0.5),
-        "nanogpt": lambda batch: nanogpt.train_step(model, optimizer, *batch),
+        "nanofuse": lambda ids, targets: trainer.train_step(ids, targets, 0.5),
+        "nanogpt": lambda ids, targets: nanogpt.train_step(model, optimizer, ids, targets),
     }
     seconds = {name: [] for name in steps}
     for turn in range(21):
         for name, step in steps.items():
             begin = time.perf_counter()
             for i in range(20):
-                step(trainer.batches.get((20 * turn + i) * 12, 12))
+                step(*trainer.batches.get((20 * turn + i) * batch, batch))
             seconds[name].append((time.perf_counter() - begin) / 20)
     flops = {"nanofuse": trainer.flops, "nanogpt": model.flops_per_token()}
-    rows = {
-        name: {
-            "tok_s": 12 * 64 / statistics.median(spent[1:]),
-            "flops_per_token": flops[name],
-        }  # the first turn compiles
-        for name, spent in seconds.items()
-    }
+    # The first turn compiles.
+    speeds = {name: batch * block / statistics.median(spent[1:]) for name, spent in seconds.items()}
+    rows = {name: {"tok_s": speed, "flops_per_token": flops[name]} for name, speed in speeds.items()}
     with capsys.disabled():
-        print(
-            f"\nequal shape  nanofuse {rows['nanofuse']['tok_s']:,.0f} tok/s, nanoGPT {rows['nanogpt']['tok_s']:,.0f}"
-        )
+        print("\nequal shape ", ", ".join(f"{name} {speed:,.0f} tok/s" for name, speed in speeds.items()))
     record("train", {"bench": "equal shape", **rows, "matmul": rates})

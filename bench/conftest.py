@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.hardware import device_name, pick_device
 from model.run import commit
 
 RESULTS = Path(__file__).parent / "results"
@@ -22,23 +23,14 @@ def pytest_addoption(parser):
 @pytest.fixture(scope="session")
 def machine() -> dict:
     """What a result is worth nothing without: where and with what it was measured."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "date": time.strftime("%F"),
         "commit": commit(),
-        "device": gpu or f"{_processor()}, {torch.get_num_threads()} threads",
-        "driver": torch.version.cuda if gpu else None,
+        "device": device_name(pick_device("auto")),
+        "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
 
 
 @pytest.fixture(scope="session")

@@ -93,14 +93,23 @@ def pick_compile(name: str, device: torch.device) -> tuple[bool, str]:
     return True, "yes: the first step takes up to a minute, a few seconds when it finds its code in the cache"
 
 
-def describe(device: torch.device, precision: Precision) -> str:
-    """The device, precision and rated speed in one line: the card's name, or the processor and its threads."""
+def device_name(device: torch.device) -> str:
+    """The card's name, or the processor's and its threads."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f"{device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        processor = platform.processor() or platform.machine()
+    return f"{processor}, {torch.get_num_threads()} threads"
+
+
+def describe(device: torch.device, precision: Precision) -> str:
+    """The device, precision and rated speed in one line."""
     peak = peak_flops(device, precision)
-    return f"{name}, {precision}, " + (f"{peak / 1e12:,.0f} TFLOP/s rated" if peak else "rated speed unknown")
+    rated = f"{peak / 1e12:,.0f} TFLOP/s rated" if peak else "rated speed unknown"
+    return f"{device.type} ({device_name(device)}), {precision}, {rated}"
 
 
 def memory(device: torch.device) -> dict[str, int | None]:

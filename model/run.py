@@ -10,7 +10,6 @@ W&B mirrors the rows when asked to; the files are the record.
 
 import json
 import math
-import os
 import re
 import shutil
 import signal
@@ -21,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+from data.tokenizer import write_atomically
 from model.config import UserError
 
 Status = Literal["running", "finished", "diverged", "nan", "oom", "crashed", "interrupted", "time_limit", "unsupported"]
@@ -87,13 +87,6 @@ def find(path: str) -> Path:
     return folder
 
 
-def _replace(path: Path, text: str) -> None:
-    """Make `text` the content of `path`, in one step."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
 class Run:
     """The record of one run: rows, samples, status, and the lines or the bar a person sees."""
 
@@ -105,16 +98,16 @@ class Run:
         self._metrics, self._samples = folder / "metrics.jsonl", folder / "samples.txt"
         if self._metrics.exists():
             self.rows = [row for row in _read_rows(self._metrics) if row["step"] <= at_step]
-            _replace(self._metrics, "".join(json.dumps(row) + "\n" for row in self.rows))
+            write_atomically(self._metrics, "".join(json.dumps(row) + "\n" for row in self.rows))
         if self._samples.exists():
             samples = re.split(r"(?m)^(?=--- step \d+ ---$)", self._samples.read_text())
-            _replace(self._samples, "".join(s for s in samples if s and int(s.split()[2]) <= at_step))
-        _replace(folder / "config.json", json.dumps(config, indent=2) + "\n")
+            write_atomically(self._samples, "".join(s for s in samples if s and int(s.split()[2]) <= at_step))
+        write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
         self.set_status("running")
 
     def set_status(self, status: Status, **facts: Any) -> None:
         facts = {"status": status, "time": time.strftime("%FT%T%z"), **facts}
-        _replace(self.folder / "status.json", json.dumps(facts, indent=2) + "\n")
+        write_atomically(self.folder / "status.json", json.dumps(facts, indent=2) + "\n")
 
     def log(self, row: dict[str, Any], line: str) -> None:
         """Record a row and show its line."""

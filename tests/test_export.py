@@ -1,14 +1,14 @@
 """Out to Hugging Face's format and in again: the same logits, the same ids."""
 
-import json
-
 import pytest
 import torch
 
 import train
+from data.tokenizer import byte_tokenizer
+from kernels import KernelChoice, bind
 from model.export import from_huggingface, main, to_huggingface
 from model.generate import load_run
-from model.gpt import ModelConfig
+from model.gpt import GPT, ModelConfig
 
 transformers = pytest.importorskip("transformers")
 
@@ -54,13 +54,12 @@ def test_a_model_of_transformers_comes_in(tmp_path):
         vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=64, tie_word_embeddings=False,
     )  # fmt: skip
-    theirs = transformers.Qwen3ForCausalLM(config).eval()
-    ours, weights = from_huggingface(json.loads(config.to_json_string()), theirs.state_dict())
-    from kernels import KernelChoice, bind
-    from model.gpt import GPT
-
-    model = GPT(ours, bind(KernelChoice()))
-    model.load_state_dict(weights)
+    transformers.Qwen3ForCausalLM(config).bfloat16().save_pretrained(tmp_path / "hf", max_shard_size="20KB")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    byte_tokenizer().to_huggingface().save(str(tmp_path / "hf" / "tokenizer.json"))
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
+    assert main(["--run", str(tmp_path / "run"), "--from", str(tmp_path / "hf")]) == 0
+    model, _ = load_run(tmp_path / "run", torch.device("cpu"))
     ids = torch.randint(257, (2, 40))
     with torch.no_grad():
         torch.testing.assert_close(model.head(model.hidden(ids)), theirs(ids).logits, atol=1e-4, rtol=0)
@@ -77,15 +76,9 @@ def test_a_model_of_transformers_comes_in(tmp_path):
 )
 def test_models_that_are_not_ours(change, message):
     config = ModelConfig(n_layer=1, n_head=2, d_model=16).resolved(30)
+    weights = GPT(config, bind(KernelChoice())).state_dict()
     with pytest.raises(ValueError, match=message):
-        from_huggingface(to_huggingface(config, _weights(config), 0)[0] | change, {})
-
-
-def _weights(config):
-    from kernels import KernelChoice, bind
-    from model.gpt import GPT
-
-    return GPT(config, bind(KernelChoice())).state_dict()
+        from_huggingface(to_huggingface(config, weights, 0)[0] | change, {})
 
 
 def test_nothing_is_overwritten(run, tmp_path, capsys):
