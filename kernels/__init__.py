@@ -14,6 +14,7 @@ from typing import Annotated
 import torch
 
 from kernels import attention, linear_cross_entropy, rmsnorm, rope, swiglu
+from kernels.launch import AVAILABLE
 from kernels.spec import Op
 
 OPS: dict[str, Op] = {
@@ -26,6 +27,14 @@ OPS: dict[str, Op] = {
         linear_cross_entropy,
     )
 }
+
+# What tests and benches go over: the table, and the part of an op that is usable alone.
+TESTED: tuple[Op, ...] = (*OPS.values(), linear_cross_entropy.CROSS_ENTROPY)
+
+if os.environ.get("TRITON_INTERPRET") == "1" and AVAILABLE:
+    from kernels.interpreter import install
+
+    install()
 
 KernelChoice = make_dataclass(
     "KernelChoice",
@@ -87,6 +96,8 @@ def _named(op: Op, wanted: str, device: torch.device) -> str:
         near = difflib.get_close_matches(wanted, op.implementations, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise KernelError(f"{op.name} has no {wanted!r} kernel; it has {', '.join(op.implementations)}{hint}")
+    if wanted == "triton" and not AVAILABLE:
+        raise KernelError("Triton is not installed (it is published for Linux): take --kernels=torch")
     if wanted == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise KernelError(
             f"the triton kernel of {op.name} needs a GPU and this run is on {device.type}: take --kernels=torch, "
@@ -95,4 +106,4 @@ def _named(op: Op, wanted: str, device: torch.device) -> str:
     return wanted
 
 
-__all__ = ["OPS", "KernelChoice", "KernelError", "Kernels", "bind"]
+__all__ = ["OPS", "TESTED", "KernelChoice", "KernelError", "Kernels", "bind"]

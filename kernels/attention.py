@@ -63,6 +63,13 @@ def _cost(s, itemsize):
     return Cost(elements * itemsize, 4 * s["B"] * s["H"] * s["D"] * visible)
 
 
+def _backward_cost(s, itemsize):
+    """q, k, v, o and its gradient read, three gradients written; five products to the forward's two."""
+    forward = _cost(s, itemsize)
+    elements = s["B"] * s["D"] * (4 * s["T"] * s["H"] + 4 * s["S"] * s["KV"])
+    return Cost(elements * itemsize, forward.flops * 5 // 2)
+
+
 def _shape(b, t, s, h, kv, d):
     return {"B": b, "T": t, "S": s, "H": h, "KV": kv, "D": d}
 
@@ -73,6 +80,7 @@ OP = Op(
     inputs=_inputs,
     differentiable=("q", "k", "v"),
     cost=_cost,
+    backward_cost=_backward_cost,
     test_shapes=(
         _shape(1, 1, 1, 1, 1, 16),
         _shape(2, 17, 17, 4, 4, 32),
@@ -84,4 +92,5 @@ OP = Op(
         _shape(16, 1024, 1024, 12, 12, 64),
         _shape(4, 4096, 4096, 32, 8, 128),
     ),
+    preferred={"cuda": "sdpa"},
 )

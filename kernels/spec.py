@@ -26,8 +26,8 @@ class Op:
     `implementations` all share one signature; `"torch"` is the reference, correct in every dtype up to float64.
     `inputs(shape, make)` builds the keyword arguments of a call from a shape (named sizes) and a tensor factory:
     `make(*size)` draws normal values of the dtype and device under test. `differentiable` names the arguments that
-    take a gradient, `cost(shape, itemsize)` counts the forward pass. `preferred` is what `auto` takes on a device
-    type, the reference where it names none.
+    take a gradient. `cost(shape, itemsize)` counts the forward pass and `backward_cost` the backward, of inputs all of
+    that size. `preferred` is what `auto` takes on a device type, the reference where it names none.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Op:
     inputs: Callable[[Mapping[str, int], Callable[..., torch.Tensor]], dict[str, Any]]
     differentiable: tuple[str, ...]
     cost: Callable[[Mapping[str, int], int], Cost]
+    backward_cost: Callable[[Mapping[str, int], int], Cost]
     test_shapes: tuple[Mapping[str, int], ...]
     bench_shapes: tuple[Mapping[str, int], ...]
     preferred: Mapping[str, str] = field(default_factory=lambda: {"cuda": "triton"})

@@ -1,64 +1,133 @@
-"""Every implementation of every op in the table against the mathematics, and the choice between them."""
+"""Every implementation of every op in the table against the mathematics, and the choice between them.
+
+On a GPU the Triton kernels run compiled; elsewhere in the interpreter, with every check of it on.
+"""
 
 import math
+import subprocess
+import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import kernels
-from kernels import OPS, KernelChoice, KernelError, bind
+from kernels import OPS, TESTED, KernelChoice, KernelError, bind
+from kernels.interpreter import sanitize
 from kernels.linear_cross_entropy import IGNORE
 from kernels.rope import rope_tables
 
-CASES = [
-    pytest.param(op, name, shape, id=f"{op.name}-{name}-{'x'.join(map(str, shape.values()))}")
-    for op in OPS.values() for name in op.implementations for shape in op.test_shapes
-]  # fmt: skip
-REFERENCES = [case for case in CASES if case.values[1] == "torch"]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BY_NAME = {op.name: op for op in TESTED}
+
+
+def case(op, name, shape, **options):
+    label = [op.name, name, "x".join(map(str, shape.values())), *(f"{k}={v}" for k, v in options.items())]
+    return pytest.param(op, name, shape, options, id="-".join(label))
+
+
+CASES = [case(op, name, shape) for op in TESTED for name in op.implementations for shape in op.test_shapes]
+REFERENCES = [parameters for parameters in CASES if parameters.values[1] == "torch"]
+
+
+def options_of(op, *choices, shape=1):
+    """Cases of the Triton implementation at one shape, with these arguments instead of the defaults."""
+    return [case(BY_NAME[op], "triton", BY_NAME[op].test_shapes[shape], **options) for options in choices]
+
+
+LOSS = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 3.0}
+OPTIONS = [
+    *options_of("rmsnorm", {"gain": None}, {"residual": None}, {"gain": None, "residual": None}, {"eps": 0.1}, shape=2),
+    *options_of("rope", {"q_gain": None, "k_gain": None}, {"interleaved": True}, {"eps": 0.1}),
+    *options_of("rope", {"q_gain": None, "k_gain": None, "interleaved": True}, shape=2),
+    *options_of("swiglu", *({"activation": a, "gated": g} for a in ("silu", "gelu", "relu", "relu2") for g in (0, 1))),
+    *(
+        parameters for op in ("cross_entropy", "linear_cross_entropy") for parameters in options_of(
+            op, *({k: v} for k, v in LOSS.items()), LOSS, {"reduction": "sum"}, {"reduction": "none"},
+            {"reduction": "none", **LOSS},
+        )
+    ),
+    *options_of("cross_entropy", {"inplace": True}),
+    *options_of("cross_entropy", LOSS, shape=2),
+]  # fmt: skip
 
 
 def make_inputs(op, shape, dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return op.inputs(shape, lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype))
+    inputs = op.inputs(shape, lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype))
+    return {k: v.to(DEVICE) if torch.is_tensor(v) else v for k, v in inputs.items()}
 
 
-def call(op, name, inputs, dtype):
-    """Outputs and gradients of one implementation on `inputs` in `dtype`, under fixed random upstream gradients."""
-    cast = {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
-    for key in op.differentiable:
+def checked(name):
+    """The interpreter's checks, for a Triton implementation that it runs."""
+    return sanitize(shuffle=0) if name == "triton" and DEVICE.type == "cpu" else nullcontext()
+
+
+def call(op, name, inputs, dtype, **options):
+    """Outputs and gradients of one implementation on `inputs` in `dtype`, under fixed random upstream gradients.
+
+    Memory is handed out filled with NaN, so that what is not written shows."""
+    cast = {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()} | options
+    taken = [key for key in op.differentiable if cast[key] is not None]
+    for key in taken:
         cast[key] = cast[key].detach().clone().requires_grad_()
-    outputs = op.implementations[name](**cast)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
-    gradients = torch.autograd.grad(outputs, [cast[key] for key in op.differentiable], upstream)
+    # A leaf is not to be written to, and `inplace` means an intermediate result.
+    given = {k: v.clone() if options.get("inplace") and k in taken else v for k, v in cast.items()}
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with checked(name):
+            outputs = op.implementations[name](**given)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            generator = torch.Generator().manual_seed(1)
+            upstream = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs]
+            gradients = torch.autograd.grad(outputs, [cast[key] for key in taken], upstream)
+    finally:
+        torch.use_deterministic_algorithms(False)
     return {f"output {i}": o.detach() for i, o in enumerate(outputs)} | {
-        f"gradient of {key}": g for key, g in zip(op.differentiable, gradients, strict=True)
+        f"gradient of {key}": g for key, g in zip(taken, gradients, strict=True)
     }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("op, name, shape", CASES)
-def test_parity(op, name, shape, dtype):
+def assert_as_right_as_the_reference(op, name, inputs, dtype, **options):
     """No further from float64 than twice the reference's own rounding, plus one roundoff of the largest value.
 
     A result that is exactly 0 (the gradient of q under one key) is a difference of values as large as the inputs."""
-    inputs = make_inputs(op, shape, dtype)
-    truth = call(op, "torch", inputs, torch.float64)
-    reference, ours = call(op, "torch", inputs, dtype), call(op, name, inputs, dtype)
+    plain = {k: v for k, v in options.items() if k != "inplace"}
+    truth = call(op, "torch", inputs, torch.float64, **plain)
+    reference, ours = call(op, "torch", inputs, dtype, **plain), call(op, name, inputs, dtype, **options)
     largest = max(inputs[key].double().abs().max() for key in op.differentiable)
     for key, exact in truth.items():
-        assert ours[key].dtype == reference[key].dtype
+        assert ours[key].dtype == reference[key].dtype and ours[key].shape == reference[key].shape
         allowed = 2 * (reference[key].double() - exact).abs().max() + torch.finfo(dtype).eps * (
             exact.abs().max() or largest
         )
         assert (ours[key].double() - exact).abs().max() <= allowed, key
 
 
-@pytest.mark.parametrize("op, name, shape", REFERENCES)
-def test_reference_gradients(op, name, shape):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op, name, shape, options", CASES)
+def test_parity(op, name, shape, options, dtype):
+    assert_as_right_as_the_reference(op, name, make_inputs(op, shape, dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op, name, shape, options", OPTIONS)
+def test_parity_with_options(op, name, shape, options, dtype):
+    assert_as_right_as_the_reference(op, name, make_inputs(op, shape, dtype), dtype, **options)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_parity_at_positions_that_restart(interleaved):
+    op, shape = OPS["rope"], {"B": 2, "T": 7, "H": 4, "KV": 2, "D": 32}
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 6], [5, 6, 0, 0, 1, 2, 3]], device=DEVICE)
+    inputs = make_inputs(op, shape, torch.float32)
+    assert_as_right_as_the_reference(op, "triton", inputs, torch.float32, positions=positions, interleaved=interleaved)
+
+
+@pytest.mark.parametrize("op, name, shape, options", REFERENCES)
+def test_reference_gradients(op, name, shape, options):
     inputs = make_inputs(op, shape, torch.float64)
     leaves = [inputs[key].detach().clone().requires_grad_() for key in op.differentiable]
     assert torch.autograd.gradcheck(
@@ -68,17 +137,21 @@ def test_reference_gradients(op, name, shape):
     )
 
 
-@pytest.mark.parametrize("op, name, shape", CASES)
-def test_strided_inputs_give_the_same(op, name, shape):
+def strided_like(value, kind):
+    """The same values, with every other column or the left part of every row belonging to something else."""
+    wide = torch.full((*value.shape[:-1], 2 * value.shape[-1]), math.nan, device=DEVICE).to(value.dtype)
+    view = wide[..., ::2] if kind == "columns" else wide[..., value.shape[-1] :]
+    view.copy_(value)
+    return view
+
+
+@pytest.mark.parametrize("kind", ["columns", "rows"])
+@pytest.mark.parametrize("op, name, shape, options", CASES)
+def test_strided_inputs_give_the_same(op, name, shape, options, kind):
     inputs = make_inputs(op, shape, torch.float32)
-    strided = {}
-    for key, value in inputs.items():
-        if torch.is_tensor(value) and value.ndim > 1:
-            wide = torch.full((*value.shape[:-1], 2 * value.shape[-1]), math.nan, dtype=torch.float64).to(value.dtype)
-            wide[..., ::2] = value
-            value = wide[..., ::2]
-        strided[key] = value
-    torch.testing.assert_close(op.implementations[name](**inputs), op.implementations[name](**strided))
+    strided = {k: strided_like(v, kind) if torch.is_tensor(v) and v.ndim > 1 else v for k, v in inputs.items()}
+    with checked(name):
+        torch.testing.assert_close(op.implementations[name](**strided), op.implementations[name](**inputs))
 
 
 def test_rmsnorm_is_torchs():
@@ -168,11 +241,29 @@ def test_choice_that_does_not_exist_names_those_that_do():
 
 
 def test_triton_without_a_gpu_names_both_ways_out(monkeypatch):
-    op = kernels.Op(**{**OPS["swiglu"].__dict__, "implementations": {"torch": F.silu, "triton": F.silu}})
-    monkeypatch.setitem(OPS, "swiglu", op)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(KernelError, match="--kernels=torch, or set TRITON_INTERPRET=1"):
         bind(KernelChoice(swiglu="triton"))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert bind(KernelChoice(swiglu="triton")).names["swiglu"] == "triton"
-    assert bind(KernelChoice(), "cuda").names["swiglu"] == "triton"
+
+
+def test_automatic_choice_on_a_gpu():
+    assert bind(KernelChoice(), "cuda").names == dict.fromkeys(OPS, "triton") | {"attention": "sdpa"}
+
+
+def test_a_system_without_triton_has_the_other_kernels():
+    program = """if True:
+        import sys
+        sys.modules["triton"] = None
+        from kernels import KernelChoice, KernelError, bind
+        print(bind(KernelChoice()))
+        try:
+            bind(KernelChoice(every="torch", rope="triton"))
+        except KernelError as error:
+            print(error)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=kernels.__path__[0] + "/.."
+    )
+    assert done.stdout.count("torch") >= len(OPS) and "Triton is not installed" in done.stdout, done.stderr

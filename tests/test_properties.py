@@ -1,0 +1,75 @@
+"""Shapes, strides and targets that nobody thought of: Triton against the reference on drawn inputs."""
+
+import pytest
+import torch
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_kernels import BY_NAME, DEVICE, assert_as_right_as_the_reference, checked
+
+from kernels.linear_cross_entropy import IGNORE
+from kernels.rope import rope_tables
+
+drawn = settings(max_examples=25, deadline=None, derandomize=True)
+sizes = st.integers(1, 9)
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+seeds = st.integers(0, 2**31)
+
+
+def normal(shape, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(DEVICE)
+
+
+@drawn
+@given(sizes, st.integers(1, 600), dtypes, st.booleans(), seeds)
+def test_rmsnorm(rows, d, dtype, residual, seed):
+    inputs = {"x": normal((rows, d), dtype, seed), "gain": normal(d, dtype, seed + 1)}
+    inputs["residual"] = normal((rows, d), dtype, seed + 2)
+    options = {} if residual else {"residual": None}
+    assert_as_right_as_the_reference(BY_NAME["rmsnorm"], "triton", inputs, dtype, **options)
+
+
+@drawn
+@given(sizes, st.integers(1, 600), dtypes, st.sampled_from(["silu", "gelu", "relu", "relu2"]), seeds)
+def test_swiglu(rows, f, dtype, activation, seed):
+    inputs = {"x": normal((rows, 2 * f), dtype, seed)}
+    assert_as_right_as_the_reference(BY_NAME["swiglu"], "triton", inputs, dtype, activation=activation)
+
+
+@drawn
+@given(sizes, sizes, st.integers(1, 3), st.integers(1, 4), st.integers(1, 70), dtypes, st.booleans(), seeds)
+def test_rope(b, t, kv, group, half, dtype, interleaved, seed):
+    """Any head width, any grouping, positions in any order."""
+    cos, sin = rope_tables(50, 2 * half, device=DEVICE)
+    inputs = {
+        "qkv": normal((b, t, (group * kv + 2 * kv) * 2 * half), dtype, seed), "cos": cos, "sin": sin,
+        "n_head": group * kv, "n_kv_head": kv,
+        "q_gain": normal(2 * half, dtype, seed + 1), "k_gain": normal(2 * half, dtype, seed + 2),
+        "positions": torch.randint(50, (b, t), generator=torch.Generator().manual_seed(seed)).to(DEVICE),
+    }  # fmt: skip
+    assert_as_right_as_the_reference(BY_NAME["rope"], "triton", inputs, dtype, interleaved=interleaved)
+
+
+@drawn
+@given(
+    sizes, st.integers(1, 5000), dtypes, st.sampled_from(["mean", "sum", "none"]), st.sampled_from([0.0, 0.2]), seeds
+)
+def test_cross_entropy(n, v, dtype, reduction, label_smoothing, seed):
+    targets = torch.randint(IGNORE, v, (n,), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    inputs = {"logits": normal((n, v), dtype, seed), "targets": targets}
+    options = {"reduction": reduction, "label_smoothing": label_smoothing}
+    assert_as_right_as_the_reference(BY_NAME["cross_entropy"], "triton", inputs, dtype, **options)
+
+
+@drawn
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 40), st.permutations(range(3)), st.integers(1, 3), seeds)
+def test_any_strides(a, b, d, order, step, seed):
+    """Permuted, stepped views of three dimensions give what their contiguous copies give."""
+    x = normal((2 * a, 2 * b * step, 2 * d), torch.float32, seed)[:, ::step].permute(order)
+    swiglu, rmsnorm = (BY_NAME[name].implementations["triton"] for name in ("swiglu", "rmsnorm"))
+    with checked("triton"):
+        torch.testing.assert_close(rmsnorm(x), rmsnorm(x.contiguous()), rtol=0, atol=0)
+        torch.testing.assert_close(swiglu(x), swiglu(x.contiguous()), rtol=0, atol=0)

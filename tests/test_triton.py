@@ -1,0 +1,347 @@
+"""The Triton implementations in use: under autograd's modes, as torch.library ops, compiled, in the model."""
+
+import math
+
+import pytest
+import torch
+from test_kernels import BY_NAME, DEVICE, call, checked, make_inputs
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from kernels import OPS, TESTED, KernelChoice, bind, linear_cross_entropy
+from kernels.interpreter import sanitize
+from kernels.launch import IMPLEMENTATIONS
+from kernels.linear_cross_entropy import IGNORE, cross_entropy_torch, cross_entropy_triton, linear_cross_entropy_triton
+from kernels.rope import rope_tables
+from model.gpt import GPT, ModelConfig
+
+WITH_TRITON = [op for op in TESTED if "triton" in op.implementations]
+interpreted = pytest.mark.skipif(DEVICE.type == "cuda", reason="asks the interpreter what was launched")
+by_op = pytest.mark.parametrize("op", WITH_TRITON, ids=lambda op: op.name)
+
+
+def leaves_of(op, shape=1, seed=0):
+    inputs = make_inputs(op, op.test_shapes[shape], torch.float32, seed)
+    return inputs | {key: inputs[key].requires_grad_() for key in op.differentiable}
+
+
+def summed(outputs):
+    """A scalar that depends differently on every element."""
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return sum((o * torch.linspace(-1, 1, o.numel(), device=o.device).view(o.shape).cos()).sum() for o in outputs)
+
+
+@by_op
+def test_without_gradients(op):
+    inputs = leaves_of(op)
+    expected = op.implementations["triton"](**inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(op.implementations["triton"](**inputs), expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(op.implementations["triton"](**inputs), expected)
+
+
+@by_op
+def test_accumulated_checkpointed_and_used_twice(op):
+    """Twice through a checkpoint, the output used twice, the gradients of both added up: twice the plain ones."""
+    plain, twice = leaves_of(op), leaves_of(op)
+    summed(op.implementations["torch"](**plain)).backward()
+    for _ in range(2):
+        outputs = checkpoint(lambda: op.implementations["triton"](**twice), use_reentrant=False)
+        (0.25 * summed(outputs) + 0.75 * summed(outputs)).backward()
+    for key in op.differentiable:
+        torch.testing.assert_close(twice[key].grad, 2 * plain[key].grad)
+
+
+@by_op
+def test_gradient_of_some_inputs_only(op):
+    """A frozen input, as of an imported head, takes none and does not stop the others'."""
+    for key in op.differentiable:
+        ours, theirs = (
+            make_inputs(op, op.test_shapes[1], torch.float32),
+            make_inputs(op, op.test_shapes[1], torch.float32),
+        )
+        for inputs, name in ((ours, "triton"), (theirs, "torch")):
+            inputs[key].requires_grad_()
+            summed(op.implementations[name](**inputs)).backward()
+        torch.testing.assert_close(ours[key].grad, theirs[key].grad)
+
+
+@by_op
+def test_repeats_bit_for_bit(op):
+    """Whatever the order in which programs run."""
+    inputs = make_inputs(op, op.test_shapes[-2], torch.bfloat16)
+    results = []
+    for seed in range(2):
+        with sanitize(shuffle=seed) if DEVICE.type == "cpu" else checked(""):
+            results.append(call(op, "triton", inputs, torch.bfloat16))
+    assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+
+
+@by_op
+def test_empty_batch(op):
+    shape = op.test_shapes[1] | {next(k for k in ("rows", "N", "B") if k in op.test_shapes[1]): 0}
+    inputs = make_inputs(op, shape, torch.float32)
+    inputs |= {key: inputs[key].requires_grad_() for key in op.differentiable}
+    summed(op.implementations["triton"](**inputs)).backward()
+    assert all(not inputs[key].grad.any() for key in op.differentiable)
+
+
+def test_inputs_are_left_alone():
+    for op in WITH_TRITON:
+        inputs = leaves_of(op)
+        copies = {k: v.clone() for k, v in inputs.items() if torch.is_tensor(v)}
+        summed(op.implementations["triton"](**inputs)).backward()
+        assert all(torch.equal(inputs[k], v) for k, v in copies.items()), op.name
+
+
+def test_norm_under_autocast_keeps_the_stream_wide():
+    """A half-precision sub-layer added to a float32 stream: the stream stays so, the normalised value does not."""
+    x, residual, gain = torch.randn(5, 48, dtype=torch.bfloat16), torch.randn(5, 48), torch.randn(48)
+    inputs = {k: v.to(DEVICE) for k, v in {"x": x, "residual": residual, "gain": gain}.items()}
+    results = {}
+    for name in ("torch", "triton"):
+        leaves = {k: v.clone().requires_grad_() for k, v in inputs.items()}
+        outputs = OPS["rmsnorm"].implementations[name](**leaves)
+        summed(tuple(o.float() for o in outputs)).backward()
+        results[name] = [*outputs, *(v.grad for v in leaves.values())]
+    assert [r.dtype for r in results["triton"]] == [r.dtype for r in results["torch"]]
+    for ours, theirs in zip(results["triton"], results["torch"], strict=True):
+        tolerance = 2e-2 if ours.dtype == torch.bfloat16 else 2e-6
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_stream_used_alone():
+    """A layer whose normalised value is dropped still passes the stream's gradient through."""
+    inputs = leaves_of(OPS["rmsnorm"])
+    OPS["rmsnorm"].implementations["triton"](**inputs)[1].sum().backward()
+    assert torch.equal(inputs["x"].grad, torch.ones_like(inputs["x"])) and not inputs["gain"].grad.any()
+
+
+# The loss.
+
+
+def test_a_chunk_of_logits_is_all_there_is(monkeypatch):
+    """No tensor as large as the logits, in training or evaluation; the result is that of one chunk."""
+    op = BY_NAME["linear_cross_entropy"]
+    inputs = {k: v.detach() for k, v in make_inputs(op, {"N": 64, "D": 8, "V": 400}, torch.float32).items()}
+    whole = call(op, "triton", inputs, torch.float32)
+    monkeypatch.setattr(linear_cross_entropy, "CHUNK_BYTES", 4 * 400 * 7)
+
+    class Largest(TorchDispatchMode):
+        nbytes = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **kwargs or {})
+            if torch.is_tensor(result):
+                self.nbytes = max(self.nbytes, result.nbytes)
+            return result
+
+    implementation = IMPLEMENTATIONS["linear_cross_entropy"]
+    with Largest() as largest:
+        for wanted in (True, False):
+            implementation(*inputs.values(), None, torch.float32, 0.0, 0.0, 0.0, wanted, wanted)
+    assert largest.nbytes == 4 * max(7 * 400, 400 * 8)
+    chunked = call(op, "triton", inputs, torch.float32)
+    for key, value in whole.items():
+        torch.testing.assert_close(chunked[key], value)
+
+
+def test_half_precision_products_are_summed_in_float32(monkeypatch):
+    """The head's gradient over 280 chunks of 2 rows, all alike: summed in bf16 it would stop growing at 256."""
+    monkeypatch.setattr(linear_cross_entropy, "CHUNK_BYTES", 2 * 16 * 2)
+    x = torch.ones(560, 1, dtype=torch.bfloat16, device=DEVICE)
+    weight = torch.zeros(2, 1, device=DEVICE, requires_grad=True)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        linear_cross_entropy_triton(x, weight, torch.zeros(560, dtype=torch.long, device=DEVICE), "sum").backward()
+    assert weight.grad.flatten().tolist() == [-280, 280] and weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("margin", [0.0, 10.0, 40.0, 80.0])
+def test_confident_predictions_lose_nothing(margin):
+    logits = torch.zeros(2, 1000, device=DEVICE)
+    logits[0, 3], logits[1, 999] = margin, -margin
+    targets = torch.tensor([3, 3], device=DEVICE)
+    truth, ours = logits.double().requires_grad_(), logits.requires_grad_()
+    expected, loss = cross_entropy_torch(truth, targets, "none"), cross_entropy_triton(ours, targets, "none")
+    rest = 999 * math.exp(-margin)
+    assert loss[0].item() == pytest.approx(math.log1p(rest), rel=1e-6)
+    assert loss[1].item() == pytest.approx(expected[1].item(), rel=1e-6)
+    loss.sum().backward()
+    assert ours.grad[0, 3].item() == pytest.approx(-rest / (1 + rest), rel=1e-6)
+
+
+@pytest.mark.parametrize("target", [-2, 101, 2**40])
+def test_target_out_of_range_is_nan_and_reads_nothing(target):
+    logits = torch.randn(3, 101, device=DEVICE)
+    with checked("triton"):
+        loss = cross_entropy_triton(logits, torch.tensor([5, target, IGNORE], device=DEVICE), "none")
+    assert loss.isnan().tolist() == [False, True, False] and loss[2] == 0
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_all_ignored_is_zero(reduction):
+    inputs = leaves_of(BY_NAME["linear_cross_entropy"])
+    inputs["targets"].fill_(IGNORE)
+    loss = linear_cross_entropy_triton(**inputs, reduction=reduction)
+    loss.sum().backward()
+    assert not loss.any() and not inputs["x"].grad.any() and not inputs["head_weight"].grad.any()
+
+
+def test_infinite_logits_are_impossible_classes():
+    logits = torch.randn(2, 40, device=DEVICE)
+    logits[:, 30:] = -math.inf
+    targets = torch.tensor([3, 7], device=DEVICE)
+    torch.testing.assert_close(cross_entropy_triton(logits, targets), cross_entropy_torch(logits, targets))
+
+
+@pytest.mark.parametrize("op", ["cross_entropy", "linear_cross_entropy"])
+def test_second_backward_is_refused(op):
+    """It would scale a gradient that the first has scaled already."""
+    loss = 2 * BY_NAME[op].implementations["triton"](**leaves_of(BY_NAME[op]))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_gradient_in_place_of_the_logits():
+    logits = leaves_of(BY_NAME["cross_entropy"])["logits"]
+    intermediate = logits * 1
+    targets = torch.arange(len(logits), device=DEVICE)
+    cross_entropy_triton(intermediate, targets, "sum", inplace=True).backward()
+    assert torch.equal(intermediate, logits.grad)
+    with pytest.raises(ValueError, match="contiguous"):
+        cross_entropy_triton(logits.detach().t().requires_grad_() * 1, torch.zeros(101).long(), inplace=True)
+
+
+@pytest.mark.parametrize("op, change, message", [
+    ("linear_cross_entropy", {"targets": torch.zeros(3).long()}, "targets"),
+    ("linear_cross_entropy", {"reduction": "average"}, "mean, sum, none"),
+    ("swiglu", {"activation": "tanh"}, "silu, gelu, relu, relu2"),
+    ("swiglu", {"x": torch.zeros(2, 5)}, "even"),
+    ("rope", {"n_head": 5}, "5 heads"),
+    ("rope", {"k_gain": None}, "QK-norm"),
+    ("rope", {"positions": torch.zeros(2, 6).long()}, "positions"),
+    ("rope", {"cos": torch.zeros(3, 16), "sin": torch.zeros(3, 16)}, "3 positions"),
+    ("rope", {"cos": torch.zeros(7, 8), "sin": torch.zeros(7, 8)}, "heads of 32"),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused(op, change, message):
+    with pytest.raises(ValueError, match=message):
+        BY_NAME[op].implementations["triton"](**leaves_of(BY_NAME[op]) | change)
+
+
+# Offsets.
+
+
+@interpreted
+@pytest.mark.parametrize("op", ["rmsnorm", "swiglu", "rope", "cross_entropy"])
+def test_offsets_beyond_two_to_the_31(op):
+    """Three rows a billion elements apart; memory that is never touched is never given out."""
+    distance = 2**30 + 16
+    far = torch.empty(2 * distance + 64, dtype=torch.bfloat16).as_strided((3, 64), (distance, 1))
+    near = torch.randn(3, 64).bfloat16()
+    far.copy_(near)
+    results = []
+    for x in (far, near):
+        if op == "rope":
+            cos, sin = rope_tables(1, 16)
+            inputs = {"qkv": x[:, None], "cos": cos, "sin": sin, "n_head": 2, "n_kv_head": 1}
+        else:
+            extra = {"targets": torch.tensor([1, 2, 63])} if op == "cross_entropy" else {}
+            inputs = {"logits" if op == "cross_entropy" else "x": x, **extra}
+        with sanitize(), torch.no_grad():
+            results.append(BY_NAME[op].implementations["triton"](**inputs))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+# As torch.library ops, and compiled.
+
+
+def library_calls():
+    """Arguments of every op of the library, from the ops that it serves."""
+    inputs = {op.name: make_inputs(op, op.test_shapes[1], torch.float32) for op in WITH_TRITON}
+    x, gain, residual = (inputs["rmsnorm"][k] for k in ("x", "gain", "residual"))
+    rstd = torch.rand(len(x), device=DEVICE)
+    packed = inputs["swiglu"]["x"]
+    qkv, cos, sin, q_gain, k_gain = (inputs["rope"][k] for k in ("qkv", "cos", "sin", "q_gain", "k_gain"))
+    q, k, v = OPS["rope"].implementations["torch"](qkv, cos, sin, 4, 2)
+    logits, targets = inputs["cross_entropy"].values()
+    hidden, head, head_targets = inputs["linear_cross_entropy"].values()
+    return {
+        "rmsnorm_fwd": [(x, gain, residual, 1e-6), (x, None, None, 1e-6)],
+        "rmsnorm_bwd": [(x, residual, x, gain, rstd, False), (x.half(), None, x, None, rstd, True)],
+        "rope_fwd": [(qkv, cos, sin, q_gain, k_gain, None, 4, 2, 1e-6, False)],
+        "rope_bwd": [(q, k, v, qkv, cos, sin, q_gain, k_gain, None, 1e-6, True)],
+        "swiglu_fwd": [(packed, "silu", True), (packed, "relu2", False)],
+        "swiglu_bwd": [(packed[:, ::2], packed, "silu", True), (packed, packed, "relu2", False)],
+        "cross_entropy": [(logits, targets, None, 0.0, 0.0, 0.0, True), (logits, targets, None, 0.0, 0.0, 0.0, False)],
+        "cross_entropy_": [(logits, targets, None, 0.0, 0.0, 0.0)],
+        "linear_cross_entropy": [(hidden, head, head_targets, None, torch.bfloat16, 0.0, 0.0, 0.0, True, True)],
+        "scale_": [(x.clone(), torch.rand((), device=DEVICE)), (x.clone(), torch.rand(len(x), device=DEVICE))],
+    }
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_library_op_is_what_torch_expects(name):
+    for arguments in library_calls()[name]:
+        torch.library.opcheck(getattr(torch.ops.nanofuse, name).default, arguments)
+
+
+def small_gpt(kernels, **changes):
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_head": 4, "n_kv_head": 2, "d_model": 64, "seq_len": 24, "tied": True}
+    config = ModelConfig(**(sizes | changes)).resolved(101)
+    return GPT(config, bind(kernels, DEVICE)).to(DEVICE)
+
+
+def batch(seed=0, rows=3):
+    ids = torch.randint(101, (rows, 25), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    return ids[:, :-1], ids[:, 1:]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_whole_model_compiles_as_one_graph(autocast):
+    """Loss and gradients of the traced model, forward and backward, are those of the model as written."""
+    torch._dynamo.reset()
+    results = []
+    for compiled in (False, True):
+        model = small_gpt(KernelChoice(every="triton", attention="torch"))
+        function = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
+            loss = function(*batch())
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters())])
+    for plain, traced in zip(*results, strict=True):
+        torch.testing.assert_close(traced, plain, rtol=1e-2 if autocast else 1e-5, atol=1e-3 if autocast else 1e-6)
+
+
+# In the model.
+
+
+@interpreted
+@pytest.mark.parametrize("op", [name for name in OPS if "triton" in OPS[name].implementations])
+def test_a_flag_swaps_its_op_and_no_other(op):
+    model = small_gpt(KernelChoice(**{"every": "torch", op: "triton"}))
+    with sanitize() as record:
+        model(*batch()).backward()
+    room = "cross_entropy|scale" if op == "linear_cross_entropy" else op
+    assert record.kernels and all(any(part in name for part in room.split("|")) for name in record.kernels)
+
+
+@interpreted
+def test_training_follows_the_reference():
+    """Fifty steps of AdamW on changing batches: losses agree to rounding, which 50 steps amplify, at every one."""
+    models = [small_gpt(KernelChoice(every=every, attention="torch"), n_layer=1) for every in ("torch", "triton")]
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=3e-3) for model in models]
+    losses = []
+    for step in range(50):
+        losses.append([])
+        for model, optimizer in zip(models, optimizers, strict=True):
+            loss = model(*batch(step % 4, rows=2))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    reference, ours = torch.tensor(losses).T
+    torch.testing.assert_close(ours, reference, rtol=1e-3, atol=0)
+    assert ours[-4:].mean() < 0.75 * ours[:4].mean()
