@@ -208,15 +208,20 @@ def _cross_entropy_kernel(
 
 
 @triton.jit
-def _scale_kernel(x_ptr, factor_ptr, columns, stride_f, BLOCK: tl.constexpr):
+def _scale_kernel(x_ptr, factor_ptr, columns, stride_x, stride_f, BLOCK: tl.constexpr):
     """Part of a row times its factor; nothing is read or written where that is 1."""
     per_row = tl.cdiv(columns, BLOCK)
     row = (tl.program_id(0) // per_row).to(tl.int64)
     column = tl.program_id(0) % per_row * BLOCK + tl.arange(0, BLOCK)
     factor = tl.load(factor_ptr + row * stride_f).to(tl.float32)
     if factor != 1:
-        x = tl.load(x_ptr + row * columns + column, mask=column < columns, other=0.0)
-        tl.store(x_ptr + row * columns + column, x.to(tl.float32) * factor, mask=column < columns)
+        x = tl.load(x_ptr + row * stride_x + column, mask=column < columns, other=0.0)
+        tl.store(x_ptr + row * stride_x + column, x.to(tl.float32) * factor, mask=column < columns)
+
+
+def _aligned(n: int, v: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`[n, v]` whose rows begin on 16 bytes, whatever the vocabulary, so that they load and store wide."""
+    return torch.empty((n, triton.cdiv(v, 16) * 16), dtype=dtype, device=device)[:, :v]
 
 
 def _launch(logits: Tensor, targets: Tensor, weights: Tensor | None, loss: Tensor, dlogits: Tensor | None, options):
@@ -224,10 +229,10 @@ def _launch(logits: Tensor, targets: Tensor, weights: Tensor | None, loss: Tenso
     each row's counted `weights` times, a scalar or `[N]`."""
     n, v = logits.shape
     label_smoothing, z_loss, softcap = options
-    # What the registers of 8 warps hold beside the ragged block. A wider row is read twice, the second time from the L2
-    # cache, by programs small enough that four are resident.
+    # What the registers of 8 warps hold beside the ragged block. A wider row, or one that loads value by value, taking
+    # a register for each, is read twice, the second time from the L2 cache, by programs of which four fit at once.
     full, limit = v // 2048, (24 if softcap else 46) // logits.element_size()
-    held = min(full, limit) if dlogits is not None and full <= limit + 1 else 0
+    held = min(full, limit) if dlogits is not None and full <= limit + 1 and logits.stride(0) % 16 == 0 else 0
     if n:
         _cross_entropy_kernel[(n,)](
             logits, targets, weights, loss, dlogits, logits.stride(0), 0 if dlogits is None else dlogits.stride(0),
@@ -239,7 +244,7 @@ def _launch(logits: Tensor, targets: Tensor, weights: Tensor | None, loss: Tenso
 
 def _allocate_cross_entropy(logits, targets, weight, label_smoothing, z_loss, softcap, with_gradient):
     loss = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
-    return loss, torch.empty(logits.shape if with_gradient else (0,), dtype=logits.dtype, device=logits.device)
+    return loss, _aligned(len(logits) if with_gradient else 0, logits.shape[1], logits.dtype, logits.device)
 
 
 @library_op(_allocate_cross_entropy)
@@ -272,11 +277,11 @@ def _cross_entropy_(
 
 @library_op(lambda x, factor: None, mutates=("x",))
 def _scale_(x: Tensor, factor: Tensor) -> None:
-    """Multiply contiguous `x` by `factor`, a scalar or one for each row."""
+    """Multiply `x` `[rows, columns]`, columns adjacent, by `factor`, a scalar or one for each row."""
     columns = x.shape[-1]
     if x.numel():
         _scale_kernel[(x.numel() // columns * triton.cdiv(columns, 2048),)](
-            x, factor, columns, factor.stride(0) if factor.ndim else 0, BLOCK=2048
+            x, factor, columns, x.stride(0), factor.stride(0) if factor.ndim else 0, BLOCK=2048
         )
     increment_version(x)  # so that a second backward, which would scale again, is refused by autograd
 
@@ -349,9 +354,8 @@ def _linear_cross_entropy(
     loss, dx, dw = outputs = _allocate_chunks(x, head_weight, targets, weights, dtype, *options, with_dx, with_dw)
     n, v = len(x), len(head_weight)
     w = head_weight.to(dtype)
-    aligned = triton.cdiv(v, 16) * 16  # rows that begin on 16 bytes, whatever the vocabulary
-    rows = triton.cdiv(n, max(1, triton.cdiv(n * aligned * w.element_size(), CHUNK_BYTES)))
-    buffer = torch.empty((rows, aligned), dtype=dtype, device=x.device)[:, :v]
+    rows = triton.cdiv(n, max(1, triton.cdiv(n * v * w.element_size(), CHUNK_BYTES)))
+    buffer = _aligned(rows, v, dtype, x.device)
     if with_dw:
         dw.zero_()
     for start in range(0, n, max(1, rows)):
@@ -450,18 +454,21 @@ def _inputs(shape, make):
     return {"x": make(n, d), "head_weight": make(v, d), "targets": _targets(n, v, make)}
 
 
+def _cross_entropy_inputs(shape, make):
+    n, v = shape["N"], shape["V"]
+    return {"logits": make(n, -(-v // 16) * 16)[:, :v], "targets": _targets(n, v, make)}  # aligned, as in the linear op
+
+
 CROSS_ENTROPY = Op(
     name="cross_entropy",
     implementations={"torch": cross_entropy_torch, "triton": cross_entropy_triton},
-    inputs=lambda shape, make: {
-        "logits": make(shape["N"], shape["V"]), "targets": _targets(shape["N"], shape["V"], make)
-    },
+    inputs=_cross_entropy_inputs,
     differentiable=("logits",),
     cost=lambda s, itemsize: Cost(2 * s["N"] * s["V"] * itemsize + 12 * s["N"], 8 * s["N"] * s["V"]),
     backward_cost=lambda s, itemsize: Cost(4 * s["N"], 0),
     test_shapes=({"N": 1, "V": 2}, {"N": 7, "V": 101}, {"N": 5, "V": 9001}),
     bench_shapes=tuple({"N": 4096, "V": v} for v in (50257, 50304, 128256)),
-)  # fmt: skip
+)
 
 OP = Op(
     name="linear_cross_entropy",

@@ -12,6 +12,8 @@ read once and a width that is no power of two wastes little. Rows wider than som
 Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, equation 4.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -48,7 +50,7 @@ def _rmsnorm_fwd_kernel(
     x_ptr, residual_ptr, gain_ptr, y_ptr, stream_ptr, rstd_ptr, n_rows, D, stride_x, stride_r, eps,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, N_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    columns = tl.arange(0, BLOCK_D)
+    columns = tl.arange(0, BLOCK_D)[None, :]
     gains = ()
     if gain_ptr is not None:
         for i in tl.static_range(N_BLOCKS):
@@ -59,7 +61,7 @@ def _rmsnorm_fwd_kernel(
         squares = tl.zeros([BLOCK_R], dtype=tl.float32)
         streams = ()
         for i in tl.static_range(N_BLOCKS):
-            d = (i * BLOCK_D + columns)[None, :]
+            d = i * BLOCK_D + columns
             mask = (rows < n_rows) & (d < D)
             s = tl.load(x_ptr + rows * stride_x + d, mask=mask, other=0.0)
             if residual_ptr is not None:
@@ -72,10 +74,10 @@ def _rmsnorm_fwd_kernel(
         rstd = tl.rsqrt(squares / D + eps)[:, None]
         tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
         for i in tl.static_range(N_BLOCKS):
-            d = (i * BLOCK_D + columns)[None, :]
+            d = i * BLOCK_D + columns
             y = streams[i].to(tl.float32) * rstd
             if gain_ptr is not None:
-                y *= gains[i].to(tl.float32)[None, :]
+                y *= gains[i].to(tl.float32)
             tl.store(y_ptr + rows * D + d, y, mask=(rows < n_rows) & (d < D))
 
 
@@ -86,7 +88,7 @@ def _rmsnorm_bwd_kernel(
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, N_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """`dresidual_ptr` is None where dx serves for it, `dgain_ptr` `[programs, D]` takes each program's share."""
-    columns = tl.arange(0, BLOCK_D)
+    columns = tl.arange(0, BLOCK_D)[None, :]
     gains = ()
     dgains = ()
     for i in tl.static_range(N_BLOCKS):
@@ -94,38 +96,41 @@ def _rmsnorm_bwd_kernel(
         if gain_ptr is not None:
             gains += (tl.load(gain_ptr + d, mask=d < D, other=0.0),)
         if dgain_ptr is not None:
-            dgains += (tl.zeros([BLOCK_D], dtype=tl.float32),)
+            dgains += (tl.zeros([1, BLOCK_D], dtype=tl.float32),)
     for start in range(tl.program_id(0) * BLOCK_R, n_rows, tl.num_programs(0) * BLOCK_R):
         rows = (start + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
         rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)
         dot = tl.zeros([BLOCK_R], dtype=tl.float32)
         dys = ()
         streams = ()
+        dstreams = ()
         for i in tl.static_range(N_BLOCKS):
-            d = (i * BLOCK_D + columns)[None, :]
+            d = i * BLOCK_D + columns
             mask = (rows < n_rows) & (d < D)
             dy = tl.load(dy_ptr + rows * stride_dy + d, mask=mask, other=0.0)
             s = tl.load(stream_ptr + rows * stride_s + d, mask=mask, other=0.0)
+            if dstream_ptr is not None:
+                dstreams += (tl.load(dstream_ptr + rows * stride_ds + d, mask=mask, other=0.0),)
             dys += (dy,)
             streams += (s,)
             dh = dy.to(tl.float32)
             if gain_ptr is not None:
-                dh *= gains[i].to(tl.float32)[None, :]
+                dh *= gains[i].to(tl.float32)
             dot += tl.sum(dh * (s.to(tl.float32) * rstd), axis=1)
         mean = (dot / D)[:, None]
         shares = ()
         for i in tl.static_range(N_BLOCKS):
-            d = (i * BLOCK_D + columns)[None, :]
+            d = i * BLOCK_D + columns
             mask = (rows < n_rows) & (d < D)
             dh = dys[i].to(tl.float32)
             h = streams[i].to(tl.float32) * rstd
             if dgain_ptr is not None:
-                shares += (dgains[i] + tl.sum(dh * h, axis=0),)
+                shares += (dgains[i] + tl.sum(dh * h, axis=0)[None, :],)
             if gain_ptr is not None:
-                dh *= gains[i].to(tl.float32)[None, :]
+                dh *= gains[i].to(tl.float32)
             ds = (dh - h * mean) * rstd
             if dstream_ptr is not None:
-                ds += tl.load(dstream_ptr + rows * stride_ds + d, mask=mask, other=0.0).to(tl.float32)
+                ds += dstreams[i].to(tl.float32)
             tl.store(dx_ptr + rows * D + d, ds, mask=mask)
             if dresidual_ptr is not None:
                 tl.store(dresidual_ptr + rows * D + d, ds, mask=mask)
@@ -137,16 +142,16 @@ def _rmsnorm_bwd_kernel(
 
 
 def _tiling(d: int, per_thread: int) -> dict[str, int]:
-    """Rows and columns of a block, and warps: about `per_thread` values of a row, or of a few short rows, a thread."""
-    warps = min(32, max(4, triton.next_power_of_2(triton.cdiv(d, 32 * per_thread))))
-    block = min(256 * warps, triton.next_power_of_2(d))  # 8 values a thread: loads of 16 bytes in half precision
-    while block > 256 and triton.cdiv(d, block) * block > 1.125 * d:
+    """Rows and columns of a block, and warps: about `per_thread` values of a row, or of some short rows, a thread."""
+    warps = 2 ** round(math.log2(min(32, max(4, d / (32 * per_thread)))))
+    least = 256 * warps  # 8 values a thread: loads of 16 bytes in half precision
+    block = min(least, triton.next_power_of_2(d))
+    while block > 256 and triton.cdiv(d, block) * block > 1.3 * d:
         block //= 2
     n_blocks = triton.cdiv(d, block)
-    rows = min(32, max(1, 32 * warps * per_thread // (n_blocks * block)))
-    return {
-        "BLOCK_R": 2 ** (rows.bit_length() - 1), "BLOCK_D": block, "N_BLOCKS": n_blocks, "num_warps": warps,
-    }  # fmt: skip
+    rows = max(least // block, 32 * warps * per_thread // (n_blocks * block))
+    rows = min(32, 2 ** (rows.bit_length() - 1))
+    return {"BLOCK_R": rows, "BLOCK_D": block, "N_BLOCKS": n_blocks, "num_warps": warps}
 
 
 def _n_programs(x: Tensor, n_rows: int, tiling: dict[str, int]) -> int:

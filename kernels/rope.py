@@ -100,13 +100,13 @@ def _check(qkv, cos, sin, n_head, n_kv_head, q_gain, k_gain, positions):
 
 @triton.jit
 def _load_pairs(ptrs, mask, HALF: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Both values of every pair of the heads that start at `ptrs` `[T, H, 1]`: two `[T, H, BLOCK]`, float32."""
+    """Both values of every pair of the heads that start at `ptrs` `[T, 1]`: two `[T, BLOCK]`, float32."""
     if INTERLEAVED:  # one wide load, dealt out
-        d = tl.arange(0, 2 * BLOCK)[None, None, :]
+        d = tl.arange(0, 2 * BLOCK)[None, :]
         x = tl.load(ptrs + d, mask=mask & (d < 2 * HALF), other=0.0)
-        a, b = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], BLOCK, 2]))
+        a, b = tl.split(tl.reshape(x, [x.shape[0], BLOCK, 2]))
     else:
-        d = tl.arange(0, BLOCK)[None, None, :]
+        d = tl.arange(0, BLOCK)[None, :]
         a = tl.load(ptrs + d, mask=mask & (d < HALF), other=0.0)
         b = tl.load(ptrs + HALF + d, mask=mask & (d < HALF), other=0.0)
     return a.to(tl.float32), b.to(tl.float32)
@@ -115,20 +115,27 @@ def _load_pairs(ptrs, mask, HALF: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED
 @triton.jit
 def _store_pairs(ptrs, a, b, mask, HALF: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):
     if INTERLEAVED:
-        d = tl.arange(0, 2 * BLOCK)[None, None, :]
-        x = tl.reshape(tl.join(a, b), [a.shape[0], a.shape[1], 2 * BLOCK])
+        d = tl.arange(0, 2 * BLOCK)[None, :]
+        x = tl.reshape(tl.join(a, b), [a.shape[0], 2 * BLOCK])
         tl.store(ptrs + d, x, mask=mask & (d < 2 * HALF))
     else:
-        d = tl.arange(0, BLOCK)[None, None, :]
+        d = tl.arange(0, BLOCK)[None, :]
         tl.store(ptrs + d, a, mask=mask & (d < HALF))
         tl.store(ptrs + HALF + d, b, mask=mask & (d < HALF))
 
 
 @triton.jit
+def _load_gain(gain_ptr, HALF: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Two `[1, BLOCK]`."""
+    first = tl.zeros([1, 1], dtype=tl.int32)
+    return _load_pairs(gain_ptr + first, first == 0, HALF, BLOCK, INTERLEAVED)
+
+
+@triton.jit
 def _load_angles(cos_ptr, sin_ptr, positions_ptr, tokens, mask, T, HALF: tl.constexpr, BLOCK: tl.constexpr):
-    """Two `[T, 1, BLOCK]`, which serve every head."""
+    """Two `[T, BLOCK]`, which serve every head."""
     at = tokens % T if positions_ptr is None else tl.load(positions_ptr + tokens, mask=mask, other=0)
-    d = tl.arange(0, BLOCK)[None, None, :]
+    d = tl.arange(0, BLOCK)[None, :]
     mask = mask & (d < HALF)
     cos = tl.load(cos_ptr + at * HALF + d, mask=mask, other=0.0)
     sin = tl.load(sin_ptr + at * HALF + d, mask=mask, other=0.0)
@@ -137,127 +144,115 @@ def _load_angles(cos_ptr, sin_ptr, positions_ptr, tokens, mask, T, HALF: tl.cons
 
 @triton.jit
 def _rope_fwd_heads(
-    x_ptrs, out_ptrs, gain_ptr, cos, sin, mask, eps,
-    N_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr,
+    x_ptrs, out_ptrs, gain_ptr, cos, sin, mask, n_heads, eps,
+    HALF: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """The heads of q, or of k, of the tokens whose first head is at `x_ptrs` and goes to `out_ptrs`, `[T, 1, 1]`."""
+    """The heads of q, or of k, of the tokens whose first head is at `x_ptrs` and goes to `out_ptrs`, `[T, 1]`."""
     if gain_ptr is not None:
-        one = tl.zeros([1, 1, 1], dtype=tl.int32)
-        gain_a, gain_b = _load_pairs(gain_ptr + one, one == 0, HALF, BLOCK, INTERLEAVED)
-    for first in range(0, N_HEADS, BLOCK_H):
-        heads = (first + tl.arange(0, BLOCK_H))[None, :, None]
-        head_mask = mask & (heads < N_HEADS)
-        a, b = _load_pairs(x_ptrs + heads * 2 * HALF, head_mask, HALF, BLOCK, INTERLEAVED)
+        gain_a, gain_b = _load_gain(gain_ptr, HALF, BLOCK, INTERLEAVED)
+    for head in range(n_heads):
+        a, b = _load_pairs(x_ptrs + head * 2 * HALF, mask, HALF, BLOCK, INTERLEAVED)
         if gain_ptr is not None:
-            rstd = tl.rsqrt(tl.sum(a * a + b * b, axis=2) / (2 * HALF) + eps)[:, :, None]
+            rstd = tl.rsqrt(tl.sum(a * a + b * b, axis=1) / (2 * HALF) + eps)[:, None]
             a *= rstd * gain_a
             b *= rstd * gain_b
-        out = out_ptrs + heads * 2 * HALF
-        _store_pairs(out, a * cos - b * sin, b * cos + a * sin, head_mask, HALF, BLOCK, INTERLEAVED)
+        out = out_ptrs + head * 2 * HALF
+        _store_pairs(out, a * cos - b * sin, b * cos + a * sin, mask, HALF, BLOCK, INTERLEAVED)
 
 
 @triton.jit
 def _rope_fwd_kernel(
-    qkv_ptr, cos_ptr, sin_ptr, q_gain_ptr, k_gain_ptr, positions_ptr, q_ptr, k_ptr, n_tokens, T, stride_qkv, eps,
-    N_HEAD: tl.constexpr, N_KV_HEAD: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr,
+    qkv_ptr, cos_ptr, sin_ptr, q_gain_ptr, k_gain_ptr, positions_ptr, q_ptr, k_ptr,
+    n_tokens, T, n_head, n_kv_head, stride_qkv, eps,
+    HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    for start in range(tl.program_id(0) * BLOCK_T, n_tokens, tl.num_programs(0) * BLOCK_T):
-        tokens = (start + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None, None]
-        mask = tokens < n_tokens
-        cos, sin = _load_angles(cos_ptr, sin_ptr, positions_ptr, tokens, mask, T, HALF, BLOCK)
-        q = qkv_ptr + tokens * stride_qkv
-        out = q_ptr + tokens * N_HEAD * 2 * HALF
-        _rope_fwd_heads(q, out, q_gain_ptr, cos, sin, mask, eps, N_HEAD, HALF, BLOCK_H, BLOCK, INTERLEAVED)
-        k = q + N_HEAD * 2 * HALF
-        out = k_ptr + tokens * N_KV_HEAD * 2 * HALF
-        _rope_fwd_heads(k, out, k_gain_ptr, cos, sin, mask, eps, N_KV_HEAD, HALF, BLOCK_H, BLOCK, INTERLEAVED)
+    tokens = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
+    mask = tokens < n_tokens
+    cos, sin = _load_angles(cos_ptr, sin_ptr, positions_ptr, tokens, mask, T, HALF, BLOCK)
+    tokens = tokens.to(tl.int64)
+    q = qkv_ptr + tokens * stride_qkv
+    out = q_ptr + tokens * n_head * 2 * HALF
+    _rope_fwd_heads(q, out, q_gain_ptr, cos, sin, mask, n_head, eps, HALF, BLOCK, INTERLEAVED)
+    k = q + n_head * 2 * HALF
+    out = k_ptr + tokens * n_kv_head * 2 * HALF
+    _rope_fwd_heads(k, out, k_gain_ptr, cos, sin, mask, n_kv_head, eps, HALF, BLOCK, INTERLEAVED)
 
 
 @triton.jit
 def _rope_bwd_heads(
-    dout_ptrs, x_ptrs, dx_ptrs, gain_ptr, dgain_a, dgain_b, cos, sin, mask, stride_dh, eps,
-    N_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr,
+    dout_ptrs, x_ptrs, dx_ptrs, gain_ptr, dgain_a, dgain_b, cos, sin, mask, n_heads, stride_dh, eps,
+    HALF: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of the heads; return `dgain_a`, `dgain_b` `[T, H, BLOCK]` with these heads' shares added."""
+    """Write the gradient of the heads; return `dgain_a`, `dgain_b` `[T, BLOCK]` with these heads' shares added."""
     if gain_ptr is not None:
-        one = tl.zeros([1, 1, 1], dtype=tl.int32)
-        gain_a, gain_b = _load_pairs(gain_ptr + one, one == 0, HALF, BLOCK, INTERLEAVED)
-    for first in range(0, N_HEADS, BLOCK_H):
-        heads = (first + tl.arange(0, BLOCK_H))[None, :, None]
-        head_mask = mask & (heads < N_HEADS)
-        turned_a, turned_b = _load_pairs(dout_ptrs + heads * stride_dh, head_mask, HALF, BLOCK, INTERLEAVED)
+        gain_a, gain_b = _load_gain(gain_ptr, HALF, BLOCK, INTERLEAVED)
+    for head in range(n_heads):
+        turned_a, turned_b = _load_pairs(dout_ptrs + head * stride_dh, mask, HALF, BLOCK, INTERLEAVED)
         da = turned_a * cos + turned_b * sin
         db = turned_b * cos - turned_a * sin
         if gain_ptr is not None:
-            a, b = _load_pairs(x_ptrs + heads * 2 * HALF, head_mask, HALF, BLOCK, INTERLEAVED)
-            rstd = tl.rsqrt(tl.sum(a * a + b * b, axis=2) / (2 * HALF) + eps)[:, :, None]
+            a, b = _load_pairs(x_ptrs + head * 2 * HALF, mask, HALF, BLOCK, INTERLEAVED)
+            rstd = tl.rsqrt(tl.sum(a * a + b * b, axis=1) / (2 * HALF) + eps)[:, None]
             a *= rstd
             b *= rstd
             dgain_a += da * a
             dgain_b += db * b
             da *= gain_a
             db *= gain_b
-            mean = (tl.sum(da * a + db * b, axis=2) / (2 * HALF))[:, :, None]
+            mean = (tl.sum(da * a + db * b, axis=1) / (2 * HALF))[:, None]
             da = (da - a * mean) * rstd
             db = (db - b * mean) * rstd
-        _store_pairs(dx_ptrs + heads * 2 * HALF, da, db, head_mask, HALF, BLOCK, INTERLEAVED)
+        _store_pairs(dx_ptrs + head * 2 * HALF, da, db, mask, HALF, BLOCK, INTERLEAVED)
     return dgain_a, dgain_b
 
 
 @triton.jit
 def _rope_bwd_kernel(
     dq_ptr, dk_ptr, dv_ptr, qkv_ptr, cos_ptr, sin_ptr, q_gain_ptr, k_gain_ptr, positions_ptr, dqkv_ptr, dgain_ptr,
-    n_tokens, T, stride_qkv, eps,
+    n_tokens, T, n_head, n_kv_head, stride_qkv, eps,
     stride_dqb, stride_dqt, stride_dqh, stride_dkb, stride_dkt, stride_dkh, stride_dvb, stride_dvt, stride_dvh,
-    N_HEAD: tl.constexpr, N_KV_HEAD: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr,
+    HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`qkv_ptr` and `dgain_ptr` `[programs, 2, D]`, each program's share for q and for k, are None without QK-norm."""
-    dq_gain_a = tl.zeros([BLOCK_T, BLOCK_H, BLOCK], dtype=tl.float32)
+    dq_gain_a = tl.zeros([BLOCK_T, BLOCK], dtype=tl.float32)
     dq_gain_b, dk_gain_a, dk_gain_b = dq_gain_a, dq_gain_a, dq_gain_a
     for start in range(tl.program_id(0) * BLOCK_T, n_tokens, tl.num_programs(0) * BLOCK_T):
-        tokens = (start + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None, None]
+        tokens = (start + tl.arange(0, BLOCK_T))[:, None]
         mask = tokens < n_tokens
-        b, t = tokens // T, tokens % T
         cos, sin = _load_angles(cos_ptr, sin_ptr, positions_ptr, tokens, mask, T, HALF, BLOCK)
+        b, t = (tokens // T).to(tl.int64), (tokens % T).to(tl.int64)
+        tokens = tokens.to(tl.int64)
         x = tokens if qkv_ptr is None else qkv_ptr + tokens * stride_qkv
-        dx = dqkv_ptr + tokens * (N_HEAD + 2 * N_KV_HEAD) * 2 * HALF
+        dx = dqkv_ptr + tokens * (n_head + 2 * n_kv_head) * 2 * HALF
         dq_gain_a, dq_gain_b = _rope_bwd_heads(
             dq_ptr + b * stride_dqb + t * stride_dqt, x, dx, q_gain_ptr, dq_gain_a, dq_gain_b, cos, sin, mask,
-            stride_dqh, eps, N_HEAD, HALF, BLOCK_H, BLOCK, INTERLEAVED,
+            n_head, stride_dqh, eps, HALF, BLOCK, INTERLEAVED,
         )  # fmt: skip
-        x += N_HEAD * 2 * HALF
-        dx += N_HEAD * 2 * HALF
+        x += n_head * 2 * HALF
+        dx += n_head * 2 * HALF
         dk_gain_a, dk_gain_b = _rope_bwd_heads(
             dk_ptr + b * stride_dkb + t * stride_dkt, x, dx, k_gain_ptr, dk_gain_a, dk_gain_b, cos, sin, mask,
-            stride_dkh, eps, N_KV_HEAD, HALF, BLOCK_H, BLOCK, INTERLEAVED,
+            n_kv_head, stride_dkh, eps, HALF, BLOCK, INTERLEAVED,
         )  # fmt: skip
-        dx += N_KV_HEAD * 2 * HALF
-        for first in range(0, N_KV_HEAD, BLOCK_H):
-            heads = (first + tl.arange(0, BLOCK_H))[None, :, None]
-            head_mask = mask & (heads < N_KV_HEAD)
-            dv_ptrs = dv_ptr + b * stride_dvb + t * stride_dvt + heads * stride_dvh
-            va, vb = _load_pairs(dv_ptrs, head_mask, HALF, BLOCK, INTERLEAVED)
-            _store_pairs(dx + heads * 2 * HALF, va, vb, head_mask, HALF, BLOCK, INTERLEAVED)
+        dx += n_kv_head * 2 * HALF
+        for head in range(n_kv_head):
+            va, vb = _load_pairs(
+                dv_ptr + b * stride_dvb + t * stride_dvt + head * stride_dvh, mask, HALF, BLOCK, INTERLEAVED
+            )
+            _store_pairs(dx + head * 2 * HALF, va, vb, mask, HALF, BLOCK, INTERLEAVED)
     if dgain_ptr is not None:
-        one = tl.zeros([1, 1, 1], dtype=tl.int64)
-        share = dgain_ptr + tl.program_id(0) * 4 * HALF + one
+        first = tl.zeros([1, 1], dtype=tl.int64)
+        share = dgain_ptr + tl.program_id(0) * 4 * HALF + first
         for i in tl.static_range(2):
             a, b = (dq_gain_a, dq_gain_b) if i == 0 else (dk_gain_a, dk_gain_b)
-            a = tl.sum(tl.sum(a, axis=0), axis=0)[None, None, :]
-            b = tl.sum(tl.sum(b, axis=0), axis=0)[None, None, :]
-            _store_pairs(share + i * 2 * HALF, a, b, one == 0, HALF, BLOCK, INTERLEAVED)
+            a, b = tl.sum(a, axis=0)[None, :], tl.sum(b, axis=0)[None, :]
+            _store_pairs(share + i * 2 * HALF, a, b, first == 0, HALF, BLOCK, INTERLEAVED)
 
 
-def _blocks(n_head: int, half: int, values: int) -> dict[str, int]:
-    """Tokens and heads of a tile of about `values` pairs, for 4 warps."""
-    block, heads = triton.next_power_of_2(half), min(4, triton.next_power_of_2(n_head))
-    return {"BLOCK_T": max(1, values // (heads * block)), "BLOCK_H": heads, "BLOCK": block, "num_warps": 4}
-
-
-def _n_programs(x: Tensor, n_tokens: int, blocks: dict[str, int]) -> int:
-    return max(1, min(4 * multiprocessors(x.device), triton.cdiv(n_tokens, blocks["BLOCK_T"])))
+def _blocks(half: int) -> dict[str, int]:
+    """A tile of 1024 pairs for 4 warps: 8 a thread, loads of 16 bytes in half precision."""
+    block = triton.next_power_of_2(half)
+    return {"BLOCK_T": max(1, 1024 // block), "BLOCK": block, "num_warps": 4}
 
 
 def _allocate_fwd(qkv, cos, sin, q_gain, k_gain, positions, n_head, n_kv_head, eps, interleaved):
@@ -273,10 +268,10 @@ def _rope_fwd(
     """q and k."""
     q, k = _allocate_fwd(qkv, cos, sin, q_gain, k_gain, positions, n_head, n_kv_head, eps, interleaved)
     t, half, qkv = q.shape[1], q.shape[-1] // 2, rows_of(qkv)
-    blocks = _blocks(n_head, half, 1024)
-    _rope_fwd_kernel[(_n_programs(q, len(qkv), blocks),)](
-        qkv, cos, sin, q_gain, k_gain, positions, q, k, len(qkv), t, qkv.stride(0), eps,
-        n_head, n_kv_head, half, interleaved, **blocks,
+    blocks = _blocks(half)
+    _rope_fwd_kernel[(max(1, triton.cdiv(len(qkv), blocks["BLOCK_T"])),)](
+        qkv, cos, sin, q_gain, k_gain, positions, q, k,
+        len(qkv), t, n_head, n_kv_head, qkv.stride(0), eps, half, interleaved, **blocks,
     )  # fmt: skip
     return q, k
 
@@ -298,14 +293,15 @@ def _rope_bwd(
     n_tokens, n_kv_head = dqkv.shape[0] * t, dk.shape[2]
     dq, dk, dv = (x if x.stride(-1) == 1 else x.contiguous() for x in (dq, dk, dv))
     qkv = None if qkv is None else rows_of(qkv)
-    blocks = _blocks(n_head, d // 2, 512)
-    programs = _n_programs(dq, n_tokens, blocks)
+    blocks = _blocks(d // 2)
+    # As many as are resident at once, at 128 registers.
+    programs = max(1, min(4 * multiprocessors(dq.device), triton.cdiv(n_tokens, blocks["BLOCK_T"])))
     shares = None if q_gain is None else dq.new_empty((programs, 2, d), dtype=torch.float32)
     _rope_bwd_kernel[(programs,)](
         dq, dk, dv, qkv, cos, sin, q_gain, k_gain, positions, dqkv, shares,
-        n_tokens, t, 0 if qkv is None else qkv.stride(0), eps,
+        n_tokens, t, n_head, n_kv_head, 0 if qkv is None else qkv.stride(0), eps,
         *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
-        n_head, n_kv_head, d // 2, interleaved, **blocks,
+        d // 2, interleaved, **blocks,
     )  # fmt: skip
     return dqkv, dgains if q_gain is None else shares.sum(0)
 
