@@ -1,0 +1,192 @@
+"""The ahead-of-time gate: the model's kernels pass it, and kernels made to fail it do.
+
+Compiling is done by other processes, since in this one kernels may be interpreted: `python -m bench.compile` for the
+model's, and this file, run as a script, for those below.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is not published for this system")
+tl = triton.language
+
+ROOT = Path(__file__).parents[1]
+
+
+@triton.jit
+def _copy_kernel(x_ptr, y_ptr, stride, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(y_ptr + i * stride, tl.load(x_ptr + i * stride))
+
+
+@triton.jit
+def _spilling_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    """Every value is needed again after all have been read."""
+    i = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i)
+    tl.store(y_ptr + i, x / tl.sum(x))
+
+
+@triton.jit
+def _shared_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    """A gather keeps what it picks from, 4 bytes a value, in shared memory."""
+    i = tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, tl.gather(tl.load(x_ptr + i), BLOCK - 1 - i, 0))
+
+
+@triton.jit
+def _product_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    x = tl.load(x_ptr + i).to(tl.bfloat16)
+    tl.store(y_ptr + i, tl.dot(x, x))
+
+
+@triton.jit
+def _wrong_kernel(x_ptr, y_ptr):
+    tl.static_assert(False, "this kernel is wrong")
+
+
+def compile_seeds() -> dict:
+    """What the gate says of the kernels above, and the tensor-core instructions it finds in the product."""
+    from bench.compile import CARDS, compile_all, failures, record
+
+    def compiled(kernel, card, *arguments, **options):
+        x = torch.empty(2**16, device="meta")
+        (row,) = compile_all(record(card, [("a test", lambda: kernel[(1,)](x, x, *arguments, **options))]))
+        return row
+
+    def says(row, **baseline):
+        return failures(row, row.measured() | baseline)
+
+    wide, narrow = (compiled(_copy_kernel, "sm_90", stride, BLOCK=1024) for stride in (1, 3))
+    spilling = {"BLOCK": 16384, "num_warps": 1}
+    spills = compiled(_spilling_kernel, "sm_90", **spilling)
+    return {
+        "as in the baseline": says(wide),
+        "fewer wide accesses": says(narrow, wide_loads=wide.wide_loads, wide_stores=wide.wide_stores),
+        "more registers": says(narrow, registers=narrow.registers // 2),
+        "no baseline": failures(wide, {}),
+        "spill": says(spills, spill=0),
+        "spill, no baseline": failures(spills, {}),
+        "spill, accepted": says(spills),
+        "spill, gfx942": says(compiled(_spilling_kernel, "gfx942", waves_per_eu=4, **spilling), spill=0),
+        "shared, sm_89": says(compiled(_shared_kernel, "sm_89", BLOCK=32768)),
+        "shared, sm_90": says(compiled(_shared_kernel, "sm_90", BLOCK=32768)),
+        "wrong": says(compiled(_wrong_kernel, "sm_90")),
+        "matrix": [compiled(_product_kernel, card, BLOCK=128).matrix for card in CARDS],
+    }
+
+
+def run_gate() -> list:
+    """Exit code and output of runs that narrow, update and refuse, with a baseline that is not ours."""
+    from bench import compile
+
+    runs = []
+
+    def run(*flags):
+        with StringIO() as out, redirect_stdout(out), redirect_stderr(out):
+            try:
+                code = compile.main([*flags])
+            except SystemExit as refusal:
+                code = refusal.code
+            runs.append([code, out.getvalue()])
+
+    with tempfile.TemporaryDirectory() as folder, patch.object(compile, "BASELINE", Path(folder, "compile.json")):
+        only = ["--arch", "90", "--kernel", "swiglu_fwd"]
+        others = {"0.0": {"_a_kernel | w4 | sm_90": {"registers": 8}}}
+        compile.write_baseline(others)
+        run(*only)
+        run(*only, "--update", "--sass")
+        run(*only)
+        run("--arch", "90", "--kernel", "swiglu")
+        versions = json.loads(compile.BASELINE.read_text())
+        assert others.items() < versions.items()
+        for measured in versions[triton.__version__].values():
+            measured["wide_loads"] += 1
+        compile.write_baseline(versions)
+        run(*only)
+        run("--arch", "75")
+        run("--arch", "sm_90", "--kernel", "none")
+        with patch.object(triton.knobs.runtime, "interpret", True):
+            run(*only)
+    return runs
+
+
+def python(*arguments: str) -> str:
+    """The output of a Python in which kernels are compiled."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def seeds() -> dict:
+    return json.loads(python(__file__, "compile_seeds"))
+
+
+def test_the_models_kernels_pass():
+    output = python("-m", "bench.compile")
+    assert " 0 failures" in output
+    written = {
+        name
+        for path in ROOT.glob("kernels/*.py")
+        for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M)
+    }
+    assert written == set(re.findall(r"^\w+_kernel\b", output, re.M))
+
+
+@pytest.mark.parametrize(
+    ("seed", "expected"),
+    {
+        "as in the baseline": [],
+        "fewer wide accesses": ["has 0 128-bit loads, 2 in the baseline", "has 0 128-bit stores, 2 in the baseline"],
+        "more registers": [r"takes (\d+) registers, \d+ in the baseline"],
+        "no baseline": [],
+        "spill": [r"spills [\d,]+ bytes, 0 are accepted"],
+        "spill, no baseline": [r"spills [\d,]+ bytes, 0 are accepted"],
+        "spill, accepted": [],
+        "spill, gfx942": [r"spills [\d,]+ bytes, 0 are accepted"],
+        "shared, sm_89": ["wants 131,072 bytes of shared memory, a block has 101,376"],
+        "shared, sm_90": [],
+        "wrong": ["does not compile"],
+        "matrix": [rf"\d+ {name}" for name in ("HMMA", "HMMA", "HGMMA", "UTCHMMA", "HMMA", "mfma")],
+    }.items(),
+)
+def test_seeded_kernels(seeds, seed, expected):
+    assert len(seeds[seed]) == len(expected)
+    assert all(map(re.fullmatch, expected, seeds[seed])), seeds[seed]
+
+
+def test_baselines_and_refusals():
+    expected = [
+        (0, f"no baseline for Triton {triton.__version__}"),
+        (0, "STG"),
+        (0, " 0 failures"),
+        (1, "FAIL 1 are not in the baseline, the first is _swiglu_bwd_kernel"),
+        (1, "FAIL _swiglu_fwd_kernel | .* | sm_90: has 4 128-bit loads, 5 in the baseline"),
+        (2, "--arch must be one of sm_80, sm_89, sm_90, sm_100, sm_120, gfx942, not 75"),
+        (2, "no kernel has 'none' in its name; there are .*_swiglu_fwd_kernel"),
+        (2, "TRITON_INTERPRET is set"),
+    ]
+    for (code, output), (expected_code, pattern) in zip(
+        json.loads(python(__file__, "run_gate")), expected, strict=True
+    ):
+        assert code == expected_code, output
+        assert re.search(pattern.replace("|", r"\|"), output), output
+
+
+if __name__ == "__main__":
+    print(json.dumps({"compile_seeds": compile_seeds, "run_gate": run_gate}[sys.argv[1]]()))
