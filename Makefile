@@ -1,8 +1,10 @@
 # make train    set up, then train configs/small.py: a model and its samples in out/small, in about five minutes
 # make test     set up, then run the tests
 # make bench    set up, then run the benches
+# make gpu      on a GPU, with what is installed: the kernels' tests, their bench and a short training run
 
 PYTHON ?= python3
+RESULTS ?= bench/results
 BIN := .venv/bin
 
 train: .venv/ready
@@ -13,6 +15,9 @@ test: .venv/ready-test
 
 bench: .venv/ready-test
 	$(BIN)/python -m pytest bench
+
+gpu:
+	$(PYTHON) -m bench.gpu --results $(RESULTS)
 
 lint: .venv/ready-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -31,4 +36,4 @@ lint: .venv/ready-test
 clean:
 	rm -rf .venv
 
-.PHONY: train test bench lint clean
+.PHONY: train test bench gpu lint clean

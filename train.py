@@ -20,7 +20,6 @@ from statistics import median
 from typing import Annotated, Literal
 
 import torch
-from annotated_types import Ge, Gt, Interval
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
@@ -51,7 +50,7 @@ class Config:
     out: Annotated[str, "folder of the runs"] = "out"
     resume: Annotated[bool, "go on from the run's last checkpoint"] = False
     overwrite: Annotated[bool, "discard the run of that name first"] = False
-    seed: Annotated[int, Ge(0), "of the initial weights and the order of the data"] = 0
+    seed: Annotated[int, "[0, inf)", "of the initial weights and the order of the data"] = 0
     # what is trained, on what, with what
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -61,33 +60,33 @@ class Config:
     compile: Annotated[Literal["auto", "on", "off"], "torch.compile (auto: where there is a C++ compiler)"] = "auto"
     deterministic: Annotated[bool, "refuse operations that differ from run to run"] = False
     # how long
-    steps: Annotated[int, Ge(0), "optimizer steps"] = 0
-    tokens: Annotated[int, Ge(0), "training tokens"] = 0
-    seconds: Annotated[float, Ge(0), "seconds of training, compiling and evaluating included"] = 0.0
-    time_limit: Annotated[float, Ge(0), "stop after this many seconds of this process, to be resumed (0: never)"] = 0.0
+    steps: Annotated[int, "[0, inf)", "optimizer steps"] = 0
+    tokens: Annotated[int, "[0, inf)", "training tokens"] = 0
+    seconds: Annotated[float, "[0, inf)", "seconds of training, compiling and evaluating included"] = 0.0
+    time_limit: Annotated[float, "[0, inf)", "stop this process after so many seconds, to be resumed (0: never)"] = 0.0
     # batch
-    batch_size: Annotated[int, Ge(1), "sequences in an optimizer step"] = 32
-    micro_batch: Annotated[int, Ge(0), "sequences in a forward and backward pass (0: batch_size)"] = 0
+    batch_size: Annotated[int, "[1, inf)", "sequences in an optimizer step"] = 32
+    micro_batch: Annotated[int, "[0, inf)", "sequences in a forward and backward pass (0: batch_size)"] = 0
     # optimizer
     optimizer: Annotated[Literal["adamw", "muon"], "muon: on the matrices of the blocks, adamw elsewhere"] = "muon"
-    lr: Annotated[float, Gt(0), "peak learning rate of adamw"] = 3e-3
-    muon_lr: Annotated[float, Gt(0), "peak learning rate of muon"] = 2e-2
-    weight_decay: Annotated[float, Ge(0), "decoupled, on matrices only"] = 0.1
-    beta1: Annotated[float, Interval(ge=0, lt=1), "adamw's decay of the mean gradient"] = 0.9
-    beta2: Annotated[float, Interval(ge=0, lt=1), "adamw's decay of the mean square"] = 0.95
-    eps: Annotated[float, Gt(0), "adamw's, added to the root mean square"] = 1e-8
-    clip: Annotated[float, Ge(0), "largest norm of the gradient (0: no limit)"] = 1.0
+    lr: Annotated[float, "(0, inf)", "peak learning rate of adamw"] = 3e-3
+    muon_lr: Annotated[float, "(0, inf)", "peak learning rate of muon"] = 2e-2
+    weight_decay: Annotated[float, "[0, inf)", "decoupled, on matrices only"] = 0.1
+    beta1: Annotated[float, "[0, 1)", "adamw's decay of the mean gradient"] = 0.9
+    beta2: Annotated[float, "[0, 1)", "adamw's decay of the mean square"] = 0.95
+    eps: Annotated[float, "(0, inf)", "adamw's, added to the root mean square"] = 1e-8
+    clip: Annotated[float, "[0, inf)", "largest norm of the gradient (0: no limit)"] = 1.0
     # learning rate over the run
     schedule: Annotated[Schedule, "after warm-up; wsd is constant, then linear over the last `decay`"] = "linear"
-    warmup: Annotated[float, Interval(ge=0, lt=1), "share of the run over which the rate rises"] = 0.02
-    decay: Annotated[float, Interval(gt=0, le=1), "share of the run over which wsd falls"] = 0.4
-    final_lr: Annotated[float, Interval(ge=0, le=1), "share of the peak at the end"] = 0.0
+    warmup: Annotated[float, "[0, 1)", "share of the run over which the rate rises"] = 0.02
+    decay: Annotated[float, "(0, 1]", "share of the run over which wsd falls"] = 0.4
+    final_lr: Annotated[float, "[0, 1]", "share of the peak at the end"] = 0.0
     # records
-    log_every: Annotated[int, Ge(1), "steps between rows of metrics"] = 10
-    eval_every: Annotated[int, Ge(1), "steps between evaluations"] = 250
-    eval_tokens: Annotated[int, Ge(1), "size of the evaluation set (at most the validation split)"] = 131072
-    save_every: Annotated[int, Ge(1), "steps between checkpoints, besides one before each evaluation"] = 250
-    sample_every: Annotated[int, Ge(0), "steps between samples, besides those at the end (0: only those)"] = 500
+    log_every: Annotated[int, "[1, inf)", "steps between rows of metrics"] = 10
+    eval_every: Annotated[int, "[1, inf)", "steps between evaluations"] = 250
+    eval_tokens: Annotated[int, "[1, inf)", "size of the evaluation set (at most the validation split)"] = 131072
+    save_every: Annotated[int, "[1, inf)", "steps between checkpoints, besides one before each evaluation"] = 250
+    sample_every: Annotated[int, "[0, inf)", "steps between samples, besides those at the end (0: only those)"] = 500
     sample_prompt: Annotated[str, "what samples go on from (nothing: a new document)"] = ""
     wandb: Annotated[Literal["off", "offline", "online"], "mirror the metrics to Weights & Biases"] = "off"
 
@@ -324,6 +323,9 @@ def main(argv: list[str] | None = None) -> int:
         trainer = Trainer(*configure(sys.argv[1:] if argv is None else argv))
     except (UserError, DataError, KernelError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(f"error: what was asked for takes the package {error.name}, which is not installed", file=sys.stderr)
         return 2
     try:
         status = trainer.loop()

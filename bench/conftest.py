@@ -1,45 +1,39 @@
-"""Options of the benches, and the record that they append to."""
+"""Options of the benches, the record that they append to, and what they leave out."""
 
-import json
-import platform
-import time
+from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 
-from model.hardware import device_name, pick_device
-from model.run import commit
+from bench import records
 
-RESULTS = Path(__file__).parent / "results"
+LEFT_OUT = pytest.StashKey[dict[str, set[str]]]()
 
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--seconds", type=float, default=30.0, help="training time of each run in bench_train (default 30)"
+        "--seconds", type=float, default=20.0, help="training time of each run in bench_train (default 20)"
+    )
+    parser.addoption("--kernel", help="the one op to time in bench_kernels")
+    parser.addoption(
+        "--results", type=Path, default=records.RESULTS, help="folder of the record (default bench/results)"
     )
 
 
 @pytest.fixture(scope="session")
-def machine() -> dict:
-    """What a result is worth nothing without: where and with what it was measured."""
-    return {
-        "date": time.strftime("%F"),
-        "commit": commit(),
-        "device": device_name(pick_device("auto")),
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+def record(pytestconfig):
+    """Append a row to `<name>.jsonl` of the results, from which `python -m bench.report` makes the README's tables."""
+    records.machine()  # as it is before a bench changes the number of threads
+    return partial(records.append, pytestconfig.getoption("results"))
 
 
 @pytest.fixture(scope="session")
-def record(machine):
-    """Append a row to `bench/results/<name>.jsonl`, from which `python -m bench.report` makes the README's tables."""
+def left_out(pytestconfig) -> dict[str, set[str]]:
+    """What is not timed on this machine, by the reason: said once, at the end."""
+    return pytestconfig.stash.setdefault(LEFT_OUT, defaultdict(set))
 
-    def append(name: str, row: dict) -> None:
-        RESULTS.mkdir(exist_ok=True)
-        with (RESULTS / f"{name}.jsonl").open("a") as file:
-            file.write(json.dumps(machine | row) + "\n")
 
-    return append
+def pytest_terminal_summary(terminalreporter, config):
+    for reason, names in config.stash.get(LEFT_OUT, {}).items():
+        terminalreporter.write_line(f"left out: {', '.join(sorted(names))}: {reason}")

@@ -1,44 +1,178 @@
-"""Write the README's measured results from bench/results: `python -m bench.report`.
+"""Write the README's measured results, and plots, from bench/results: `python -m bench.report`.
 
-Only the newest row of each bench is shown; nothing between the README's markers is typed by hand.
+Only the newest row of each bench is shown; nothing between the README's markers is typed by hand. A GPU's figures are
+shown once one was measured, and not before.
 """
 
-import json
+import re
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from bench import records
+from bench.cases import PASSES
+
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- results: written by python -m bench.report -->", "<!-- end of results -->"
+OURS = ("triton", "sdpa", "torch")  # of an op's implementations, the one that stands for it
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)).replace(" --- ", "---")
+
+
+def where(row: dict, *more: str) -> str:
+    return f"{', '.join((row['device'], *more))}, torch {row['torch']}, {row['date']}, commit {row['commit']}"
 
 
 def train_table(rows: list[dict]) -> str:
     """Our trainer beside the baseline, by bench."""
-    newest = {row["bench"]: row for row in rows}
-    whole, shape = newest["equal wall-clock"], newest["equal shape"]
-    lines = [
-        "| | bits a byte | seconds | tok/s, steady | tok/s, wall | of matmul rate | peak memory | tok/s, equal shape |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    by_bench = {row["bench"]: row for row in rows}
+    whole, shape = by_bench["equal wall-clock"], by_bench["equal shape"]
+    head = ["", "bits a byte", "seconds", "tok/s, steady", "tok/s, wall"]
+    head += ["of matmul rate", "peak memory", "tok/s, equal shape"]
+    cells = []
     for name, precision in (("nanofuse", "bf16"), ("nanogpt", "fp32")):
         r = whole[name]
         share = r["tok_s"] * r["flops_per_token"] / whole["matmul"][precision]
-        lines.append(
-            f"| {name} | {r['val_bpb']:.3f} | {r['seconds']:.0f} | {r['tok_s']:,.0f} | {r['tok_s_wall']:,.0f} | "
-            f"{share:.0%} | {r['memory'] / 2**20:,.0f} MiB | {shape[name]['tok_s']:,.0f} |"
-        )
+        row = [name, f"{r['val_bpb']:.3f}", f"{r['seconds']:.0f}", f"{r['tok_s']:,.0f}", f"{r['tok_s_wall']:,.0f}"]
+        cells.append([*row, f"{share:.0%}", f"{r['memory'] / 2**20:,.0f} MiB", f"{shape[name]['tok_s']:,.0f}"])
     bits = whole["nanofuse"]["val_bpb"] / whole["nanogpt"]["val_bpb"]
     speed = shape["nanofuse"]["tok_s"] / shape["nanogpt"]["tok_s"]
-    where = f"{whole['device']}, torch {whole['torch']}, {whole['date']}, commit {whole['commit']}"
-    return "\n".join([*lines, "", f"{bits:.2f} of the bits a byte; {speed:.2f} times the tokens a second. {where}."])
+    ratios = f"{bits:.2f} of the bits a byte; {speed:.2f} times the tokens a second."
+    return f"{table(head, cells)}\n\n{ratios} {where(whole)}."
+
+
+def kernels_table(rows: list[dict]) -> str:
+    """What was measured of the kernels: on a GPU their speed; without one, the bytes they move and torch's speed."""
+    on_gpu, on_cpu, moved = newest(rows, "speed", "cuda"), newest(rows, "speed", "cpu"), newest(rows, "bytes moved")
+    tables = [gpu_table(on_gpu)] if on_gpu else []
+    return "\n\n".join(tables + ([cpu_table(moved, on_cpu)] if moved or on_cpu else []))
+
+
+def newest(rows: list[dict], bench: str, device: str | None = None) -> list[dict]:
+    """The last row of each op, shape and pass, on the machine of the last of all."""
+    rows = [row for row in rows if (row["bench"], row.get("on")) == (bench, device)]
+    rows = [row for row in rows if row["device"] == rows[-1]["device"]]
+    return list({(row["op"], str(row["shape"]), row.get("pass")): row for row in rows}.values())
+
+
+def gpu_table(rows: list[dict]) -> str:
+    head = ["op", "shape", "pass", "kernel", "us", "speed", "of the card's", "us, host", "memory", "times as fast as"]
+    cells = []
+    for row in rows:
+        results = row["results"]
+        name = next(name for name in OURS if name in results)
+        ours = results[name]
+        start = [row["op"], written(row["shape"]), row["pass"], name]
+        if "failed" in ours:
+            cells.append([*start, ours["failed"], *[""] * 5])
+            continue
+        amount, unit, most = bound(row)
+        speed = amount / ours["cold"]
+        rivals = [
+            f"{other} {'failed' if 'failed' in theirs else format(theirs['cold'] / ours['cold'], '.2f')}"
+            for other, theirs in results.items() if other != name
+        ]  # fmt: skip
+        sizes = [f"{ours['host'] * 1e6:,.0f}", f"{ours['memory'] / 2**20:,.0f} MiB", ", ".join(rivals)]
+        cells.append([*start, f"{ours['cold'] * 1e6:,.1f}", rate(speed, unit), f"{speed / most:.0%}", *sizes])
+    most = rows[-1]["ceiling"]
+    rates = f"The card copies {rate(most['copy'], 'B/s')} and multiplies {rate(most['matmul'], 'FLOP/s')}"
+    versions = where(rows[-1], f"driver {rows[-1]['driver']}", f"triton {rows[-1]['triton']}")
+    plots = [f"![{op}](bench/results/{op}.png)" for op in dict.fromkeys(row["op"] for row in rows)]
+    return f"{table(head, cells)}\n\n{rates}; inputs cold in L2. {versions}.\n\n{chr(10).join(plots)}"
+
+
+def cpu_table(moved: list[dict], speed: list[dict]) -> str:
+    head = ["op", *(f"bytes moved, of the least: {name}" for name in PASSES)]
+    head += [f"torch.compile, times eager's speed: {name}" for name in PASSES]
+    cells = []
+    for op in dict.fromkeys(row["op"] for row in (*moved, *speed)):
+        ratios = [sorted(row[name][0] / row[name][1] for row in moved if row["op"] == op) for name in PASSES]
+        spans = [" to ".join(dict.fromkeys((f"{r[0]:.3f}", f"{r[-1]:.3f}"))) for r in ratios if r]
+        times = {row["pass"]: row["results"] for row in speed if row["op"] == op}
+        faster = [compiled_over_eager(times[name]) if name in times else "" for name in PASSES]
+        cells.append([op, *(spans or ["", ""]), *faster])
+    last = (*moved, *speed)[-1]
+    processor = last["device"].partition(",")[0]
+    setting = where(last | {"device": processor}, "one thread", f"triton {last['triton']} interpreted")
+    return f"{table(head, cells)}\n\n{setting}."
+
+
+def compiled_over_eager(results: dict[str, dict]) -> str:
+    if "failed" in results["torch.compile"]:
+        return "failed"
+    return f"{results['torch']['warm'] / results['torch.compile']['warm']:.2f}"
+
+
+def written(shape: dict[str, int]) -> str:
+    return " ".join(f"{key}={size}" for key, size in shape.items())
+
+
+def bound(row: dict) -> tuple[float, str, float]:
+    """What takes the time: the amount, its rate's unit, and the most that the machine does of it in a second."""
+    copy, matmul = row["ceiling"]["copy"], row["ceiling"]["matmul"]
+    memory = row["bytes"] / copy > row["flops"] / matmul
+    return (row["bytes"], "B/s", copy) if memory else (row["flops"], "FLOP/s", matmul)
+
+
+def rate(per_second: float, unit: str) -> str:
+    return f"{per_second / 1e9:,.0f} GB/s" if unit == "B/s" else f"{per_second / 1e12:,.2f} TFLOP/s"
+
+
+def plot(rows: list[dict], folder: Path) -> None:
+    """`<op>.png`: GB/s or TFLOP/s by shape of everything that was timed on a GPU, a panel for each pass."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    timed = newest(rows, "speed", "cuda")
+    for op in dict.fromkeys(row["op"] for row in timed):
+        figure, panels = plt.subplots(1, len(PASSES), figsize=(12, 5), layout="constrained")
+        for name, axes in zip(PASSES, panels, strict=True):
+            here = [row for row in timed if (row["op"], row["pass"]) == (op, name)]
+            for contender in dict.fromkeys(key for row in here for key in row["results"]):
+                points = [
+                    (written(row["shape"]), bound(row)[0] / row["results"][contender]["cold"])
+                    for row in here if "cold" in row["results"].get(contender, {})
+                ]  # fmt: skip
+                if points:
+                    axes.plot(*zip(*points, strict=True), marker="o", label=contender)
+            if here:
+                _, unit, most = bound(here[-1])
+                axes.axhline(most, color="gray", linestyle=":", label="the card's own")
+                axes.set(title=f"{op}, {name}, {here[-1]['device']}", ylabel=unit, ylim=(0, None))
+                axes.tick_params("x", rotation=30)
+                axes.legend()
+        figure.savefig(folder / f"{op}.png", dpi=100)
+        plt.close(figure)
+
+
+# The name between the README's markers, the record that it is written from, and how.
+TABLES: dict[str, tuple[str, Callable[[list[dict]], str]]] = {
+    "results": ("train", train_table),
+    "kernels": ("kernels", kernels_table),
+}
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """`text` with `content` between the markers of `name`."""
+    begin, end = f"<!-- {name}: written by python -m bench.report -->", f"<!-- end of {name} -->"
+    filled, n = re.subn(f"{begin}.*?{end}", lambda _: f"{begin}\n\n{content}\n\n{end}", text, flags=re.DOTALL)
+    if n != 1:
+        raise ValueError(f"the README has {n} pairs of {begin} and {end}, not one")
+    return filled
 
 
 def main() -> int:
     readme = ROOT / "README.md"
     text = readme.read_text()
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END)[1]
-    rows = [json.loads(line) for line in (ROOT / "bench/results/train.jsonl").read_text().splitlines()]
-    readme.write_text(f"{head}{BEGIN}\n\n{train_table(rows)}\n\n{END}{tail}")
+    for name, (record, make) in TABLES.items():
+        if rows := records.read(records.RESULTS, record):
+            text = fill(text, name, make(rows))
+    readme.write_text(text)
+    plot(records.read(records.RESULTS, "kernels"), records.RESULTS)
     return 0
 
 

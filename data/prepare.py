@@ -24,13 +24,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
 
 import numpy as np
-from annotated_types import Ge, Interval
 
 from data.corpora import Corpus, DataError, Shard, open_corpus
 from data.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer, train_bpe, write_atomically
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 FORMAT = 1  # of the prepared folder: part of its name's hash
 SPLITS = ("train", "val")
@@ -52,11 +54,9 @@ class DataConfig:
     tokenizer: Annotated[
         Literal["bytes", "bpe", "gpt2"], "raw bytes, BPE trained on the corpus, or GPT-2's vocabulary"
     ] = "bpe"
-    vocab_size: Annotated[int, Ge(257), "size of a trained BPE vocabulary"] = 2048
-    val_fraction: Annotated[
-        float, Interval(gt=0, lt=1), "share of documents held out when the corpus has no validation split"
-    ] = 0.01
-    max_tokens: Annotated[int, Ge(0), "stop preparing after this many training tokens (0: all)"] = 0
+    vocab_size: Annotated[int, "[257, inf)", "size of a trained BPE vocabulary"] = 2048
+    val_fraction: Annotated[float, "(0, 1)", "share of documents held out, without a validation split"] = 0.01
+    max_tokens: Annotated[int, "[0, inf)", "stop preparing after this many training tokens (0: all)"] = 0
     cache: Annotated[str, "folder of prepared corpora"] = "data/cache"
 
     @property
@@ -194,8 +194,6 @@ class _Preparation:
 
     def _tokenize(self, shards: list[Shard], tokenizer: Tokenizer, progress: _Progress) -> None:
         """Append the tokens of every shard that `progress` lacks, and save it after each: a kill costs one shard."""
-        from tqdm import tqdm
-
         name, config = self.corpus.name, self.config
         if progress.shards:
             self.say(f"resuming {name} after {len(progress.shards)} of {len(shards)} shards")
@@ -213,8 +211,9 @@ class _Preparation:
                 write_atomically(self.partial / "progress.json", json.dumps(asdict(progress)))
 
             splitter = _Splitter(self.corpus.deduplicate, config.val_fraction, Path(seen.name).read_bytes())
-            bar = tqdm(desc=f"tokenizing {name}", unit="char", unit_scale=True, disable=not sys.stderr.isatty())
-            stack.enter_context(bar)
+            bar = progress_bar(self.say, desc=f"tokenizing {name}", unit="char", unit_scale=True)
+            if bar is not None:
+                stack.enter_context(bar)
             reported = time.monotonic()
             for shard in shards:
                 if shard.name in progress.shards or train.tell() >= limit:
@@ -225,8 +224,9 @@ class _Preparation:
                         sides[splitter.split(shard, text)].append(text)
                     train.write(tokenizer.encode_documents(sides["train"]))
                     val.write(tokenizer.encode_documents(sides["val"]))
-                    bar.update(sum(map(len, texts)))
-                    if bar.disable and time.monotonic() - reported > REPORT_S:
+                    if bar is not None:
+                        bar.update(sum(map(len, texts)))
+                    elif time.monotonic() - reported > REPORT_S:
                         reported = time.monotonic()
                         tokens = train.tell() / tokenizer.dtype.itemsize
                         self.say(f"tokenizing {name}: {tokens / 1e6:,.1f} M tokens so far, in shard {shard.name}")
@@ -246,6 +246,18 @@ class _Preparation:
                 train.seek(tail * tokenizer.dtype.itemsize)
             train.seek(min(train.tell(), limit))  # where it ends: `_finish` cuts off what follows
             save()
+
+
+def progress_bar(say: Callable[[str], None], **options: Any) -> tqdm | None:
+    """A bar, or None off a terminal and, which `say` is told, without tqdm: lines are the progress then."""
+    if not sys.stderr.isatty():
+        return None
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        say("no progress bar: the package tqdm is not installed")
+        return None
+    return tqdm(**options)
 
 
 class _Splitter:

@@ -1,8 +1,9 @@
 """Text to token ids and back.
 
 Raw bytes, a trained vocabulary and GPT-2's are one thing here: byte-level BPE, which a split pattern and a table of
-ranks define completely. tiktoken encodes, being quick and releasing the GIL; Hugging Face's `tokenizers` trains, and is
-what a checkpoint is exported for. Being byte-level, every tokenizer encodes any text and decodes it exactly.
+ranks define completely. Raw bytes take nothing but numpy; else tiktoken encodes, being quick and releasing the GIL, and
+Hugging Face's `tokenizers` trains, and is what a checkpoint is exported for. Being byte-level, every tokenizer encodes
+any text and decodes it exactly.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ class Tokenizer:
             raise DataError(f"tokenizer {self.name!r} gives one id to two tokens: ids must differ")
 
     @cached_property
-    def encoding(self) -> tiktoken.Encoding:
+    def encoding(self) -> tiktoken.Encoding | _Bytes:
+        if len(self.ranks) == 256:
+            return _Bytes(self.ranks, self.eot)
         import tiktoken
 
         return tiktoken.Encoding(
@@ -178,6 +181,24 @@ class Tokenizer:
         if eot is None:
             raise DataError(f"{path} has neither {EOT} nor <|end_of_text|>, one of which must end documents")
         return cls(path.resolve().parent.name, pattern, ranks, eot)
+
+
+class _Bytes:
+    """What is used of `tiktoken.Encoding`, for a vocabulary of single bytes, without that package."""
+
+    def __init__(self, ranks: dict[bytes, int], eot: int) -> None:
+        self.ids = np.array([ranks[bytes([b])] for b in range(256)])
+        self.tokens = {id: token for token, id in ranks.items()} | {eot: EOT.encode()}
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # an unpaired surrogate is U+FFFD
+        return self.ids[np.frombuffer(text.encode(), np.uint8)].tolist()
+
+    def encode_ordinary_batch(self, texts: Sequence[str], num_threads: int) -> list[list[int]]:
+        return [self.encode_ordinary(text) for text in texts]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return b"".join(self.tokens[id] for id in ids)
 
 
 def byte_tokenizer() -> Tokenizer:

@@ -464,8 +464,8 @@ CROSS_ENTROPY = Op(
     implementations={"torch": cross_entropy_torch, "triton": cross_entropy_triton},
     inputs=_cross_entropy_inputs,
     differentiable=("logits",),
-    cost=lambda s, itemsize: Cost(2 * s["N"] * s["V"] * itemsize + 12 * s["N"], 8 * s["N"] * s["V"]),
-    backward_cost=lambda s, itemsize: Cost(4 * s["N"], 0),
+    cost=lambda s, itemsize: Cost(s["N"] * s["V"] * itemsize + 12 * s["N"], 4 * s["N"] * s["V"]),
+    backward_cost=lambda s, itemsize: Cost(s["N"] * s["V"] * itemsize + 4 * s["N"], 4 * s["N"] * s["V"]),
     test_shapes=({"N": 1, "V": 2}, {"N": 7, "V": 101}, {"N": 5, "V": 9001}),
     bench_shapes=tuple({"N": 4096, "V": v} for v in (50257, 50304, 128256)),
 )
@@ -475,10 +475,8 @@ OP = Op(
     implementations={"torch": linear_cross_entropy_torch, "triton": linear_cross_entropy_triton},
     inputs=_inputs,
     differentiable=("x", "head_weight"),
-    cost=lambda s, itemsize: Cost(
-        2 * (s["N"] + s["V"]) * s["D"] * itemsize + 12 * s["N"], 6 * s["N"] * s["V"] * s["D"]
-    ),
-    backward_cost=lambda s, itemsize: Cost(0, 0),
+    cost=lambda s, itemsize: Cost((s["N"] + s["V"]) * s["D"] * itemsize + 12 * s["N"], 2 * s["N"] * s["V"] * s["D"]),
+    backward_cost=lambda s, itemsize: Cost((s["N"] + s["V"]) * s["D"] * itemsize, 4 * s["N"] * s["V"] * s["D"]),
     test_shapes=({"N": 1, "D": 8, "V": 2}, {"N": 7, "D": 33, "V": 101}, {"N": 32, "D": 64, "V": 257}),
     bench_shapes=tuple({"N": 16384, "D": d, "V": v} for d, v in ((768, 50257), (768, 50304), (4096, 128256))),
 )

@@ -1,8 +1,8 @@
 """Typed configuration from frozen dataclasses: defaults < file < flags.
 
-A knob is a dataclass field; its help and its bounds stand in its annotation:
+A knob is a dataclass field; its help, and the interval it must lie in, stand in its annotation:
 
-    lr: Annotated[float, Gt(0), "peak learning rate"] = 3e-3
+    lr: Annotated[float, "(0, inf)", "peak learning rate"] = 3e-3
 
 A field whose type is a dataclass is a section: `--model.n_layer=4` sets a knob in it and `--kernels=torch` its first
 knob. A config file holds bare assignments (`lr = 1e-3`, `model = dict(n_layer=6)`). Between those sources a
@@ -13,8 +13,9 @@ import argparse
 import dataclasses
 import difflib
 import operator
+import re
 import runpy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
@@ -31,14 +32,14 @@ class ConfigError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Knob:
-    """A leaf of the configuration. `choices` and `bounds` limit what it takes; `bounds` are of `annotated_types`."""
+    """A leaf of the configuration. `choices` and `interval`, such as `[0, 1)`, limit what it takes."""
 
     key: str
     type: type
     help: str
     default: Any
     choices: tuple[str, ...]
-    bounds: tuple[Any, ...]
+    interval: str
 
     def read(self, value: Any) -> Any:
         """The value in the knob's type: text is parsed, an int passes for a float. Raises `ConfigError`."""
@@ -51,12 +52,29 @@ class Knob:
         except (ValueError, KeyError):
             kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[self.type]
             raise ConfigError(f"{self.key} must be {kind}, not {value!r}") from None
-        for bound in self.bounds:
-            for name, words in (("gt", "more than"), ("ge", "at least"), ("lt", "less than"), ("le", "at most")):
-                limit = getattr(bound, name, None)
-                if limit is not None and not getattr(operator, name)(value, limit):
-                    raise ConfigError(f"{self.key} must be {words} {limit}, not {value}")
+        for holds, words, limit in _bounds(self.interval):
+            if not holds(value, float(limit)):
+                raise ConfigError(f"{self.key} must be {words} {limit}, not {value}")
         return value
+
+    def __post_init__(self):
+        _bounds(self.interval)  # a slip of the pen shows at once
+
+
+_INTERVAL = re.compile(r"([\[(])(\S+), (\S+)([\])])")
+
+
+def _bounds(interval: str) -> list[tuple[Callable[[Any, float], bool], str, str]]:
+    """Both ends of an interval in the mathematician's notation: test, its words, limit. `ValueError` if it is none."""
+    if not interval:
+        return []
+    match = _INTERVAL.fullmatch(interval)
+    if match is None or not float(match[2]) < float(match[3]):
+        raise ValueError(f"{interval!r} is no interval, such as '[0, 1)' or '(0, inf)'")
+    left, low, high, right = match.groups()
+    lower = (operator.ge, "at least", low) if left == "[" else (operator.gt, "more than", low)
+    upper = (operator.le, "at most", high) if right == "]" else (operator.lt, "less than", high)
+    return [lower, upper]
 
 
 def _convert(value: Any, kind: type) -> Any:
@@ -86,10 +104,9 @@ def knobs(cls: type, prefix: str = "") -> dict[str, Knob]:
             continue
         kind, *extras = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
         choices = get_args(kind) if get_origin(kind) is Literal else ()
-        text = next((extra for extra in extras if isinstance(extra, str)), "")
-        bounds = tuple(extra for extra in extras if not isinstance(extra, str))
+        interval, text = ("", "", *extras)[-2:]
         default = cls.__dataclass_fields__[name].default
-        found[prefix + name] = Knob(prefix + name, str if choices else kind, text, default, choices, bounds)
+        found[prefix + name] = Knob(prefix + name, str if choices else kind, text, default, choices, interval)
     return found
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
-from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
 from kernels import Kernels
@@ -24,18 +23,18 @@ from model.config import ConfigError
 class ModelConfig:
     """The shape of the model. A 0 stands for a value derived from others; `resolved` fills it in."""
 
-    n_layer: Annotated[int, Ge(1), "layers"] = 12
-    n_head: Annotated[int, Ge(1), "query heads"] = 12
-    n_kv_head: Annotated[int, Ge(0), "key and value heads (0: as many as query heads)"] = 0
-    head_dim: Annotated[int, Ge(0), "width of a head, even (0: d_model / n_head)"] = 0
-    d_model: Annotated[int, Ge(1), "width of the residual stream"] = 768
-    d_ff: Annotated[int, Ge(0), "width of the feed-forward layer (0: 8/3 of d_model, rounded up to 64)"] = 0
-    seq_len: Annotated[int, Ge(1), "tokens in a sequence"] = 1024
-    vocab_size: Annotated[int, Ge(0), "rows of the embedding (0: the tokenizer's vocabulary)"] = 0
+    n_layer: Annotated[int, "[1, inf)", "layers"] = 12
+    n_head: Annotated[int, "[1, inf)", "query heads"] = 12
+    n_kv_head: Annotated[int, "[0, inf)", "key and value heads (0: as many as query heads)"] = 0
+    head_dim: Annotated[int, "[0, inf)", "width of a head, even (0: d_model / n_head)"] = 0
+    d_model: Annotated[int, "[1, inf)", "width of the residual stream"] = 768
+    d_ff: Annotated[int, "[0, inf)", "width of the feed-forward layer (0: 8/3 of d_model, rounded up to 64)"] = 0
+    seq_len: Annotated[int, "[1, inf)", "tokens in a sequence"] = 1024
+    vocab_size: Annotated[int, "[0, inf)", "rows of the embedding (0: the tokenizer's vocabulary)"] = 0
     tied: Annotated[bool, "the head is the embedding"] = True
     qk_norm: Annotated[bool, "normalise each head of q and k"] = True
-    rope_theta: Annotated[float, Gt(0), "base of the rotary frequencies"] = 10000.0
-    norm_eps: Annotated[float, Gt(0), "added to the mean square in every norm"] = 1e-6
+    rope_theta: Annotated[float, "(0, inf)", "base of the rotary frequencies"] = 10000.0
+    norm_eps: Annotated[float, "(0, inf)", "added to the mean square in every norm"] = 1e-6
 
     def __post_init__(self):
         if not self.head_dim and self.d_model % self.n_head:

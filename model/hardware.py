@@ -5,7 +5,6 @@ import platform
 import re
 import resource
 import shutil
-import sys
 import sysconfig
 from pathlib import Path
 from typing import Literal
@@ -115,15 +114,22 @@ def describe(device: torch.device, precision: Precision) -> str:
 def memory(device: torch.device) -> dict[str, int | None]:
     """Bytes held at the peak (by the process on a CPU), bytes reserved, and allocations that had to be retried."""
     if device.type != "cuda":
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        return {"memory": peak, "memory_reserved": None, "memory_retries": None}
+        return {"memory": _peak_resident(), "memory_reserved": None, "memory_retries": None}
     stats = torch.cuda.memory_stats(device)
     return {
         "memory": stats["allocated_bytes.all.peak"],
         "memory_reserved": stats["reserved_bytes.all.peak"],
         "memory_retries": stats["num_alloc_retries"],
     }
+
+
+def _peak_resident() -> int:
+    """The most memory that this process has held. Linux's ru_maxrss would count the process that started it too."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -14,12 +14,12 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any, Literal
 
+from data.prepare import progress_bar
 from data.tokenizer import write_atomically
 from model.config import UserError
 
@@ -95,6 +95,7 @@ class Run:
         that step are dropped, since they are about to be written again."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.rows, self.bar, self.mirror = folder, [], None, None
+        self._bar_opened = False
         self._metrics, self._samples = folder / "metrics.jsonl", folder / "samples.txt"
         if self._metrics.exists():
             self.rows = [row for row in _read_rows(self._metrics) if row["step"] <= at_step]
@@ -137,11 +138,10 @@ class Run:
 
     def show_progress(self, progress: float, note: str) -> None:
         """Move the bar to a share of the run; off a terminal the lines are the progress."""
-        if self.bar is None and sys.stderr.isatty():
-            from tqdm import tqdm
-
+        if not self._bar_opened:
             layout = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
-            self.bar = tqdm(total=1.0, initial=progress, bar_format=layout, leave=False)
+            self.bar = progress_bar(self.say, total=1.0, initial=progress, bar_format=layout, leave=False)
+            self._bar_opened = True
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(progress - self.bar.n)
@@ -163,9 +163,12 @@ class Run:
             self.say(f"W&B is off for this run: {error}")
 
     def plot(self) -> None:
-        """Draw loss.png from the rows."""
-        import matplotlib
-
+        """Draw loss.png from the rows, where matplotlib is installed."""
+        try:
+            import matplotlib
+        except ModuleNotFoundError:
+            self.say("loss.png is left out: the package matplotlib is not installed")
+            return
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
 

@@ -1,11 +1,12 @@
 """The configuration: where values come from, and what is said of bad ones."""
 
 import json
-from dataclasses import dataclass
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass, make_dataclass
 from typing import Annotated, Literal
 
 import pytest
-from annotated_types import Ge, Interval
 
 from model.config import ConfigError, as_dict, build, flatten, knobs, merge, read_file, read_flags
 from train import BUDGETS, Config
@@ -14,12 +15,12 @@ from train import BUDGETS, Config
 @dataclass(frozen=True)
 class Inner:
     kind: Annotated[str, "first"] = "plain"
-    size: Annotated[int, Ge(1), "how large"] = 4
+    size: Annotated[int, "[1, inf)", "how large"] = 4
 
 
 @dataclass(frozen=True)
 class Outer:
-    rate: Annotated[float, Interval(gt=0, lt=1), "how fast"] = 0.5
+    rate: Annotated[float, "(0, 1)", "how fast"] = 0.5
     mode: Annotated[Literal["slow", "fast"], "which way"] = "slow"
     loud: Annotated[bool, "whether to shout"] = False
     inner: Inner = Inner()
@@ -96,6 +97,23 @@ def test_bad_files(tmp_path, text, message):
     (tmp_path / "bad.py").write_text(text)
     with pytest.raises(ConfigError, match=message):
         build(Outer, flatten(Outer, read_file(str(tmp_path / "bad.py"), tmp_path)))
+
+
+@pytest.mark.parametrize("interval", ["0, 1", "[0 1)", "[0,1)", "[1, 0]", "(nan, 1)", "[0, one)", "how fast"])
+def test_a_malformed_interval_is_a_programming_error(interval):
+    wrong = make_dataclass("Wrong", [("rate", Annotated[float, interval, "help"], 0.5)])
+    with pytest.raises(ValueError) as caught:
+        knobs(wrong)
+    assert not isinstance(caught.value, ConfigError)
+
+
+def test_an_interval_may_be_open_or_closed_on_either_side():
+    sides = {"[0, 1]": [0, 0.5, 1], "(0, 1]": [0.5, 1], "[0, 1)": [0, 0.5], "(0, 1)": [0.5], "[0.5, inf)": [0.5, 1]}
+    for interval, held in sides.items():
+        knob = knobs(make_dataclass("Right", [("rate", Annotated[float, interval, "help"], 0.5)]))["rate"]
+        for value in (0, 0.5, 1, math.inf, math.nan):
+            with nullcontext() if value in held else pytest.raises(ConfigError, match=f"rate must be .*, not {value}"):
+                knob.read(float(value))
 
 
 def test_a_missing_file_lists_those_there(tmp_path):

@@ -6,9 +6,12 @@ import sysconfig
 from importlib.metadata import Distribution
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("pyarrow")
+
 import pyarrow
 import pyarrow.parquet
-import pytest
 
 from data import corpora
 from data.corpora import CORPORA, DataError, open_corpus, read_parquet, wikitext_articles

@@ -20,7 +20,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from model import checkpoint  # noqa: E402
+from model import checkpoint
 
 
 def start(flags: list[str]) -> subprocess.Popen:

@@ -7,6 +7,10 @@ import socket
 
 import numpy as np
 import pytest
+
+for package in ("tiktoken", "tokenizers", "hypothesis"):
+    pytest.importorskip(package)
+
 import tiktoken.load
 import tokenizers
 from hypothesis import given

@@ -1,0 +1,218 @@
+"""The benches' own logic: what is checked before it is timed, what is counted, what the tables say; no timing."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from bench import bench_kernels, gpu, records, report, timing
+from bench.cases import Case, relative_error, share_of_rows
+from bench.gpu import Part
+from bench.rivals import RIVALS
+from kernels import TESTED
+
+ROOT = Path(__file__).parents[1]
+OPS = {op.name: op for op in TESTED}
+
+
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_wrong_function_and_one_that_raises_are_not_timed():
+    op = OPS["swiglu"]
+    right = op.implementations["torch"]
+    functions = {
+        "right": right, "a hundredth off": lambda x: 1.01 * right(x), "NaN": lambda x: right(x) + math.nan,
+        "wrong gradient": lambda x: right(x.detach()) + (x - x.detach()).chunk(2, -1)[0], "raises": torch.mm,
+    }  # fmt: skip
+    results = bench_kernels.check(op, {"rows": 5, "F": 64}, functions, "forward+backward")
+    assert "failed" not in results.pop("right")
+    assert results.pop("raises")["failed"].startswith("TypeError: ")
+    assert len(results) == 3 and all(result["failed"].startswith("wrong") for result in results.values())
+
+
+def test_a_contender_that_raises_does_not_stop_the_rest():
+    def fails():
+        raise RuntimeError("no such kernel\nand more")
+
+    if not torch.cuda.is_available():
+        results = timing.measure({"fails": lambda: [fails], "cannot be made": fails, "works": lambda: [list]}, budget=0)
+        assert results["fails"] == results["cannot be made"] == {"failed": "RuntimeError: no such kernel"}
+        assert len(results["works"]["warm"]) == 3 and min(results["works"]["warm"]) > 0
+
+
+def test_repeated_calls_go_round_the_inputs():
+    made = []
+    timing.repeated([lambda i=i: made.append(i) for i in range(3)], 7)()
+    assert made == [0, 1, 2, 0, 1, 2, 0]
+
+
+@pytest.mark.parametrize("op", [op for op in TESTED if op.name in RIVALS], ids=lambda op: op.name)
+def test_torchs_own_functions_are_the_ops(op):
+    ours = {name for name in RIVALS[op.name] if name.startswith("F.")}
+    found = {name: RIVALS[op.name][name]() for name in ours if hasattr(torch.nn.functional, name.removeprefix("F."))}
+    for result in bench_kernels.check(op, op.test_shapes[1], found, "forward+backward").values():
+        assert "failed" not in result, result
+
+
+def test_rivals_are_of_ops_that_there_are():
+    assert RIVALS.keys() <= OPS.keys()
+
+
+def test_a_share_of_the_rows():
+    assert share_of_rows({"rows": 16384, "D": 768}) == {"rows": 124, "D": 768}
+    assert share_of_rows({"N": 16384, "D": 7, "V": 9}, 4) == {"N": 4096, "D": 7, "V": 9}
+    assert share_of_rows({"B": 16, "T": 1024, "H": 1}) == {"B": 1, "T": 124, "H": 1}
+    assert share_of_rows({"B": 4, "T": 64, "S": 64}, 2) == {"B": 2, "T": 64, "S": 64}
+    assert share_of_rows({"B": 1, "T": 64, "S": 64}, 2) == {"B": 1, "T": 32, "S": 32}
+    assert share_of_rows({"rows": 1, "D": 768}) == {"rows": 1, "D": 768}
+
+
+def test_a_case_draws_the_same_again_and_costs_both_passes():
+    op, shape = OPS["rmsnorm"], {"rows": 3, "D": 8}
+    case = Case(op, shape, torch.float32, torch.device("cpu"))
+    results = [case.call(op.implementations["torch"], "forward+backward")() for _ in range(2)]
+    assert len(results[0]) == 2 + len(op.differentiable) and relative_error(results[0], results[1]) == 0
+    assert relative_error(results[0], case.call(op.implementations["torch"], "forward+backward", exact=True)()) > 0
+    forward, backward = op.cost(shape, 4), op.backward_cost(shape, 4)
+    assert case.cost("forward+backward").bytes == forward.bytes + backward.bytes
+
+
+def test_bytes_are_counted_in_the_interpreter():
+    code = """
+from bench.bytes_moved import *
+op = next(op for op in TESTED if op.name == "swiglu")
+print(json.dumps(count(op, {"rows": 3, "F": 200})))
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)
+    element = 2 * 3 * 200  # bytes of a bf16 tensor [rows, F]: gate and up to y; then dy, gate and up to two gradients
+    assert row["forward"] == [3 * element] * 2
+    assert row["forward+backward"] == [8 * element] * 2
+
+
+def test_a_failing_part_does_not_stop_the_next_and_the_exit_code_says_so(tmp_path, capfd):
+    parts = [
+        Part("exits", [sys.executable, "-c", "print('half'); raise SystemExit(3)"], 20),
+        Part("hangs", ["sh", "-c", "sleep 300 & sleep 300"], 0.2),  # its child holds the pipe too
+        Part("works", [sys.executable, "-c", "print('done')"], 20, lambda: {"tok_s": 5, "loss": 2.5}),
+    ]
+    assert gpu.run_all(parts, tmp_path) == 1
+    rows = records.read(tmp_path, "gpu")
+    assert [row["status"] for row in rows] == ["failed (3)", "over 0.2 s", "passed"]
+    assert rows[0]["last"] == "half" and rows[2]["tok_s"] == 5 and all("commit" in row for row in rows)
+    assert "2.5000" in capfd.readouterr().out
+    assert gpu.run_all(parts[2:], tmp_path) == 0
+
+
+def test_the_parts_fit_in_nine_minutes_and_train_with_knobs_that_exist(tmp_path):
+    part = gpu.training("torch", tmp_path)
+    config, folder, _ = train.configure([*part.command[2:]])
+    assert folder == tmp_path / "torch" and config.kernels.every == "torch" and config.time_limit < part.limit
+    assert sum(part.limit for part in gpu.parts(tmp_path, tmp_path)) < 540
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main() != 0 and "no GPU" in capsys.readouterr().err
+
+
+MACHINE = {"date": "2020-01-02", "commit": "abc", "device": "Card", "driver": "1.2", "torch": "9", "triton": "8"}
+SPEED = MACHINE | {
+    "bench": "speed", "on": "cuda", "op": "rmsnorm", "shape": {"rows": 4, "D": 8}, "pass": "forward", "bytes": 4e9,
+    "flops": 1e6, "ceiling": {"copy": 5e12, "matmul": 1e15}, "results": {
+        "triton": {"cold": 1e-3, "warm": 9e-4, "host": 2e-5, "memory": 2**20, "graph": True, "error": 1e-3},
+        "torch": {"cold": 3e-3, "warm": 2e-3, "host": 4e-5, "memory": 2**21, "graph": True, "error": 1e-3},
+        "Liger": {"failed": "wrong: relative error"},
+    },
+}  # fmt: skip
+ON_CPU = SPEED | {"on": "cpu", "results": {"torch": {"warm": 3.0}, "torch.compile": {"warm": 1.5}}}
+MOVED = MACHINE | {"bench": "bytes moved", "op": "rmsnorm", "shape": {"D": 8}, "forward": [101, 100]}
+MOVED |= {"forward+backward": [205, 200]}
+
+
+def test_the_kernels_table_of_a_gpu():
+    older = SPEED | {"results": {"triton": {"failed": "crashed"}}}
+    elsewhere = SPEED | {"device": "Another", "shape": {"rows": 9, "D": 9}}
+    text = report.kernels_table([elsewhere, older, SPEED])
+    assert "| rmsnorm | rows=4 D=8 | forward | triton | 1,000.0 | 4,000 GB/s | 80% | 20 | 1 MiB |" in text
+    assert "torch 3.00, Liger failed" in text and not re.search("crashed|Another|=9", text) and "driver 1.2" in text
+
+
+def test_the_kernels_table_without_a_gpu_says_nothing_of_one():
+    wide = MOVED | {"shape": {"D": 9}, "forward": [104, 100]}
+    text = report.kernels_table([ON_CPU, MOVED, wide])
+    assert "| rmsnorm | 1.010 to 1.040 | 1.025 | 2.00 |  |" in text
+    assert not re.search("GB/s|TFLOP|driver|us", text)
+
+
+def test_what_stands_between_the_markers_is_replaced():
+    readme = (ROOT / "README.md").read_text()
+    for name in report.TABLES:
+        filled = report.fill(readme, name, "new \\1")
+        assert filled.count("new \\1") == 1 and report.fill(filled, name, "") == report.fill(readme, name, "")
+    with pytest.raises(ValueError, match="0 pairs"):
+        report.fill("nothing", "kernels", "")
+
+
+def test_plots_are_of_what_a_gpu_did(tmp_path):
+    pytest.importorskip("matplotlib")
+    report.plot([ON_CPU, MOVED], tmp_path)
+    assert not list(tmp_path.iterdir())
+    report.plot([SPEED], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["rmsnorm.png"]
+
+
+# What a run on bytes of `stdlib` can do without: a machine with a GPU may have torch, triton and numpy, and no network.
+ABSENT = {
+    "annotated_types", "tqdm", "matplotlib", "tiktoken", "tokenizers", "packaging", "pyarrow", "wandb",
+    "huggingface_hub", "safetensors",
+}  # fmt: skip
+WITHOUT = f"""
+import sys
+from importlib.machinery import PathFinder
+
+
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in {ABSENT} else super().find_spec(name, path, target)
+
+
+sys.meta_path = [Finder if finder is PathFinder else finder for finder in sys.meta_path]
+import train
+
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_training_on_bytes_needs_torch_and_numpy_alone(tiny, tmp_path):
+    changes = {
+        "data.corpus": "stdlib",
+        "data.max_tokens": 50_000,
+        "data.cache": tmp_path,
+        "steps": 3,
+        "wandb": "offline",
+    }
+    done = python(WITHOUT, *tiny(tmp_path / "out", **changes))
+    assert done.returncode == 0, done.stderr
+    assert "loss.png is left out: the package matplotlib is not installed" in done.stdout
+    assert "W&B is off for this run: No module named 'wandb'" in done.stdout
+    assert json.loads((tmp_path / "out/small/status.json").read_text())["status"] == "finished"
+
+
+def test_a_package_that_is_needed_is_named(tiny, tmp_path):
+    done = python(WITHOUT, *tiny(tmp_path / "out", **{"data.tokenizer": "bpe"}))
+    assert done.returncode == 2 and done.stderr == (
+        "error: what was asked for takes the package tokenizers, which is not installed\n"
+    )
+    assert not (tmp_path / "out").exists()
