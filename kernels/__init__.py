@@ -94,7 +94,7 @@ def _automatic(op: Op, device: torch.device) -> str:
 def _named(op: Op, wanted: str, device: torch.device) -> str:
     if wanted not in op.implementations:
         near = difflib.get_close_matches(wanted, op.implementations, 1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
+        hint = f" (did you mean {near[0]}?)" if near else f": give it one of them with --kernels.{op.name}"
         raise KernelError(f"{op.name} has no {wanted!r} kernel; it has {', '.join(op.implementations)}{hint}")
     if wanted == "triton" and not AVAILABLE:
         raise KernelError("Triton is not installed (it is published for Linux): take --kernels=torch")

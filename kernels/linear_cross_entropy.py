@@ -3,8 +3,11 @@
     z = x W^T,  or softcap * tanh(x W^T / softcap) with a softcap
     loss_i = logsumexp(z_i) - (1 - s) z_i[target_i] - s mean(z_i) + z_loss * logsumexp(z_i)^2,  s the label smoothing
 
-Rows whose target is `IGNORE` count for nothing. With p = softmax(z): dz_i = p_i (1 + 2 z_loss logsumexp(z_i)) - (1 - s)
-onehot(target_i) - s / V, times 1 - (z / softcap)^2 with a softcap; dx = dz W, dW = dz^T x.
+Rows whose target is `ignore_index` count for nothing. With p = softmax(z),
+
+    dz_i = p_i (1 + 2 z_loss logsumexp(z_i)) - (1 - s) onehot(target_i) - s / V,  dx = dz W,  dW = dz^T x
+
+with a softcap dz times 1 - (z / softcap)^2.
 
 The Triton implementation walks over chunks of rows whose logits fit `CHUNK_BYTES`: a library's matrix product into one
 buffer, the cross-entropy kernel that turns the buffer into dz in place, and two more products, dW summed in float32.
@@ -29,7 +32,7 @@ from torch.autograd.graph import increment_version
 from kernels.launch import library_op, rows_of, tl, triton
 from kernels.spec import Cost, Op, accumulation_dtype
 
-IGNORE = -1
+IGNORE = -1  # what this project's targets hold where there is none
 CHUNK_BYTES = 2**29  # 5,000 rows of 50,000 classes in bf16: large enough for the products to run at full speed
 Reduction = Literal["mean", "sum", "none"]
 
@@ -42,23 +45,26 @@ def linear_cross_entropy_torch(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float = 0.0,
+    ignore_index: int = IGNORE,
 ) -> Tensor:
     """Cross-entropy of `x @ head_weight.T` against `targets`, in nats.
 
     Args:
         x: `[..., D]` hidden states.
         head_weight: `[V, D]`.
-        targets: `[...]` int64 in `[0, V)`, or `IGNORE`. Another is an error: raised here on a CPU, an assertion of the
-            device on a GPU; the Triton implementation, which waits for no device, gives NaN for the row.
+        targets: `[...]` int64 in `[0, V)`, or `ignore_index`. Others are an error: raised here on a CPU, an assertion
+            of the device on a GPU; the Triton implementation, which waits for no device, gives NaN for the row.
         reduction: `mean` over the rows not ignored (0 when all are), `sum`, or `none`.
         label_smoothing: share of the target's probability spread over all classes, 0 to 1.
         z_loss: factor of the squared log-partition, which keeps the logits from drifting.
         softcap: bound that the logits are squeezed under by tanh; 0 for none.
+        ignore_index: the target of rows that do not count.
 
     Returns:
         A scalar, or `[...]` for `none` (0 where ignored), in float32 or wider.
     """
-    return cross_entropy_torch(F.linear(x, head_weight), targets, reduction, label_smoothing, z_loss, softcap)
+    logits = F.linear(x, head_weight)
+    return cross_entropy_torch(logits, targets, reduction, label_smoothing, z_loss, softcap, ignore_index)
 
 
 def cross_entropy_torch(
@@ -68,26 +74,24 @@ def cross_entropy_torch(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float = 0.0,
+    ignore_index: int = IGNORE,
 ) -> Tensor:
     """The same of logits `[..., V]`."""
     z = logits.flatten(0, -2).to(accumulation_dtype(logits))
     if softcap:
         z = softcap * torch.tanh(z / softcap)
-    rows = F.cross_entropy(z, targets.flatten(), ignore_index=IGNORE, label_smoothing=label_smoothing, reduction="none")
+    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": "none"}
+    rows = F.cross_entropy(z, targets.flatten(), **options)
     if z_loss:
-        rows = rows + z_loss * z.logsumexp(-1).square() * (targets.flatten() != IGNORE)
-    return _reduce(rows, targets, reduction)
-
-
-def _reduce(rows: Tensor, targets: Tensor, reduction: Reduction) -> Tensor:
+        rows = rows + z_loss * z.logsumexp(-1).square() * (targets.flatten() != ignore_index)
     if reduction == "none":
         return rows.view(targets.shape)
-    return rows.sum() / n_counted(targets) if reduction == "mean" else rows.sum()
+    return rows.sum() / _n_counted(targets, ignore_index) if reduction == "mean" else rows.sum()
 
 
-def n_counted(targets: Tensor) -> Tensor:
+def _n_counted(targets: Tensor, ignore_index: int) -> Tensor:
     """How many rows are not ignored, at least 1; left on the device."""
-    return (targets != IGNORE).sum().clamp(min=1)
+    return (targets != ignore_index).sum().clamp(min=1)
 
 
 @triton.jit
@@ -136,8 +140,8 @@ def _again(z, zero):
 @triton.jit
 def _cross_entropy_kernel(
     logits_ptr, targets_ptr, weights_ptr, loss_ptr, dlogits_ptr, stride_z, stride_dz, stride_w,
-    label_smoothing, z_loss, softcap,
-    V: tl.constexpr, IGNORE: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, N_HELD: tl.constexpr,
+    label_smoothing, z_loss, softcap, ignore_index,
+    V: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, N_HELD: tl.constexpr,
 ):  # fmt: skip
     """One row. `N_HELD` full blocks and the last, ragged one stay in registers; those between are read twice."""
     row = tl.program_id(0).to(tl.int64)
@@ -145,8 +149,8 @@ def _cross_entropy_kernel(
     N_FULL: tl.constexpr = V // BLOCK_V
     logits_ptr += row * stride_z
     target = tl.load(targets_ptr + row)
-    valid = (target >= 0) & (target < V)
-    ignored = target == IGNORE
+    ignored = target == ignore_index
+    valid = (target >= 0) & (target < V) & (target != ignore_index)
     target = tl.where(valid, target, -1).to(tl.int32)
     z_target = _squeeze(tl.load(logits_ptr + target, mask=valid, other=0.0), softcap, SOFTCAP)
 
@@ -228,7 +232,7 @@ def _launch(logits: Tensor, targets: Tensor, weights: Tensor | None, loss: Tenso
     """Loss of each row of `logits` `[N, V]` and, unless it is None, the gradient into `dlogits`, which may be `logits`,
     each row's counted `weights` times, a scalar or `[N]`."""
     n, v = logits.shape
-    label_smoothing, z_loss, softcap = options
+    *_, softcap, _ = options
     # What the registers of 8 warps hold beside the ragged block. A wider row, or one that loads value by value, taking
     # a register for each, is read twice, the second time from the L2 cache, by programs of which four fit at once.
     full, limit = v // 2048, (24 if softcap else 46) // logits.element_size()
@@ -236,13 +240,13 @@ def _launch(logits: Tensor, targets: Tensor, weights: Tensor | None, loss: Tenso
     if n:
         _cross_entropy_kernel[(n,)](
             logits, targets, weights, loss, dlogits, logits.stride(0), 0 if dlogits is None else dlogits.stride(0),
-            weights.stride(0) if weights is not None and weights.ndim else 0, label_smoothing, z_loss, softcap,
-            V=v, IGNORE=IGNORE, SOFTCAP=softcap != 0, BLOCK_V=min(2048, triton.next_power_of_2(v)), N_HELD=held,
+            weights.stride(0) if weights is not None and weights.ndim else 0, *options,
+            V=v, SOFTCAP=softcap != 0, BLOCK_V=min(2048, triton.next_power_of_2(v)), N_HELD=held,
             num_warps=8 if v > 1024 else 4,
         )  # fmt: skip
 
 
-def _allocate_cross_entropy(logits, targets, weight, label_smoothing, z_loss, softcap, with_gradient):
+def _allocate_cross_entropy(logits, targets, weight, label_smoothing, z_loss, softcap, ignore_index, with_gradient):
     loss = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
     return loss, _aligned(len(logits) if with_gradient else 0, logits.shape[1], logits.dtype, logits.device)
 
@@ -250,25 +254,26 @@ def _allocate_cross_entropy(logits, targets, weight, label_smoothing, z_loss, so
 @library_op(_allocate_cross_entropy)
 def _cross_entropy(
     logits: Tensor, targets: Tensor, weight: Tensor | None,
-    label_smoothing: float, z_loss: float, softcap: float, with_gradient: bool,
+    label_smoothing: float, z_loss: float, softcap: float, ignore_index: int, with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Loss of each row of `[N, V]`, and `weight` times the gradient of their sum."""
-    options = (label_smoothing, z_loss, softcap)
+    options = (label_smoothing, z_loss, softcap, ignore_index)
     loss, dlogits = outputs = _allocate_cross_entropy(logits, targets, weight, *options, with_gradient)
     _launch(rows_of(logits), targets, weight, loss, dlogits if with_gradient else None, options)
     return outputs
 
 
-def _allocate_cross_entropy_(logits, targets, weight, label_smoothing, z_loss, softcap):
+def _allocate_cross_entropy_(logits, targets, weight, label_smoothing, z_loss, softcap, ignore_index):
     return torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
 
 
 @library_op(_allocate_cross_entropy_, mutates=("logits",))
 def _cross_entropy_(
-    logits: Tensor, targets: Tensor, weight: Tensor | None, label_smoothing: float, z_loss: float, softcap: float
-) -> Tensor:
+    logits: Tensor, targets: Tensor, weight: Tensor | None,
+    label_smoothing: float, z_loss: float, softcap: float, ignore_index: int,
+) -> Tensor:  # fmt: skip
     """The same with the gradient in the place of the logits."""
-    options = (label_smoothing, z_loss, softcap)
+    options = (label_smoothing, z_loss, softcap, ignore_index)
     loss = _allocate_cross_entropy_(logits, targets, weight, *options)
     _launch(logits, targets, weight, loss, logits, options)
     increment_version(logits)
@@ -313,6 +318,7 @@ def cross_entropy_triton(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float = 0.0,
+    ignore_index: int = IGNORE,
     inplace: bool = False,
 ) -> Tensor:
     """The same, reading the logits once, where a row fits registers, and writing the gradient once: over the logits,
@@ -321,10 +327,12 @@ def cross_entropy_triton(
     flat, flat_targets, weight = logits.flatten(0, -2), targets.flatten(), None
     if inplace and (flat.data_ptr() != logits.data_ptr() or flat.stride(-1) != 1):
         raise ValueError(f"logits of strides {logits.stride()} cannot be flattened in place; give contiguous ones")
-    if reduction != "none":
-        weight = torch.ones((), device=logits.device) / (n_counted(targets) if reduction == "mean" else 1)
+    if reduction == "mean":
+        weight = 1 / _n_counted(targets, ignore_index)
+    elif reduction == "sum":
+        weight = torch.ones((), device=logits.device)
     with_gradient = torch.is_grad_enabled() and logits.requires_grad
-    options = (label_smoothing, z_loss, softcap)
+    options = (label_smoothing, z_loss, softcap, ignore_index)
     loss = _CrossEntropy.apply(flat, flat_targets, weight, options, with_gradient, inplace)
     return loss.view(targets.shape) if reduction == "none" else loss
 
@@ -336,7 +344,9 @@ def _check(targets: Tensor, leading: torch.Size, reduction: str) -> None:
         raise ValueError(f"reduction {reduction!r} is none of mean, sum, none")
 
 
-def _allocate_chunks(x, head_weight, targets, weights, dtype, label_smoothing, z_loss, softcap, with_dx, with_dw):
+def _allocate_chunks(
+    x, head_weight, targets, weights, dtype, label_smoothing, z_loss, softcap, ignore_index, with_dx, with_dw
+):
     return (
         x.new_empty(x.shape[:1], dtype=torch.float32),
         torch.empty(x.shape if with_dx else (0,), dtype=x.dtype, device=x.device),
@@ -347,10 +357,10 @@ def _allocate_chunks(x, head_weight, targets, weights, dtype, label_smoothing, z
 @library_op(_allocate_chunks)
 def _linear_cross_entropy(
     x: Tensor, head_weight: Tensor, targets: Tensor, weights: Tensor | None, dtype: torch.dtype,
-    label_smoothing: float, z_loss: float, softcap: float, with_dx: bool, with_dw: bool,
+    label_smoothing: float, z_loss: float, softcap: float, ignore_index: int, with_dx: bool, with_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss of each row of `x` `[N, D]`; dx and dW of their sum, each row counted `weights` `[N]` times when given."""
-    options = (label_smoothing, z_loss, softcap)
+    options = (label_smoothing, z_loss, softcap, ignore_index)
     loss, dx, dw = outputs = _allocate_chunks(x, head_weight, targets, weights, dtype, *options, with_dx, with_dw)
     n, v = len(x), len(head_weight)
     w = head_weight.to(dtype)
@@ -427,19 +437,20 @@ def linear_cross_entropy_triton(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float = 0.0,
+    ignore_index: int = IGNORE,
 ) -> Tensor:
     """The same in memory of one chunk of logits and a float32 gradient of the head; nothing waits for the device."""
     _check(targets, x.shape[:-1], reduction)
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    flat, flat_targets, options = rows_of(x), targets.reshape(-1), (label_smoothing, z_loss, softcap)
+    flat, flat_targets, options = rows_of(x), targets.reshape(-1), (label_smoothing, z_loss, softcap, ignore_index)
     if reduction == "none":
         rows = _RowsLinearCrossEntropy.apply(flat, head_weight, flat_targets, dtype, options)
         return rows.view(targets.shape)
     tracked = torch.is_grad_enabled()
     with_dx, with_dw = tracked and x.requires_grad, tracked and head_weight.requires_grad
     loss = _SummedLinearCrossEntropy.apply(flat, head_weight, flat_targets, dtype, options, with_dx, with_dw)
-    return loss / n_counted(targets) if reduction == "mean" else loss
+    return loss / _n_counted(targets, ignore_index) if reduction == "mean" else loss
 
 
 def _targets(n: int, v: int, make) -> Tensor:

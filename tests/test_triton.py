@@ -87,6 +87,18 @@ def test_empty_batch(op):
     assert all(not inputs[key].grad.any() for key in op.differentiable)
 
 
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="there is no device to wait for")
+@by_op
+def test_the_host_never_waits(op):
+    inputs = leaves_of(op)
+    summed(op.implementations["triton"](**inputs)).backward()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        summed(op.implementations["triton"](**inputs)).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_inputs_are_left_alone():
     for op in WITH_TRITON:
         inputs = leaves_of(op)
@@ -140,7 +152,7 @@ def test_a_chunk_of_logits_is_all_there_is(monkeypatch):
     implementation = IMPLEMENTATIONS["linear_cross_entropy"]
     with Largest() as largest:
         for wanted in (True, False):
-            implementation(*inputs.values(), None, torch.float32, 0.0, 0.0, 0.0, wanted, wanted)
+            implementation(*inputs.values(), None, torch.float32, 0.0, 0.0, 0.0, IGNORE, wanted, wanted)
     assert largest.nbytes == 4 * max(7 * 400, 400 * 8)
     chunked = call(op, "triton", inputs, torch.float32)
     for key, value in whole.items():
@@ -177,6 +189,20 @@ def test_target_out_of_range_is_nan_and_reads_nothing(target):
     with checked("triton"):
         loss = cross_entropy_triton(logits, torch.tensor([5, target, IGNORE], device=DEVICE), "none")
     assert loss.isnan().tolist() == [False, True, False] and loss[2] == 0
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 7])
+def test_another_index_to_ignore(ignore_index):
+    """A class may be it, too."""
+    logits, targets = make_inputs(BY_NAME["cross_entropy"], {"N": 9, "V": 40}, torch.float32).values()
+    targets = targets.where(targets != IGNORE, ignore_index)
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    loss = cross_entropy_triton(ours, targets, ignore_index=ignore_index)
+    expected = torch.nn.functional.cross_entropy(theirs, targets, ignore_index=ignore_index)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -233,23 +259,22 @@ def test_what_does_not_fit_is_refused(op, change, message):
 # Offsets.
 
 
-@interpreted
 @pytest.mark.parametrize("op", ["rmsnorm", "swiglu", "rope", "cross_entropy"])
 def test_offsets_beyond_two_to_the_31(op):
     """Three rows a billion elements apart; memory that is never touched is never given out."""
     distance = 2**30 + 16
-    far = torch.empty(2 * distance + 64, dtype=torch.bfloat16).as_strided((3, 64), (distance, 1))
-    near = torch.randn(3, 64).bfloat16()
+    far = torch.empty(2 * distance + 64, dtype=torch.bfloat16, device=DEVICE).as_strided((3, 64), (distance, 1))
+    near = torch.randn(3, 64, device=DEVICE).bfloat16()
     far.copy_(near)
     results = []
     for x in (far, near):
         if op == "rope":
-            cos, sin = rope_tables(1, 16)
+            cos, sin = rope_tables(1, 16, device=DEVICE)
             inputs = {"qkv": x[:, None], "cos": cos, "sin": sin, "n_head": 2, "n_kv_head": 1}
         else:
-            extra = {"targets": torch.tensor([1, 2, 63])} if op == "cross_entropy" else {}
+            extra = {"targets": torch.tensor([1, 2, 63], device=DEVICE)} if op == "cross_entropy" else {}
             inputs = {"logits" if op == "cross_entropy" else "x": x, **extra}
-        with sanitize(), torch.no_grad():
+        with checked("triton"), torch.no_grad():
             results.append(BY_NAME[op].implementations["triton"](**inputs))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
@@ -274,9 +299,9 @@ def library_calls():
         "rope_bwd": [(q, k, v, qkv, cos, sin, q_gain, k_gain, None, 1e-6, True)],
         "swiglu_fwd": [(packed, "silu", True), (packed, "relu2", False)],
         "swiglu_bwd": [(packed[:, ::2], packed, "silu", True), (packed, packed, "relu2", False)],
-        "cross_entropy": [(logits, targets, None, 0.0, 0.0, 0.0, True), (logits, targets, None, 0.0, 0.0, 0.0, False)],
-        "cross_entropy_": [(logits, targets, None, 0.0, 0.0, 0.0)],
-        "linear_cross_entropy": [(hidden, head, head_targets, None, torch.bfloat16, 0.0, 0.0, 0.0, True, True)],
+        "cross_entropy": [(logits, targets, None, 0.0, 0.0, 0.0, IGNORE, flag) for flag in (True, False)],
+        "cross_entropy_": [(logits, targets, None, 0.0, 0.0, 0.0, IGNORE)],
+        "linear_cross_entropy": [(hidden, head, head_targets, None, torch.bfloat16, 0.0, 0.0, 0.0, IGNORE, True, True)],
         "scale_": [(x.clone(), torch.rand((), device=DEVICE)), (x.clone(), torch.rand(len(x), device=DEVICE))],
     }
 
