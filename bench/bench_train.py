@@ -115,7 +115,7 @@ def test_equal_shape(tmp_path, record, rates, capsys):
         "nanogpt": lambda ids, targets: nanogpt.train_step(model, optimizer, ids, targets),
     }
     seconds = {name: [] for name in steps}
-    for turn in range(13):
+    for turn in range(9):
         for name, step in steps.items():
             begin = time.perf_counter()
             for i in range(20):

@@ -13,7 +13,7 @@ LEFT_OUT = pytest.StashKey[dict[str, set[str]]]()
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--seconds", type=float, default=20.0, help="training time of each run in bench_train (default 20)"
+        "--seconds", type=float, default=15.0, help="training time of each run in bench_train (default 15)"
     )
     parser.addoption("--kernel", help="the one op to time in bench_kernels")
     parser.addoption(
