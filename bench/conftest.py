@@ -12,9 +12,7 @@ LEFT_OUT = pytest.StashKey[dict[str, set[str]]]()
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--seconds", type=float, default=15.0, help="training time of each run in bench_train (default 15)"
-    )
+    parser.addoption("--seconds", type=float, help="train small.py and the baseline for so long each, in bench_train")
     parser.addoption("--kernel", help="the one op to time in bench_kernels")
     parser.addoption(
         "--results", type=Path, default=records.RESULTS, help="folder of the record (default bench/results)"

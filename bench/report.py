@@ -26,12 +26,9 @@ def where(row: dict, *more: str) -> str:
 
 
 def train_table(rows: list[dict]) -> str:
-    """Our trainer beside the baseline, by bench: the newest of the longest runs."""
-    whole = max(
-        (row for row in reversed(rows) if row["bench"] == "equal wall-clock"),
-        key=lambda row: round(row["nanogpt"]["seconds"]),
-    )
-    shape = next(row for row in reversed(rows) if row["bench"] == "equal shape")
+    """Our trainer beside the baseline, by bench."""
+    by_bench = {row["bench"]: row for row in rows}
+    whole, shape = by_bench["equal wall-clock"], by_bench["equal shape"]
     head = ["", "bits a byte", "seconds", "tok/s, steady", "tok/s, wall"]
     head += ["of matmul rate", "peak memory", "tok/s, equal shape"]
     cells = []
