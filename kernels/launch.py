@@ -63,6 +63,11 @@ def multiprocessors(device: torch.device) -> int:
     return 132 if device.type == "meta" else 1
 
 
+def backend(device: torch.device) -> str:
+    """`cuda` or `hip`: what Triton compiles for."""
+    return "cuda" if device.type == "cpu" else triton.runtime.driver.active.get_current_target().backend
+
+
 def rows_of(x: torch.Tensor) -> torch.Tensor:
     """`x` as `[rows, columns]` with adjacent columns: a view where its strides allow, else a copy."""
     x = x.reshape(-1, x.shape[-1])

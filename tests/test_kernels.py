@@ -42,6 +42,7 @@ OPTIONS = [
     *options_of("rmsnorm", {"gain": None}, {"residual": None}, {"gain": None, "residual": None}, {"eps": 0.1}, shape=2),
     *options_of("rope", {"q_gain": None, "k_gain": None}, {"interleaved": True}, {"eps": 0.1}),
     *options_of("rope", {"q_gain": None, "k_gain": None, "interleaved": True}, shape=2),
+    *options_of("attention", {"scale": 0.3}),
     *options_of("swiglu", *({"activation": a, "gated": g} for a in ("silu", "gelu", "relu", "relu2") for g in (0, 1))),
     *(
         parameters for op in ("cross_entropy", "linear_cross_entropy") for parameters in options_of(
@@ -236,7 +237,9 @@ def test_choice_by_op_and_for_every_op():
 
 
 def test_choice_that_does_not_exist_names_those_that_do():
-    with pytest.raises(KernelError, match=r"attention has no 'sdp' kernel; it has torch, sdpa \(did you mean sdpa\?\)"):
+    with pytest.raises(
+        KernelError, match=r"attention has no 'sdp' kernel; it has torch, sdpa, triton \(did you mean sdpa\?\)"
+    ):
         bind(KernelChoice(attention="sdp"))
 
 

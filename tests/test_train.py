@@ -227,7 +227,7 @@ REFUSED = {
     "missing file": ({"data.corpus": "no/such.txt"}, "no/such.txt"),
     "unknown device": ({"device": "cuda:9"}, "device 'cuda:9' is not on this machine, which has cpu"),
     "unknown kernel": ({"kernels.attention": "flsh"}, "attention has no 'flsh' kernel; it has torch, sdpa"),
-    "triton without a GPU": ({"kernels": "triton"}, "triton"),
+    "triton without a GPU": ({"kernels": "triton"}, "needs a GPU and this run is on cpu: take --kernels=torch"),
     "unknown config": ({"config": "huge.py"}, "no config file 'huge.py'"),
     "vocabulary beyond the corpus": ({"data.tokenizer": "bpe", "data.vocab_size": 60000}, "supports only"),
     "sequence beyond the corpus": ({"model.seq_len": 10**6}, "a window of seq_len = 1,000,000 takes 1,000,001"),
@@ -235,9 +235,22 @@ REFUSED = {
 }
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off")
+def test_triton_kernels_in_the_interpreter(run):
+    """The loop with every Triton kernel: training, evaluation, samples; the same losses as with torch's."""
+    losses = {}
+    for kernels in ("torch", "triton"):
+        code, folder = run(kernels=kernels, run=kernels, steps=3, log_every=1, eval_every=3, eval_tokens=64)
+        assert code == 0 and json.loads((folder / "status.json").read_text())["status"] == "finished"
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        losses[kernels] = [row.get("loss") or row["val_loss"] for row in rows]
+    assert losses["triton"] == pytest.approx(losses["torch"], rel=1e-4)
+
+
 @pytest.mark.parametrize("changes, message", REFUSED.values(), ids=REFUSED)
-def test_refusals(run, tmp_path, capsys, changes, message):
+def test_refusals(run, tmp_path, capsys, monkeypatch, changes, message):
     """One message that says what would be right; nothing on disk."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     code, _ = run(**changes)
     error = capsys.readouterr().err
     assert code == 2 and error.startswith("error: ") and error.count("\n") == 1

@@ -243,6 +243,7 @@ def test_gradient_in_place_of_the_logits():
 @pytest.mark.parametrize("op, change, message", [
     ("linear_cross_entropy", {"targets": torch.zeros(3).long()}, "targets"),
     ("linear_cross_entropy", {"reduction": "average"}, "mean, sum, none"),
+    ("attention", {"k": torch.zeros(2, 17, 3, 32)}, "cannot attend"),
     ("swiglu", {"activation": "tanh"}, "silu, gelu, relu, relu2"),
     ("swiglu", {"x": torch.zeros(2, 5)}, "even"),
     ("rope", {"n_head": 5}, "5 heads"),
@@ -290,9 +291,13 @@ def library_calls():
     packed = inputs["swiglu"]["x"]
     qkv, cos, sin, q_gain, k_gain = (inputs["rope"][k] for k in ("qkv", "cos", "sin", "q_gain", "k_gain"))
     q, k, v = OPS["rope"].implementations["torch"](qkv, cos, sin, 4, 2)
+    query, key, value = inputs["attention"].values()
+    lse = torch.randn(query.shape[0], query.shape[2], query.shape[1], device=DEVICE)
     logits, targets = inputs["cross_entropy"].values()
     hidden, head, head_targets = inputs["linear_cross_entropy"].values()
     return {
+        "attention_fwd": [(query, key, value, 0.2)],
+        "attention_bwd": [(query, query, key, value, query, lse, 0.2)],
         "rmsnorm_fwd": [(x, gain, residual, 1e-6), (x, None, None, 1e-6)],
         "rmsnorm_bwd": [(x, residual, x, gain, rstd, False), (x.half(), None, x, None, rstd, True)],
         "rope_fwd": [(qkv, cos, sin, q_gain, k_gain, None, 4, 2, 1e-6, False)],
@@ -330,7 +335,7 @@ def test_whole_model_compiles_as_one_graph(autocast):
     torch._dynamo.reset()
     results = []
     for compiled in (False, True):
-        model = small_gpt(KernelChoice(every="triton", attention="torch"))
+        model = small_gpt(KernelChoice(every="triton"))
         function = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
             loss = function(*batch())
@@ -356,7 +361,7 @@ def test_a_flag_swaps_its_op_and_no_other(op):
 @interpreted
 def test_training_follows_the_reference():
     """Fifty steps of AdamW on changing batches: losses agree to rounding, which 50 steps amplify, at every one."""
-    models = [small_gpt(KernelChoice(every=every, attention="torch"), n_layer=1) for every in ("torch", "triton")]
+    models = [small_gpt(KernelChoice(every=every), n_layer=1) for every in ("torch", "triton")]
     optimizers = [torch.optim.AdamW(model.parameters(), lr=3e-3) for model in models]
     losses = []
     for step in range(50):
