@@ -328,7 +328,7 @@ def _shape(b, t, s, h, kv, d):
 
 OP = Op(
     name="attention",
-    implementations={"torch": attention_torch, "sdpa": attention_sdpa, "triton": attention_triton},
+    implementations={"torch": attention_torch, "triton": attention_triton, "sdpa": attention_sdpa},
     inputs=_inputs,
     differentiable=("q", "k", "v"),
     cost=_cost,

@@ -238,7 +238,7 @@ def test_choice_by_op_and_for_every_op():
 
 def test_choice_that_does_not_exist_names_those_that_do():
     with pytest.raises(
-        KernelError, match=r"attention has no 'sdp' kernel; it has torch, sdpa, triton \(did you mean sdpa\?\)"
+        KernelError, match=r"attention has no 'sdp' kernel; it has torch, triton, sdpa \(did you mean sdpa\?\)"
     ):
         bind(KernelChoice(attention="sdp"))
 

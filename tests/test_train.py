@@ -226,7 +226,7 @@ REFUSED = {
     "unknown corpus": ({"data.corpus": "tinystorys"}, "tinystories"),
     "missing file": ({"data.corpus": "no/such.txt"}, "no/such.txt"),
     "unknown device": ({"device": "cuda:9"}, "device 'cuda:9' is not on this machine, which has cpu"),
-    "unknown kernel": ({"kernels.attention": "flsh"}, "attention has no 'flsh' kernel; it has torch, sdpa"),
+    "unknown kernel": ({"kernels.attention": "flsh"}, "attention has no 'flsh' kernel; it has torch, triton, sdpa"),
     "triton without a GPU": ({"kernels": "triton"}, "needs a GPU and this run is on cpu: take --kernels=torch"),
     "unknown config": ({"config": "huge.py"}, "no config file 'huge.py'"),
     "vocabulary beyond the corpus": ({"data.tokenizer": "bpe", "data.vocab_size": 60000}, "supports only"),
