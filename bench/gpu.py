@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,13 +71,17 @@ def run(part: Part) -> dict:
     return row | (part.facts() if status == "passed" else {})
 
 
-def run_all(parts: Sequence[Part], results: Path) -> int:
-    """Run every part, record each as it ends, and show a table. Returns the exit code."""
+def run_all(stages: Sequence[Sequence[Part]], results: Path) -> int:
+    """Run stage after stage, the parts of one side by side; record each, and show a table. Returns the exit code."""
     rows = []
-    for part in parts:
-        print(f"\n=== {part.name}: {' '.join(part.command)}", flush=True)
-        rows.append(run(part))
-        records.append(results, "gpu", rows[-1])
+    for stage in stages:
+        for part in stage:
+            print(f"\n=== {part.name}: {' '.join(part.command)}", flush=True)
+        with ThreadPoolExecutor(len(stage)) as pool:
+            done = list(pool.map(run, stage))
+        for row in done:
+            records.append(results, "gpu", row)
+        rows += done
     print(f"\n{'part':16s} {'':12s} {'seconds':>7s}")
     for row in rows:
         said = f"{row['tok_s']:,.0f} tok/s, loss {row['loss']:.4f}" if "tok_s" in row else row["last"]
@@ -99,13 +104,16 @@ def training(kernels: str, out: Path) -> Part:
     return Part(f"train {kernels}", [sys.executable, "train.py", *TRAINING, *flags], 75, facts)
 
 
-def parts(results: Path, out: Path) -> list[Part]:
+def stages(results: Path, out: Path) -> list[list[Part]]:
+    """Tests side by side, since compiling their many small variants is the host's work; what is timed, alone."""
     pytest = [sys.executable, "-m", "pytest", "-q"]
+    dtypes = {"float32": "not float16", "bfloat16": "bfloat16", "float16": "float16 and not bfloat16"}
+    tests = [Part(f"test {d}", [*pytest, "tests/test_kernels.py", "-k", k], 130) for d, k in dtypes.items()]
     return [
-        Part("tests", [*pytest, *(f"tests/test_{name}.py" for name in ("kernels", "triton", "model"))], 130),
-        Part("bench", [*pytest, "bench/bench_kernels.py", f"--results={results}"], 255),
-        training("auto", out),
-        training("torch", out),
+        [*tests, Part("test use", [*pytest, "tests/test_triton.py", "tests/test_model.py"], 130)],
+        [Part("bench", [*pytest, "bench/bench_kernels.py", f"--results={results}"], 255)],
+        [training("auto", out)],
+        [training("torch", out)],
     ]
 
 
@@ -117,7 +125,7 @@ def main() -> int:
         print("make gpu: torch finds no GPU here; make test checks the kernels without one", file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory() as out:
-        return run_all(parts(results, Path(out)), results)
+        return run_all(stages(results, Path(out)), results)
 
 
 if __name__ == "__main__":

@@ -100,24 +100,25 @@ print(json.dumps(count(op, {"rows": 3, "F": 200})))
 
 
 def test_a_failing_part_does_not_stop_the_next_and_the_exit_code_says_so(tmp_path, capfd):
-    parts = [
+    stages = [[
         Part("exits", [sys.executable, "-c", "print('half'); raise SystemExit(3)"], 20),
         Part("hangs", ["sh", "-c", "sleep 300 & sleep 300"], 0.2),  # its child holds the pipe too
+    ], [
         Part("works", [sys.executable, "-c", "print('done')"], 20, lambda: {"tok_s": 5, "loss": 2.5}),
-    ]
-    assert gpu.run_all(parts, tmp_path) == 1
+    ]]  # fmt: skip
+    assert gpu.run_all(stages, tmp_path) == 1
     rows = records.read(tmp_path, "gpu")
     assert [row["status"] for row in rows] == ["failed (3)", "over 0.2 s", "passed"]
     assert rows[0]["last"] == "half" and rows[2]["tok_s"] == 5 and all("commit" in row for row in rows)
     assert "2.5000" in capfd.readouterr().out
-    assert gpu.run_all(parts[2:], tmp_path) == 0
+    assert gpu.run_all(stages[1:], tmp_path) == 0
 
 
 def test_the_parts_fit_in_nine_minutes_and_train_with_knobs_that_exist(tmp_path):
     part = gpu.training("torch", tmp_path)
     config, folder, _ = train.configure([*part.command[2:]])
     assert folder == tmp_path / "torch" and config.kernels.every == "torch" and config.time_limit < part.limit
-    assert sum(part.limit for part in gpu.parts(tmp_path, tmp_path)) < 540
+    assert sum(max(part.limit for part in stage) for stage in gpu.stages(tmp_path, tmp_path)) < 540
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
