@@ -19,7 +19,7 @@ from statistics import median
 import pytest
 import torch
 
-from bench.cases import PASSES, Case, relative_error, share_of_rows
+from bench.cases import PASSES, Case, relative_error, share_of_rows, small_share
 from bench.report import bound, rate, written
 from bench.rivals import RIVALS
 from bench.timing import ceilings, measure, reason
@@ -70,10 +70,7 @@ def pytest_generate_tests(metafunc):
 
 def small_enough(op) -> dict[str, int]:
     """The op's first shape with rows for a CPU."""
-    shape = share_of_rows(op.bench_shapes[0])
-    while op.cost(shape, DTYPE.itemsize).flops > 2e9:
-        shape = share_of_rows(shape, 2)
-    return shape
+    return small_share(op.bench_shapes[0], lambda shape: op.cost(shape, DTYPE.itemsize).flops, 2_000_000_000)
 
 
 def contenders(op, say) -> dict:

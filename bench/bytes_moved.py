@@ -12,7 +12,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
-from bench.cases import PASSES, Case, share_of_rows
+from bench.cases import PASSES, Case, small_share
 from kernels import TESTED
 from kernels.interpreter import sanitize
 from kernels.spec import Op
@@ -34,9 +34,8 @@ def count(op: Op, shape: dict[str, int]) -> dict:
 def main(name: str) -> None:
     op = next(op for op in TESTED if op.name == name)
     shapes = {}
-    for shape in map(share_of_rows, op.bench_shapes):
-        while op.cost(shape, 2).bytes > LARGE:
-            shape = share_of_rows(shape, 2)
+    for shape in op.bench_shapes:
+        shape = small_share(shape, lambda shape: op.cost(shape, 2).bytes, LARGE)
         shapes[tuple(shape.values())] = shape
     for shape in shapes.values():
         print(json.dumps(count(op, shape)), flush=True)

@@ -25,6 +25,14 @@ def share_of_rows(shape: dict[str, int], parts: int = MULTIPROCESSORS) -> dict[s
     return sizes
 
 
+def small_share(shape: dict[str, int], amount: Callable[[dict[str, int]], int], most: int) -> dict[str, int]:
+    """One multiprocessor's share of the rows, halved until the `amount` of work it is does not exceed `most`."""
+    shape = share_of_rows(shape)
+    while amount(shape) > most:
+        shape = share_of_rows(shape, 2)
+    return shape
+
+
 class Case:
     """`op` at `shape`, on random inputs that are the same each time."""
 

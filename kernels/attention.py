@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launch import backend, library_op, tl, triton
+from kernels.launch import adjacent, backend, library_op, tl, triton
 from kernels.spec import Cost, Op, accumulation_dtype
 
 
@@ -215,11 +215,6 @@ def _attention_bwd_dq_kernel(
 LOG2E = 1.4426950408889634
 
 
-def _adjacent(x: Tensor) -> Tensor:
-    """`x` with adjacent values of a head: itself where its strides allow, else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _tile(length: int, most: int) -> int:
     """Rows of a tile: no more than the sequence needs, no fewer than a matrix unit takes."""
     return min(most, max(16, triton.next_power_of_2(length)))
@@ -235,7 +230,7 @@ def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
     """The output, and the log-sum-exp of each row's scores to base 2."""
     o, lse = _allocate_fwd(q, k, v, scale)
     (b, t, h, d), (s, kv) = q.shape, k.shape[1:3]
-    q, k, v = map(_adjacent, (q, k, v))
+    q, k, v = map(adjacent, (q, k, v))
     half = q.element_size() < 4
     block_t, block_s = _tile(t, 128 if half and d <= 128 else 64 if half else 32), _tile(s, 64 if half else 32)
     if o.numel():
@@ -258,7 +253,7 @@ def _attention_bwd(
     """The gradients of q, k and v."""
     dq, dk, dv = _allocate_bwd(do, q, k, v, o, lse, scale)
     (b, t, h, d), (s, kv) = q.shape, k.shape[1:3]
-    do, q, k, v = map(_adjacent, (do, q, k, v))
+    do, q, k, v = map(adjacent, (do, q, k, v))
     block_d = max(16, triton.next_power_of_2(d))
     if dq.numel() == 0:
         return dq, dk.zero_(), dv.zero_()

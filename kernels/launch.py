@@ -68,7 +68,11 @@ def backend(device: torch.device) -> str:
     return "cuda" if device.type == "cpu" else triton.runtime.driver.active.get_current_target().backend
 
 
+def adjacent(x: torch.Tensor) -> torch.Tensor:
+    """`x` with the values of its last dimension adjacent: itself where its strides allow, else a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
 def rows_of(x: torch.Tensor) -> torch.Tensor:
     """`x` as `[rows, columns]` with adjacent columns: a view where its strides allow, else a copy."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    return adjacent(x.reshape(-1, x.shape[-1]))

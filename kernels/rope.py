@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launch import library_op, multiprocessors, rows_of, tl, triton
+from kernels.launch import adjacent, library_op, multiprocessors, rows_of, tl, triton
 from kernels.spec import Cost, Op, accumulation_dtype
 
 
@@ -291,7 +291,7 @@ def _rope_bwd(
     dqkv, dgains = _allocate_bwd(dq, dk, dv, qkv, cos, sin, q_gain, k_gain, positions, eps, interleaved)
     _, t, n_head, d = dq.shape
     n_tokens, n_kv_head = dqkv.shape[0] * t, dk.shape[2]
-    dq, dk, dv = (x if x.stride(-1) == 1 else x.contiguous() for x in (dq, dk, dv))
+    dq, dk, dv = map(adjacent, (dq, dk, dv))
     qkv = None if qkv is None else rows_of(qkv)
     blocks = _blocks(d // 2)
     # As many as are resident at once, at 128 registers.
