@@ -133,12 +133,12 @@ class Trainer:
         self.precision = hardware.pick_precision(config.precision, self.device)
         kernels = bind(config.kernels, self.device)
         compiled, compiling = hardware.pick_compile(config.compile, self.device)
-        shape = config.model.resolved(config.data.expected_vocab_size)
+        shape = config.model.resolved(config.data.expected_vocab_size, config.data.separator)
         with torch.device("meta"):
             n_parameters = GPT(shape, kernels).n_parameters()
         check_writable(folder, 4 * 12 * n_parameters)  # three checkpoints and one being written: weights, two moments
         if state:
-            checkpoint.check_fits(state, asdict(shape), config.optimizer)
+            checkpoint.check_fits(state, shape, config.optimizer)
 
         data = prepare(config.data)
         self.tokenizer = data.tokenizer
@@ -185,8 +185,9 @@ class Trainer:
         load_optimizers(self.optimizers, state["optimizers"])
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
-        self.step, self.sequences = state["step"], state["sequences"]
-        self.budget.before = state["budget"]
+        if self.device.type == "cuda" and state.get("cuda_rng") is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        self.step, self.sequences, self.budget.before = state["step"], state["sequences"], state["budget"]
 
     def save(self) -> None:
         state = {
@@ -196,6 +197,7 @@ class Trainer:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "step": self.step,
             "sequences": self.sequences,
             "budget": self.budget.state(self.step),

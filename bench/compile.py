@@ -8,10 +8,12 @@ Every op runs forward and backward at its bench shapes, and so do training steps
 a driver that has no device: Triton specialises each launch as it would on the card (dtypes, constants, arguments that
 are 1 or a multiple of 16) and is stopped short of launching it. What differs is then compiled.
 
-The exit code is 1 when a kernel does not compile, wants more shared memory than the card has, is not in the baseline,
-or is worse than there: it spills more, has lost a 128-bit load or store, or takes over 1.25 times the registers and 8
-more. Versions of Triton differ by 15% in registers, so each has a baseline of its own; under one that has none, any
-spill fails and the rest is not compared.
+The exit code is 1 when a kernel does not compile, wants more shared memory than the card has, multiplies bf16 or fp16
+by other instructions than its tiles could take, is not in the baseline, or is worse than there: it spills more,
+has lost a 128-bit load or store, or takes over 1.25 times the registers and 8 more. Versions of Triton differ by 15% in
+registers, so each has a baseline of its own; under one that has none, any spill fails and the rest is not compared.
+
+The column "est." is an estimate of speed, by `bench.estimate`, and no measurement; nothing fails by it.
 """
 
 import argparse
@@ -42,6 +44,7 @@ from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
+from bench.estimate import INSTRUCTION, tensor_tflops
 from kernels import TESTED, KernelChoice, bind
 from kernels.launch import IMPLEMENTATIONS
 from kernels.spec import Op
@@ -51,24 +54,28 @@ from train import ROOT, Config
 
 BASELINE = Path(__file__).with_suffix(".json")
 COLUMNS = [
-    "kernel", "variant", "card", "regs", "spill", "shared", "used", "blocks", "occ", "matrix", "ld128", "st128", "sec",
-    "launched by",
+    "kernel", "variant", "card", "regs", "spill", "shared", "used", "blocks", "occ", "matrix", "est.", "ld128", "st128",
+    "sec", "launched by",
 ]  # fmt: skip
-LINE = "{} {} {:6} {:>4} {:>5} {:>7} {:>4} {:>6} {:>4} {:>9} {:>6} {:>6} {:>5}  {}".format
+LINE = "{} {} {:6} {:>4} {:>5} {:>7} {:>4} {:>6} {:>4} {:>10} {:>4} {:>6} {:>6} {:>5}  {}".format
+LEGEND = "est.: TFLOP/s of the tensor cores on an H100 SXM, estimated from the machine code, not measured"
 
 
 @dataclass(frozen=True)
 class Card:
     """A target, and what one multiprocessor of it holds at once: warps, blocks, and bytes of shared memory.
 
-    A block may have `shared` bytes, and the driver takes `reserved` beside them. Sources: CUDA Programming Guide,
-    "Compute Capabilities", the table of technical specifications; AMD CDNA 3 ISA.
+    A block may have `shared` bytes, and the driver takes `reserved` beside them. Its tensor cores multiply bf16
+    and fp16 by `matrix` instructions, but tiles of fewer than `rows` rows by HMMA. Sources: CUDA Programming Guide,
+    "Compute Capabilities", the table of technical specifications; PTX ISA, wgmma and tcgen05; AMD CDNA 3 ISA.
     """
 
     target: GPUTarget
     shared: int
     warps: int
     blocks: int
+    matrix: str
+    rows: int = 0
     reserved: int = 1024
 
     def resident(self, registers: int, shared: int, warps: int) -> int:
@@ -79,12 +86,12 @@ class Card:
 
 
 CARDS = {
-    "sm_80": Card(GPUTarget("cuda", 80, 32), 163 * 1024, warps=64, blocks=32),
-    "sm_89": Card(GPUTarget("cuda", 89, 32), 99 * 1024, warps=48, blocks=24),
-    "sm_90": Card(GPUTarget("cuda", 90, 32), 227 * 1024, warps=64, blocks=32),
-    "sm_100": Card(GPUTarget("cuda", 100, 32), 227 * 1024, warps=64, blocks=32),
-    "sm_120": Card(GPUTarget("cuda", 120, 32), 99 * 1024, warps=48, blocks=24),
-    "gfx942": Card(GPUTarget("hip", "gfx942", 64), 64 * 1024, warps=32, blocks=32, reserved=0),
+    "sm_80": Card(GPUTarget("cuda", 80, 32), 163 * 1024, warps=64, blocks=32, matrix="HMMA"),
+    "sm_89": Card(GPUTarget("cuda", 89, 32), 99 * 1024, warps=48, blocks=24, matrix="HMMA"),
+    "sm_90": Card(GPUTarget("cuda", 90, 32), 227 * 1024, warps=64, blocks=32, matrix="HGMMA", rows=64),
+    "sm_100": Card(GPUTarget("cuda", 100, 32), 227 * 1024, warps=64, blocks=32, matrix="UTCHMMA", rows=64),
+    "sm_120": Card(GPUTarget("cuda", 120, 32), 99 * 1024, warps=48, blocks=24, matrix="HMMA"),
+    "gfx942": Card(GPUTarget("hip", "gfx942", 64), 64 * 1024, warps=32, blocks=32, matrix="mfma", reserved=0),
 }
 
 
@@ -144,6 +151,7 @@ class Row:
     registers: int = 0
     spill: int = 0
     shared: int = 0
+    tiles: tuple[int, ...] = ()  # rows of the products of bf16 or fp16
     matrix: str = ""  # tensor-core instructions
     loads: int = 0
     wide_loads: int = 0
@@ -155,6 +163,11 @@ class Row:
         """What a baseline keeps."""
         return {name: getattr(self, name) for name in ("registers", "spill", "wide_loads", "wide_stores")}
 
+    @property
+    def estimate(self) -> float:
+        """TFLOP/s of an H100's tensor cores; 0 on other cards than sm_90, and without a loop that multiplies."""
+        return tensor_tflops(self.code)
+
     def line(self, widths: tuple[int, int]) -> str:
         """The row of the table, its first two columns padded to `widths`."""
         launch, card = self.launch, CARDS[self.launch.card]
@@ -162,7 +175,7 @@ class Row:
         resident = card.resident(self.registers, self.shared, self.warps)
         numbers = (
             self.registers, self.spill, self.shared, f"{self.shared / card.shared:.0%}",
-            resident, f"{resident * self.warps / card.warps:.0%}", self.matrix or "-",
+            resident, f"{resident * self.warps / card.warps:.0%}", self.matrix or "-", round(self.estimate) or "-",
             f"{self.wide_loads}/{self.loads}", f"{self.wide_stores}/{self.stores}", f"{self.seconds:.1f}",
         )  # fmt: skip
         names = launch.name.ljust(widths[0]), launch.variant.ljust(widths[1]), launch.card
@@ -206,7 +219,7 @@ def run_model(config: ModelConfig, sequences: int) -> None:
 def workloads() -> Iterator[tuple[str, Callable[[], None]]]:
     """What launches kernels: a name, and a function to call."""
     for op in TESTED:
-        for shape in op.bench_shapes if "triton" in op.implementations else ():
+        for shape in (*op.bench_shapes, *op.compiled_shapes) if "triton" in op.implementations else ():
             yield f"{op.name} " + " ".join(f"{k}={v}" for k, v in shape.items()), partial(run_op, op, shape)
     gpt2 = build(Config, flatten(Config, read_file("gpt2_124m.py", ROOT / "configs")))
     yield "gpt2_124m", partial(run_model, gpt2.model.resolved(gpt2.data.expected_vocab_size), gpt2.micro_batch)
@@ -246,7 +259,9 @@ def compile_launch(launch: Launch) -> Row:
     compiled = triton.compile(source, target=CARDS[launch.card].target, options=launch.options.__dict__)
     seconds = time.perf_counter() - start
     facts = _read_amdgcn(compiled.asm["amdgcn"]) if "amdgcn" in compiled.asm else _read_cubin(compiled)
-    return Row(launch, "", seconds, compiled.metadata.num_warps, shared=compiled.metadata.shared, **facts)
+    tiles = re.findall(r"tt\.dot .* tensor<(?:\d+x)*(\d+)x\d+xb?f16> \*", compiled.asm["ttir"])
+    shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
+    return Row(launch, "", seconds, warps, shared=shared, tiles=tuple(map(int, tiles)), **facts)
 
 
 def _read_cubin(compiled: triton.compiler.CompiledKernel) -> dict:
@@ -262,7 +277,7 @@ def _read_cubin(compiled: triton.compiler.CompiledKernel) -> dict:
         listing = cache.put(run("nvdisasm", "-c", "-ndf"), "nvdisasm.txt", binary=False)
     code = Path(listing).read_text()
     usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", run("cuobjdump", "-res-usage")))
-    names = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", code, re.MULTILINE)
+    names = re.findall(INSTRUCTION, code, re.MULTILINE)
     matrix = [name for name in (name.partition(".")[0] for name in names) if name.endswith("MMA")]
     loads = [name for name in names if name.startswith(("LDG", "UTMALDG", "UBLKCP"))]
     stores = [name for name in names if name.startswith(("STG", "UTMASTG"))]
@@ -302,8 +317,13 @@ def failures(row: Row, baseline: dict[str, int]) -> list[str]:
     if row.error:
         return ["does not compile"]
     found = []
-    if row.shared > (limit := CARDS[row.launch.card].shared):
-        found.append(f"wants {row.shared:,} bytes of shared memory, a block has {limit:,}")
+    card = CARDS[row.launch.card]
+    if row.shared > card.shared:
+        found.append(f"wants {row.shared:,} bytes of shared memory, a block has {card.shared:,}")
+    wanted = {card.matrix if rows >= card.rows else "HMMA" for rows in row.tiles}
+    if wanted and wanted != {card.matrix, "HMMA"} & set(row.matrix.split()):
+        kinds = " and ".join(sorted(wanted))
+        found.append(f"has no {kinds} for a product of bf16 or fp16, but {row.matrix or 'no tensor core'}")
     if row.spill > (was := baseline.get("spill", 0)):
         found.append(f"spills {row.spill:,} bytes, {was:,} are accepted")
     for kind in ("loads", "stores"):
@@ -351,6 +371,7 @@ def main(argv: list[str] | None = None) -> int:
     for row in compile_all(launches):
         rows.append(row)
         print(row.line(widths), *[row.code] * args.sass, sep="\n", flush=True)
+    print(LEGEND)
     print(*dict.fromkeys(row.error for row in rows if row.error), sep="\n\n")
 
     versions = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}

@@ -1,8 +1,9 @@
 """All that takes a GPU, in nine minutes: `make gpu`, or `python -m bench.gpu --results DIR`.
 
-The kernels' tests, compiled; their bench; then the same short training run with the Triton kernels and with torch's. It
-installs nothing: torch, triton, numpy, pytest and pytest-benchmark do. Each part has a time limit, and what it has
-recorded stays, whatever becomes of those after it. The exit code is 0 when all passed.
+The kernels' tests, compiled; their bench, and attention's; then the same short training run with the Triton kernels and
+with torch's. It installs nothing: torch, triton, numpy, pytest and pytest-benchmark do. Each part has a time limit, and
+what it has recorded stays, whatever becomes of those after it; a bench whose time is up says which cases it left out.
+The exit code is 0 when all passed.
 """
 
 import argparse
@@ -109,9 +110,11 @@ def stages(results: Path, out: Path) -> list[list[Part]]:
     pytest = [sys.executable, "-m", "pytest", "-q"]
     dtypes = {"float32": "not float16", "bfloat16": "bfloat16", "float16": "float16 and not bfloat16"}
     tests = [Part(f"test {d}", [*pytest, "tests/test_kernels.py", "-k", k], 130) for d, k in dtypes.items()]
+    timed = [*pytest, f"--results={results}"]
     return [
         [*tests, Part("test use", [*pytest, "tests/test_triton.py", "tests/test_model.py"], 130)],
-        [Part("bench", [*pytest, "bench/bench_kernels.py", f"--results={results}"], 255)],
+        [Part("bench", [*timed, "bench/bench_kernels.py", "--within=95"], 110)],
+        [Part("bench attention", [*timed, "bench/bench_attention.py", "--within=130"], 145)],
         [training("auto", out)],
         [training("torch", out)],
     ]

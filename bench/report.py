@@ -7,6 +7,7 @@ shown once one was measured, and not before.
 import re
 import sys
 from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
 
 from bench import records
@@ -14,6 +15,9 @@ from bench.cases import PASSES
 
 ROOT = Path(__file__).parents[1]
 OURS = ("triton", "sdpa", "torch")  # of an op's implementations, the one that stands for it
+# Attention's tables: by length, causal or in these windows; and, at this shape, by window.
+WINDOWS = (256, 1024)
+WINDOWED = {"B": 4, "T": 4096, "S": 4096, "H": 12, "KV": 12, "D": 64}
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -60,7 +64,7 @@ def newest(rows: list[dict], bench: str, device: str | None = None) -> list[dict
 def gpu_table(rows: list[dict]) -> str:
     head = ["op", "shape", "pass", "kernel", "us", "speed", "of the card's", "us, host", "memory", "times as fast as"]
     cells = []
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["op"]):
         results = row["results"]
         name = next(name for name in OURS if name in results)
         ours = results[name]
@@ -76,11 +80,15 @@ def gpu_table(rows: list[dict]) -> str:
         ]  # fmt: skip
         sizes = [f"{ours['host'] * 1e6:,.0f}", f"{ours['memory'] / 2**20:,.0f} MiB", ", ".join(rivals)]
         cells.append([*start, f"{ours['cold'] * 1e6:,.1f}", rate(speed, unit), f"{speed / most:.0%}", *sizes])
-    most = rows[-1]["ceiling"]
-    rates = f"The card copies {rate(most['copy'], 'B/s')} and multiplies {rate(most['matmul'], 'FLOP/s')}"
-    versions = where(rows[-1], f"driver {rows[-1]['driver']}", f"triton {rows[-1]['triton']}")
     plots = [f"![{op}](bench/results/{op}.png)" for op in dict.fromkeys(row["op"] for row in rows)]
-    return f"{table(head, cells)}\n\n{rates}; inputs cold in L2. {versions}.\n\n{chr(10).join(plots)}"
+    return f"{table(head, cells)}\n\n{card(rows[-1])}\n\n{chr(10).join(plots)}"
+
+
+def card(row: dict) -> str:
+    most = row["ceiling"]
+    rates = f"The card copies {rate(most['copy'], 'B/s')} and multiplies {rate(most['matmul'], 'FLOP/s')}"
+    versions = where(row, f"driver {row['driver']}", f"triton {row['triton']}")
+    return f"{rates}; inputs cold in L2. {versions}."
 
 
 def cpu_table(moved: list[dict], speed: list[dict]) -> str:
@@ -93,16 +101,108 @@ def cpu_table(moved: list[dict], speed: list[dict]) -> str:
         times = {row["pass"]: row["results"] for row in speed if row["op"] == op}
         faster = [compiled_over_eager(times[name]) if name in times else "" for name in PASSES]
         cells.append([op, *(spans or ["", ""]), *faster])
-    last = (*moved, *speed)[-1]
-    processor = last["device"].partition(",")[0]
-    setting = where(last | {"device": processor}, "one thread", f"triton {last['triton']} interpreted")
-    return f"{table(head, cells)}\n\n{setting}."
+    return f"{table(head, cells)}\n\n{interpreted((*moved, *speed)[-1])}"
+
+
+def interpreted(row: dict) -> str:
+    processor = {"device": row["device"].partition(",")[0]}
+    return where(row | processor, "one thread", f"triton {row['triton']} interpreted") + "."
 
 
 def compiled_over_eager(results: dict[str, dict]) -> str:
     if "failed" in results["torch.compile"]:
         return "failed"
     return f"{results['torch']['warm'] / results['torch.compile']['warm']:.2f}"
+
+
+def attention_table(rows: list[dict]) -> str:
+    """Attention on a GPU, by length and by window; without one, the products that its kernels make."""
+    timed, counted = newest(rows, "speed", "cuda"), newest(rows, "work done")
+    if not timed:
+        return work_table(counted)
+    return "\n\n".join([length_table(timed), *window_table(timed), card(timed[-1])])
+
+
+def length_table(rows: list[dict]) -> str:
+    lengths, passes = sorted({row["shape"]["T"] for row in rows}), {}
+    for row in rows:
+        shape = row["shape"]
+        if shape.get("W") in (None, *WINDOWS):
+            line = (shape["D"], shape["H"], shape["KV"]), sees(shape)
+            passes.setdefault(line, {}).setdefault(shape["T"], {})[row["pass"]] = row
+    cells = []
+    for ((d, h, kv), seen), by_length in sorted(passes.items()):
+        taken = {t: with_backward(by_length[t]) for t in by_length}
+        heads = f"{h} of {d}" + (f", {kv} of keys" if kv < h else "")
+        for name in (PASSES[0], "backward", PASSES[1]):
+            results = [taken.get(t, {}).get(name) for t in lengths]
+            cells.append([heads, seen, name, *(beside_best(*result) if result else "" for result in results)])
+    head = ["heads", "a query sees", "pass", *(f"T {t:,}" for t in lengths)]
+    said = "TFLOP/s on scores that are not masked (of the card's), and times as fast as the fastest rival"
+    return f"{table(head, cells)}\n\n{said}; the backward is what forward+backward takes beyond the forward."
+
+
+def sees(shape: dict[str, int]) -> str:
+    """The keys of a causal mask, a window or documents."""
+    if "W" in shape:
+        return f"the last {shape['W']:,}"
+    return f"its document, T/{shape['T'] // shape['L']}" if "L" in shape else "all before it"
+
+
+def with_backward(rows: dict[str, dict]) -> dict[str, tuple[float, dict[str, float], float]]:
+    """By pass FLOPs, the seconds of all that were timed, and the card's FLOP/s; the backward's are differences."""
+    found = {}
+    for name, row in rows.items():
+        found[name] = row["flops"], cold(row), row["ceiling"]["matmul"]
+    if len(found) == len(PASSES):
+        (least, forward, _), (flops, both, most) = (found[name] for name in PASSES)
+        found["backward"] = flops - least, {who: both[who] - forward[who] for who in both if who in forward}, most
+    return found
+
+
+def cold(row: dict) -> dict[str, float]:
+    """Seconds of all that were timed."""
+    return {who: result["cold"] for who, result in row["results"].items() if "cold" in result}
+
+
+def beside_best(flops: float, seconds: dict[str, float], most: float) -> str:
+    if OURS[0] not in seconds:
+        return "failed"
+    ours = flops / seconds[OURS[0]]
+    rivals = {who: taken for who, taken in seconds.items() if who != OURS[0]}
+    best = min(rivals, key=rivals.get, default=None)
+    ratio = f", {rivals[best] / seconds[OURS[0]]:.2f} {best}" if best else ""
+    return f"{ours / 1e12:,.0f} ({ours / most:.0%}){ratio}"
+
+
+def window_table(rows: list[dict]) -> list[str]:
+    """Ours and FlexAttention's time by window, the causal mask as the window of all; nothing without a window."""
+    times = {}
+    for row in rows:
+        window = row["shape"].get("W", WINDOWED["T"])
+        if row["shape"] in (WINDOWED, WINDOWED | {"W": window}):
+            times |= {(who, row["pass"], window): seconds for who, seconds in cold(row).items()}
+    windows = sorted({window for _, _, window in times})
+    if windows in ([], [WINDOWED["T"]]):
+        return []
+    head = [f"us, {written(WINDOWED)}", "pass", *(f"window {window:,}" for window in windows)]
+    cells = []
+    for who, name in product((OURS[0], "FlexAttention"), PASSES):
+        taken = [times.get((who, name, window)) for window in windows]
+        cells.append([who, name, *(f"{seconds * 1e6:,.0f}" if seconds else "" for seconds in taken)])
+    return [table(head, cells)]
+
+
+def work_table(rows: list[dict]) -> str:
+    passes = ("forward", "backward")
+    cells = []
+    for row in rows:
+        ratios = [f"{row[name][0] / row[name][1]:.2f}" for name in passes]
+        cells.append([f"{row['shape']['T']:,}", sees(row["shape"]), *ratios])
+    head = ["tokens", "a query sees", *(f"products made, of those asked for: {name}" for name in passes)]
+    said = "Asked for are the scores that are not masked: two products of them forward, five backward"
+    more = "a backward in two kernels makes seven of every tile, 1.40 times as many"
+    return f"{table(head, cells)}\n\n{said}; {more}. {interpreted(rows[-1])}"
 
 
 def written(shape: dict[str, int]) -> str:
@@ -114,6 +214,11 @@ def bound(row: dict) -> tuple[float, str, float]:
     copy, matmul = row["ceiling"]["copy"], row["ceiling"]["matmul"]
     memory = row["bytes"] / copy > row["flops"] / matmul
     return (row["bytes"], "B/s", copy) if memory else (row["flops"], "FLOP/s", matmul)
+
+
+def multiplied(row: dict) -> tuple[float, str, float]:
+    """`bound`, of the products alone."""
+    return row["flops"], "FLOP/s", row["ceiling"]["matmul"]
 
 
 def rate(per_second: float, unit: str) -> str:
@@ -153,6 +258,7 @@ def plot(rows: list[dict], folder: Path) -> None:
 TABLES: dict[str, tuple[str, Callable[[list[dict]], str]]] = {
     "results": ("train", train_table),
     "kernels": ("kernels", kernels_table),
+    "attention": ("attention", attention_table),
 }
 
 

@@ -1,14 +1,19 @@
-"""Other implementations of our ops, each behind the signature of its op: what bench_kernels times beside ours.
+"""Other implementations of our ops, each behind the signature of its op: what the benches time beside ours.
 
 `RIVALS[op][name]` imports what it needs and returns a function of the op's inputs, which the table of ops lists. It
 raises ImportError or AttributeError where this machine or this torch does not have it.
 """
 
+import contextlib
+import warnings
 from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from kernels.attention import visible
 from kernels.linear_cross_entropy import IGNORE
 
 
@@ -109,9 +114,109 @@ def quack_linear_cross_entropy():
     return lambda x, head_weight, targets: function(x, head_weight, targets, ignore_index=IGNORE)
 
 
+def sdpa_through(backend: str):
+    """SDPA by the one backend, given a mask, made once, where its own causal one is not enough."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    chosen, kept = getattr(SDPBackend, backend), cache(visible)
+
+    def attention(q, k, v, window=0, documents=None):
+        mask = None
+        if window or documents is not None:
+            mask = kept(q.shape[1], k.shape[1], True, window, documents, q.device)
+            mask = mask if mask.ndim == 2 else mask[:, None]
+        options = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": q.shape[2] != k.shape[2]}
+
+        def attend() -> Tensor:
+            with sdpa_kernel(chosen):
+                return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), **options)
+
+        try:
+            return attend().transpose(1, 2)
+        except RuntimeError as error:
+            raise RuntimeError(_refusal(attend) or str(error)) from error
+
+    return attention
+
+
+def _refusal(call: Callable[[], object]) -> str:
+    """Why a backend of SDPA does not take a call: it warns of that, and of each backend that is switched off."""
+    with warnings.catch_warnings(record=True) as said, contextlib.suppress(RuntimeError):
+        warnings.simplefilter("always")
+        call()
+    texts = (str(warning.message).partition(" (Triggered")[0] for warning in said)
+    return " ".join(text for text in texts if not text.endswith(("because:", "disabled.")))
+
+
+def flex_attention():
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+
+    @cache
+    def block_mask(b: int, t: int, window: int, documents: Tensor | None, device: torch.device):
+        def seen(b, h, query, key):
+            near = key <= query
+            if window:
+                near = near & (key > query - window)
+            return near if documents is None else near & (key >= documents[0, b, query])
+
+        return create_block_mask(seen, None if documents is None else b, None, t, t, device=device)
+
+    def attention(q, k, v, window=0, documents=None):
+        mask = block_mask(*q.shape[:2], window, documents, q.device)
+        out = compiled(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask, enable_gqa=q.shape[2] != k.shape[2])
+        return out.transpose(1, 2)
+
+    return attention
+
+
+def flash_attention_2():
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+    return _flash_attention(flash_attn_func, flash_attn_varlen_func)
+
+
+def flash_attention_3():
+    from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
+
+    return _flash_attention(flash_attn_func, flash_attn_varlen_func)
+
+
+def _flash_attention(dense: Callable, packed: Callable) -> Callable:
+    """Documents are sequences of their own, one after the other; where each begins is found once."""
+
+    @cache
+    def lengths(documents: Tensor) -> tuple[Tensor, Tensor, int, int]:
+        starts, ends = documents
+        begins = (starts == torch.arange(starts.shape[1], device=starts.device)).flatten().nonzero().flatten()
+        offsets = F.pad(begins, (0, 1), value=starts.numel()).int()
+        longest = int((ends - starts).max())
+        return offsets, offsets, longest, longest
+
+    def attention(q, k, v, window=0, documents=None):
+        options = {"causal": True, "window_size": (window - 1, 0) if window else (-1, -1)}
+        if documents is None:
+            out = dense(q, k, v, **options)
+        else:
+            out = packed(*(x.flatten(0, 1) for x in (q, k, v)), *lengths(documents), **options)
+        out = out[0] if isinstance(out, tuple) else out  # some releases give the log-sum-exp too
+        return out.view(q.shape)
+
+    return attention
+
+
 RIVALS: dict[str, dict[str, Callable[[], Callable]]] = {
     "rmsnorm": {"F.rms_norm": torch_rmsnorm, "Liger": liger_rmsnorm, "QuACK": quack_rmsnorm},
     "rope": {"Liger": liger_rope, "QuACK": quack_rope},
+    "attention": {
+        "SDPA flash": partial(sdpa_through, "FLASH_ATTENTION"),
+        "SDPA cuDNN": partial(sdpa_through, "CUDNN_ATTENTION"),
+        "SDPA efficient": partial(sdpa_through, "EFFICIENT_ATTENTION"),
+        "FlexAttention": flex_attention,
+        "FlashAttention 2": flash_attention_2,
+        "FlashAttention 3": flash_attention_3,
+    },
     "swiglu": {"Liger": liger_swiglu},
     "cross_entropy": {
         "F.cross_entropy": torch_cross_entropy,

@@ -57,12 +57,20 @@ class DataConfig:
     vocab_size: Annotated[int, "[257, inf)", "size of a trained BPE vocabulary"] = 2048
     val_fraction: Annotated[float, "(0, 1)", "share of documents held out, without a validation split"] = 0.01
     max_tokens: Annotated[int, "[0, inf)", "stop preparing after this many training tokens (0: all)"] = 0
+    packing: Annotated[
+        Literal["stream", "documents"], "stream: a token sees all before it; documents: what its own document has"
+    ] = "stream"
     cache: Annotated[str, "folder of prepared corpora"] = "data/cache"
 
     @property
     def expected_vocab_size(self) -> int:
         """The size of the vocabulary that preparing will give, known before it begins."""
         return {"bytes": 257, "bpe": self.vocab_size, "gpt2": 50257}[self.tokenizer]
+
+    @property
+    def separator(self) -> int:
+        """The id that parts documents packed apart, the end of text, which every vocabulary has last; else -1."""
+        return self.expected_vocab_size - 1 if self.packing == "documents" else -1
 
 
 @dataclass(frozen=True)

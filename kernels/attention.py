@@ -1,19 +1,26 @@
-"""Causal attention with grouped queries.
+"""Attention: causal or full, with grouped queries, a sliding window, packed documents, a softcap and a sink.
 
-    o = softmax(scale * q k^T + mask) v
+    s_ij = scale * q_i . k_j,  or softcap * tanh(scale * q_i . k_j / softcap) with a softcap
+    p_ij = exp(s_ij) / (exp(sink) + sum_j exp(s_ij)) over the keys j that query i sees,  o_i = sum_j p_ij v_j
 
-Query head h reads key/value head h // (H / KV). The mask aligns the last query with the last key, so that T queries
-over S >= T keys are the last T of a longer sequence (generation with a cache).
+Query head h reads key/value head h // (H / KV). Queries are the last T of the S tokens that have keys, so that query i
+stands at i + S - T (generation with a cache). It sees the keys up to its own place (all, when not causal), of those
+the last `window`, and of those the ones of its own document. The sink is a logit per head of a key whose value is 0;
+without one exp(sink) is 0, and a query that sees nothing gives 0.
 
-With p the weights and delta_i = do_i . o_i the gradients are dv = p^T do, ds = p * (do v^T - delta), dq = scale * ds k,
-dk = scale * ds^T q, each head of k and v summed over the queries' heads that read it. Saved: q, k, v, o and the
-log-sum-exp of every row's scores.
+With delta_i = do_i . o_i the gradients are dv = p^T do, ds = p * (do v^T - delta), dq = scale * ds k,
+dk = scale * ds^T q, each head of k and v summed over the queries' heads that read it, and dsink the sum of
+-exp(sink - lse_i) delta_i; with a softcap ds is first multiplied by 1 - (s / softcap)^2. Saved: q, k, v, o and lse_i,
+the log of the sum above. A query that sees nothing, without a sink, has the lse of a sink of -1e38.
 
-The Triton kernels tile queries and keys and never hold more than a tile of the scores. Tiles right of the diagonal are
-skipped, those on it masked. The backward computes the tiles again, once for dk and dv and once for dq, so that every
-sum has one program and one order. Exponentials are to base 2, with log2(e) folded into the scale.
+The Triton kernels tile queries and keys and never hold more than a tile of the scores. The keys that a query sees, and
+the queries that see a key, are a range, and neither end of it moves back from one token to the next: so tiles outside
+the ranges of a tile's first and last row are skipped, and those inside all of its rows' ranges are not masked. The
+backward computes the tiles again, once for dk and dv and once for dq, so that every sum has one program and one order;
+where all keys fit a tile, one pass makes all three. Exponentials are to base 2, with log2(e) folded into the scale.
 
-Sources: Vaswani et al., 2017, equation 1; Ainslie et al., "GQA", 2023; Dao, "FlashAttention-2", 2023, algorithms 1, 2.
+Sources: Vaswani et al., 2017, equation 1; Ainslie et al., "GQA", 2023; Dao, "FlashAttention-2", 2023, algorithms 1, 2;
+Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023; Gemma 2 (softcap), 2024.
 """
 
 import torch
@@ -21,113 +28,253 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launch import adjacent, backend, library_op, tl, triton
+from kernels.launch import adjacent, card, library_op, multiprocessors, tl, triton
 from kernels.spec import Cost, Op, accumulation_dtype
 
-
-def _causal_mask(t: int, s: int, device: torch.device) -> Tensor:
-    """`[T, S]`, True where query t may attend key s."""
-    return torch.ones(t, s, dtype=torch.bool, device=device).tril(s - t)
+LOWEST = -1e38  # the logit of no sink: finite, so that the difference of two is no NaN
 
 
-def attention_torch(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """Attend causally.
+def document_ranges(documents: Tensor) -> Tensor:
+    """From the document of each token, `[B, S]` integers that never decrease along a row, to what `attention` takes:
+    int32 `[2, B, S]`, where the document of each token starts and where it ends (exclusive)."""
+    documents = documents.contiguous()
+    starts, ends = (torch.searchsorted(documents, documents, right=right, out_int32=True) for right in (False, True))
+    return torch.stack((starts, ends))
+
+
+def visible(t: int, s: int, causal: bool, window: int, documents: Tensor | None, device) -> Tensor:
+    """`[T, S]`, or `[B, T, S]` with documents: True where a query sees a key."""
+    query, key = torch.arange(s - t, s, device=device)[:, None], torch.arange(s, device=device)
+    seen = key <= query if causal else torch.ones(t, s, dtype=torch.bool, device=device)
+    if window:
+        seen = seen & (key > query - window)
+    if documents is not None:
+        starts, ends = documents[..., -t:, None]  # the queries' documents; those before the first key have none
+        if t > s:
+            starts, ends = (F.pad(x, (0, 0, t - s, 0)) for x in (starts, ends))
+        seen = seen & (key >= starts) & (key < ends)
+    return seen
+
+
+def attention_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int = 0,
+    documents: Tensor | None = None,
+    softcap: float = 0.0,
+    sink: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attend.
 
     Args:
         q: `[B, T, H, D]`.
-        k, v: `[B, S, KV, D]`, H a multiple of KV, S >= T.
-        scale: of the scores; None for 1 / sqrt(D).
+        k, v: `[B, S, KV, D]`, H a multiple of KV.
+        scale: of the scores, more than 0; None for 1 / sqrt(D).
+        causal: hide the keys after a query's own place.
+        window: how many keys a query sees at most, its own place the last of them; 0 for no limit.
+        documents: int32 `[2, B, S]` from `document_ranges`, to see keys of the same document only; None for one.
+        softcap: bound that the scores are squeezed under by tanh; 0 for none.
+        sink: `[H]`, the logit per head that takes weight from all keys; None for none.
+        dropout: probability of dropping a weight.
 
     Returns:
-        `[B, T, H, D]` in the dtype of `q`.
+        `[B, T, H, D]` in the dtype of `q`. Raises `ValueError` when shapes do not fit together, or a number is out of
+        its range.
     """
+    _check(q, k, v, scale, window, documents, softcap, sink)
     (_, t, h, d), (_, s, kv, _) = q.shape, k.shape
     grouped = q.unflatten(2, (kv, h // kv))
     scores = torch.einsum("btkgd,bskd->bkgts", grouped, k).to(accumulation_dtype(q))
     scores = scores * (d**-0.5 if scale is None else scale)
-    weights = scores.masked_fill(~_causal_mask(t, s, q.device), float("-inf")).softmax(-1)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if causal or window or documents is not None:
+        hidden = ~visible(t, s, causal, window, documents, q.device)
+        scores = scores.masked_fill(hidden if hidden.ndim == 2 else hidden[:, None, None], float("-inf"))
+    if sink is None and t <= s:
+        weights = scores.softmax(-1)
+    else:
+        logit = torch.full((h,), LOWEST, device=q.device) if sink is None else sink
+        logit = logit.to(scores.dtype).view(kv, h // kv, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat((scores, logit), -1).softmax(-1)[..., :-1]
+    if dropout:
+        weights = F.dropout(weights, dropout)
     return torch.einsum("bkgts,bskd->btkgd", weights.to(v.dtype), v).flatten(2, 3)
 
 
-def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """The same through `F.scaled_dot_product_attention`, which picks its own backend."""
+def _check(q, k, v, scale, window, documents, softcap, sink):
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[::3] != k.shape[::3] or q.shape[2] % k.shape[2]:
+        raise ValueError(f"q {list(q.shape)} cannot attend to k {list(k.shape)} and v {list(v.shape)}")
+    for name, value, least in (("window", window, 0), ("softcap", softcap, 0)):
+        if value < least:
+            raise ValueError(f"{name} must be 0, for none, or more, not {value}")
+    if scale is not None and scale <= 0:
+        raise ValueError(f"scale must be more than 0, not {scale}")
+    if documents is not None and (documents.shape != (2, *k.shape[:2]) or documents.dtype != torch.int32):
+        raise ValueError(
+            f"documents {list(documents.shape)} {documents.dtype} are not int32 {[2, *k.shape[:2]]}, which "
+            "document_ranges gives"
+        )
+    if sink is not None and sink.shape != q.shape[2:3]:
+        raise ValueError(f"sink {list(sink.shape)} is not one logit for each of {q.shape[2]} heads")
+
+
+def attention_sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int = 0,
+    documents: Tensor | None = None,
+    softcap: float = 0.0,
+    sink: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """The same through `F.scaled_dot_product_attention`, which picks its own backend; it has no softcap and no sink."""
+    _check(q, k, v, scale, window, documents, softcap, sink)
+    if softcap or sink is not None:
+        raise ValueError("SDPA has no softcap and no sink: take --kernels.attention=triton or torch")
     t, s = q.shape[1], k.shape[1]
+    causal = causal and t > 1  # a lone query is the last and sees every key
+    is_causal = causal and t == s and not window and documents is None
+    mask = None
+    if not is_causal and (causal or window or documents is not None):
+        mask = visible(t, s, causal, window, documents, q.device)
+        mask = mask if mask.ndim == 2 else mask[:, None]
     out = F.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (q, k, v)),
-        attn_mask=None if t == s else _causal_mask(t, s, q.device),
-        is_causal=t == s,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=is_causal,
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return out.transpose(1, 2)
 
 
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
 @triton.jit
-def _load_tile(ptr, rows, stride, n_rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of one head: `[rows, BLOCK_D]`, 0 beyond `n_rows` and beyond D."""
+def _load_tile(ptr, rows, stride, n_rows, D: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr = False):
+    """Rows of one head: `[rows, BLOCK_D]`, 0 beyond D and, unless they are all there, beyond `n_rows`."""
     d = tl.arange(0, BLOCK_D)[None, :]
-    mask = rows[:, None] < n_rows
-    if D < BLOCK_D:
-        mask = mask & (d < D)
-    return tl.load(ptr + rows.to(tl.int64)[:, None] * stride + d, mask=mask, other=0.0)
+    ptrs = ptr + rows.to(tl.int64)[:, None] * stride + d
+    if WHOLE and D == BLOCK_D:
+        return tl.load(ptrs)
+    inside = d < D if WHOLE else (rows[:, None] < n_rows) & (d < D)
+    return tl.load(ptrs, mask=inside, other=0.0)
 
 
 @triton.jit
 def _store_tile(ptr, x, rows, stride, n_rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
     d = tl.arange(0, BLOCK_D)[None, :]
-    mask = rows[:, None] < n_rows
-    if D < BLOCK_D:
-        mask = mask & (d < D)
-    tl.store(ptr + rows.to(tl.int64)[:, None] * stride + d, x, mask=mask)
+    tl.store(ptr + rows.to(tl.int64)[:, None] * stride + d, x, mask=(rows[:, None] < n_rows) & (d < D))
+
+
+@triton.jit
+def _partners(at, before, after, n, shift, S, starts_ptr, ends_ptr):
+    """The first of the `n` partners of the tokens at the places `at`, and their end: a query's keys, a key's queries.
+
+    `shift` leads from a place to that of the token's key."""
+    key = at + shift
+    first, end = tl.maximum(at - before, 0), tl.where(key < S, tl.minimum(at + after + 1, n), 0)
+    if starts_ptr is not None:
+        known = (key >= 0) & (key < S)
+        first = tl.maximum(first, tl.load(starts_ptr + key, mask=known, other=0) - shift)
+        end = tl.minimum(end, tl.load(ends_ptr + key, mask=known, other=0) - shift)
+    return first, end
+
+
+@triton.jit
+def _tiles(at, last, before, after, n, shift, S, starts_ptr, ends_ptr, BLOCK: tl.constexpr):
+    """How the partners of the tokens from `at` to `last` are cut into tiles: the first partner; how many tiles at the
+    left edge, which some of the tokens do not wholly see; how many next that all wholly see; how many in all."""
+    first, end = _partners(at, before, after, n, shift, S, starts_ptr, ends_ptr)
+    last_first, last_end = _partners(last, before, after, n, shift, S, starts_ptr, ends_ptr)
+    left = tl.cdiv(last_first - first, BLOCK)
+    whole = tl.maximum(end - first - left * BLOCK, 0) // BLOCK
+    right = tl.cdiv(tl.maximum(last_end - first - (left + whole) * BLOCK, 0), BLOCK)
+    return first, left, whole, left + whole + right
+
+
+@triton.jit
+def _tile_of(i, left, whole, EDGE: tl.constexpr):
+    """The place in the row of tiles of the i-th of those at an edge, or of the others."""
+    return i + tl.where(i < left, 0, whole) if EDGE else i + left
+
+
+@triton.jit
+def _squeezed(products, scale, softcap, SOFTCAP: tl.constexpr):
+    """What times `_factor` gives the scores to base 2: products of queries and keys, or their tanh under a softcap."""
+    if SOFTCAP:
+        products = 2 * tl.sigmoid(products * (2 * scale / softcap)) - 1
+    return products
+
+
+@triton.jit
+def _factor(scale, softcap, SOFTCAP: tl.constexpr):
+    return (softcap if SOFTCAP else scale) * LOG2E
 
 
 @triton.jit
 def _attend(
-    out, most, total, q, k_ptr, v_ptr, first, end, last_key, S, stride_ks, stride_vs, scale,
-    D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
+    out, most, total, q, k_ptr, v_ptr, row_first, row_end, first, left, whole, n_tiles, S, stride_ks, stride_vs,
+    scale, softcap,
+    D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Take the keys from `first` to `end` into the rows' sum of weighted values, largest score and sum of weights."""
-    for start in range(first, end, BLOCK_S):
-        keys = start + tl.arange(0, BLOCK_S)
-        k = _load_tile(k_ptr, keys, stride_ks, S, D, BLOCK_D)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        if MASKED:
-            scores = tl.where(keys[None, :] <= last_key[:, None], scores, float("-inf"))
-        higher = tl.maximum(most, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - higher[:, None])
+    """Take tiles of keys into the rows' sum of weighted values, largest score and sum of weights."""
+    factor = _factor(scale, softcap, SOFTCAP)
+    for i in range(0, n_tiles - whole if EDGE else whole):
+        keys = first + _tile_of(i, left, whole, EDGE) * BLOCK_S + tl.arange(0, BLOCK_S)
+        k = _load_tile(k_ptr, keys, stride_ks, S, D, BLOCK_D, not EDGE)
+        x = _squeezed(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, SOFTCAP)
+        if EDGE:
+            x = tl.where((keys >= row_first[:, None]) & (keys < row_end[:, None]), x, float("-inf"))
+        higher = tl.maximum(most, tl.max(x, axis=1) * factor)
+        weights = tl.exp2(x * factor - higher[:, None])
         fade = tl.exp2(most - higher)
         total = total * fade + tl.sum(weights, axis=1)
-        v = _load_tile(v_ptr, keys, stride_vs, S, D, BLOCK_D)
+        v = _load_tile(v_ptr, keys, stride_vs, S, D, BLOCK_D, not EDGE)
         out = tl.dot(weights.to(v.dtype), v, out * fade[:, None], input_precision="ieee")
         most = higher
     return out, most, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["behind", "ahead"])
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, T, S, H, group, scale,
+    q_ptr, k_ptr, v_ptr, starts_ptr, ends_ptr, sink_ptr, o_ptr, lse_ptr, T, S, H, group, behind, ahead, scale, softcap,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr,
+    LOWEST: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the queries of one head, those with the most keys first. `lse` `[B, H, T]` is to base 2."""
+    """A tile of the queries of one head, the last, with the most keys, first. `lse` `[B, H, T]` is to base 2."""
     start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_T
     b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
-    q_ptr += b * stride_qb + h * stride_qh
     k_ptr += b * stride_kb + (h // group) * stride_kh
     v_ptr += b * stride_vb + (h // group) * stride_vh
+    if starts_ptr is not None:
+        starts_ptr, ends_ptr = starts_ptr + b * S, ends_ptr + b * S
     rows = start + tl.arange(0, BLOCK_T)
-    last_key = rows + S - T
-    q = _load_tile(q_ptr, rows, stride_qt, T, D, BLOCK_D)
+    q = _load_tile(q_ptr + b * stride_qb + h * stride_qh, rows, stride_qt, T, D, BLOCK_D)
+    row_first, row_end = _partners(rows + S - T, behind, ahead, S, 0, S, starts_ptr, ends_ptr)
+    first, left, whole, n_tiles = _tiles(
+        start + S - T, tl.minimum(start + BLOCK_T, T) - 1 + S - T, behind, ahead, S, 0, S, starts_ptr, ends_ptr, BLOCK_S
+    )
+    # No sink is one that weighs nothing beside any score.
+    logit = LOWEST if sink_ptr is None else tl.maximum(tl.load(sink_ptr + h).to(tl.float32) * LOG2E, LOWEST)
+    most = tl.zeros([BLOCK_T], dtype=tl.float32) + logit
+    total = tl.full([BLOCK_T], 1.0, dtype=tl.float32)
     out = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
-    most = tl.full([BLOCK_T], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([BLOCK_T], dtype=tl.float32)
-    whole = (start + S - T + 1) // BLOCK_S * BLOCK_S  # before this all rows see all keys
-    end = tl.minimum(start + BLOCK_T + S - T, S)
-    for MASKED in tl.static_range(2):
-        first, last = (0, whole) if MASKED == 0 else (whole, end)
+    for EDGE in tl.static_range(2):
         out, most, total = _attend(
-            out, most, total, q, k_ptr, v_ptr, first, last, last_key, S, stride_ks, stride_vs, scale,
-            D, BLOCK_S, BLOCK_D, MASKED == 1,
+            out, most, total, q, k_ptr, v_ptr, row_first, row_end, first, left, whole, n_tiles, S, stride_ks, stride_vs,
+            scale, softcap, D, BLOCK_S, BLOCK_D, SOFTCAP, EDGE == 1,
         )  # fmt: skip
     _store_tile(o_ptr + (b * T * H + h) * D, out / total[:, None], rows, H * D, T, D, BLOCK_D)
     tl.store(lse_ptr + (b * H + h) * T + rows, most + tl.log2(total), mask=rows < T)
@@ -147,167 +294,309 @@ def _attention_bwd_delta_kernel(
 
 
 @triton.jit
+def _accumulate_dkv(
+    dk, dv, k, v, keys, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, key_first, key_end, first, left, whole, n_tiles,
+    T, H, stride_qt, stride_dot, scale, softcap,
+    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Add what tiles of one head's queries give; scores are computed transposed, keys by queries."""
+    factor = _factor(scale, softcap, SOFTCAP)
+    for i in range(0, n_tiles - whole if EDGE else whole):
+        rows = first + _tile_of(i, left, whole, EDGE) * BLOCK_T + tl.arange(0, BLOCK_T)
+        q = _load_tile(q_ptr, rows, stride_qt, T, D, BLOCK_D, not EDGE)
+        do = _load_tile(do_ptr, rows, stride_dot, T, D, BLOCK_D, not EDGE)
+        if EDGE:
+            lse = tl.load(lse_ptr + rows, mask=rows < T, other=float("inf"))
+            delta = tl.load(delta_ptr + rows, mask=rows < T, other=0.0)
+        else:
+            lse, delta = tl.load(lse_ptr + rows), tl.load(delta_ptr + rows)
+        x = _squeezed(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, softcap, SOFTCAP)
+        weights = tl.exp2(x * factor - lse[None, :])
+        if EDGE:
+            weights = tl.where((rows >= key_first[:, None]) & (rows < key_end[:, None]), weights, 0.0)
+        dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
+        dscores = weights * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
+        if SOFTCAP:
+            dscores *= 1 - x * x
+        dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")
+        if dq_ptr is not None:  # there are no other keys; transposed, since the scores are
+            dq = tl.dot(tl.trans(k), dscores.to(k.dtype), input_precision="ieee") * scale
+            d = tl.arange(0, BLOCK_D)[:, None]
+            tl.store(dq_ptr + rows.to(tl.int64)[None, :] * (H * D) + d, dq, mask=(rows[None, :] < T) & (d < D))
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["behind", "ahead"])
 def _attention_bwd_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, T, S, H, KV, scale, scale2,
+    q_ptr, k_ptr, v_ptr, starts_ptr, ends_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr,
+    T, S, H, KV, behind, ahead, scale, softcap,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_dob, stride_dot, stride_doh,
-    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the keys of one head, over all queries that see it. Scores are computed transposed, keys by queries."""
+    """A tile of the keys of one head, over all queries that see it. With `dq_ptr` it holds all, and makes dq."""
     start = tl.program_id(1) * BLOCK_S
     b, kv = (tl.program_id(0) // KV).to(tl.int64), tl.program_id(0) % KV
+    if starts_ptr is not None:
+        starts_ptr, ends_ptr = starts_ptr + b * S, ends_ptr + b * S
     keys = start + tl.arange(0, BLOCK_S)
     k = _load_tile(k_ptr + b * stride_kb + kv * stride_kh, keys, stride_ks, S, D, BLOCK_D)
     v = _load_tile(v_ptr + b * stride_vb + kv * stride_vh, keys, stride_vs, S, D, BLOCK_D)
+    key_first, key_end = _partners(keys + T - S, ahead, behind, T, S - T, S, starts_ptr, ends_ptr)
+    first, left, whole, n_tiles = _tiles(
+        start + T - S, tl.minimum(start + BLOCK_S, S) - 1 + T - S, ahead, behind, T, S - T, S, starts_ptr, ends_ptr,
+        BLOCK_T,
+    )  # fmt: skip
+    if dq_ptr is not None and S < BLOCK_S:  # mask the rows of k that are not there in every tile
+        left, whole = n_tiles, 0
     dk = tl.zeros([BLOCK_S, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_S, BLOCK_D], dtype=tl.float32)
-    first = tl.maximum(start - (S - T), 0) // BLOCK_T * BLOCK_T
     for h in range(kv * (H // KV), (kv + 1) * (H // KV)):
-        for t in range(first, T, BLOCK_T):
-            rows = t + tl.arange(0, BLOCK_T)
-            q = _load_tile(q_ptr + b * stride_qb + h * stride_qh, rows, stride_qt, T, D, BLOCK_D)
-            do = _load_tile(do_ptr + b * stride_dob + h * stride_doh, rows, stride_dot, T, D, BLOCK_D)
-            lse = tl.load(lse_ptr + (b * H + h) * T + rows, mask=rows < T, other=float("inf"))
-            delta = tl.load(delta_ptr + (b * H + h) * T + rows, mask=rows < T, other=0.0)
-            scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale2
-            seen = keys[:, None] <= rows[None, :] + (S - T)
-            weights = tl.exp2(tl.where(seen, scores, float("-inf")) - lse[None, :])
-            dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
-            dweights = tl.dot(v, tl.trans(do), input_precision="ieee")
-            dscores = weights * (dweights - delta[None, :])
-            dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")
+        head = (b * H + h) * T
+        for EDGE in tl.static_range(2):
+            dk, dv = _accumulate_dkv(
+                dk, dv, k, v, keys, q_ptr + b * stride_qb + h * stride_qh, do_ptr + b * stride_dob + h * stride_doh,
+                lse_ptr + head, delta_ptr + head, None if dq_ptr is None else dq_ptr + (b * T * H + h) * D,
+                key_first, key_end, first, left, whole, n_tiles, T, H, stride_qt, stride_dot, scale, softcap,
+                D, BLOCK_T, BLOCK_D, SOFTCAP, EDGE == 1,
+            )  # fmt: skip
     offset = (b * S * KV + kv) * D
     _store_tile(dk_ptr + offset, dk * scale, keys, KV * D, S, D, BLOCK_D)
     _store_tile(dv_ptr + offset, dv, keys, KV * D, S, D, BLOCK_D)
 
 
 @triton.jit
+def _accumulate_dq(
+    dq, q, do, lse, delta, k_ptr, v_ptr, row_first, row_end, first, left, whole, n_tiles, S, stride_ks, stride_vs,
+    scale, softcap,
+    D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Add what tiles of keys give."""
+    factor = _factor(scale, softcap, SOFTCAP)
+    for i in range(0, n_tiles - whole if EDGE else whole):
+        keys = first + _tile_of(i, left, whole, EDGE) * BLOCK_S + tl.arange(0, BLOCK_S)
+        k = _load_tile(k_ptr, keys, stride_ks, S, D, BLOCK_D, not EDGE)
+        v = _load_tile(v_ptr, keys, stride_vs, S, D, BLOCK_D, not EDGE)
+        x = _squeezed(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, SOFTCAP)
+        weights = tl.exp2(x * factor - lse[:, None])
+        if EDGE:
+            weights = tl.where((keys >= row_first[:, None]) & (keys < row_end[:, None]), weights, 0.0)
+        dscores = weights * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
+        if SOFTCAP:
+            dscores *= 1 - x * x
+        dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="ieee")
+    return dq
+
+
+@triton.jit(do_not_specialize=["behind", "ahead"])
 def _attention_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, T, S, H, group, scale, scale2,
+    q_ptr, k_ptr, v_ptr, starts_ptr, ends_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
+    T, S, H, group, behind, ahead, scale, softcap,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_dob, stride_dot, stride_doh,
-    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """A tile of the queries of one head, those with the most keys first."""
     start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_T
     b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     k_ptr += b * stride_kb + (h // group) * stride_kh
     v_ptr += b * stride_vb + (h // group) * stride_vh
+    if starts_ptr is not None:
+        starts_ptr, ends_ptr = starts_ptr + b * S, ends_ptr + b * S
     rows = start + tl.arange(0, BLOCK_T)
     q = _load_tile(q_ptr + b * stride_qb + h * stride_qh, rows, stride_qt, T, D, BLOCK_D)
     do = _load_tile(do_ptr + b * stride_dob + h * stride_doh, rows, stride_dot, T, D, BLOCK_D)
     lse = tl.load(lse_ptr + (b * H + h) * T + rows, mask=rows < T, other=float("inf"))
     delta = tl.load(delta_ptr + (b * H + h) * T + rows, mask=rows < T, other=0.0)
+    row_first, row_end = _partners(rows + S - T, behind, ahead, S, 0, S, starts_ptr, ends_ptr)
+    first, left, whole, n_tiles = _tiles(
+        start + S - T, tl.minimum(start + BLOCK_T, T) - 1 + S - T, behind, ahead, S, 0, S, starts_ptr, ends_ptr, BLOCK_S
+    )
     dq = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
-    for s in range(0, tl.minimum(start + BLOCK_T + S - T, S), BLOCK_S):
-        keys = s + tl.arange(0, BLOCK_S)
-        k = _load_tile(k_ptr, keys, stride_ks, S, D, BLOCK_D)
-        v = _load_tile(v_ptr, keys, stride_vs, S, D, BLOCK_D)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale2
-        seen = keys[None, :] <= rows[:, None] + (S - T)
-        weights = tl.exp2(tl.where(seen, scores, float("-inf")) - lse[:, None])
-        dweights = tl.dot(do, tl.trans(v), input_precision="ieee")
-        dscores = weights * (dweights - delta[:, None])
-        dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="ieee")
+    for EDGE in tl.static_range(2):
+        dq = _accumulate_dq(
+            dq, q, do, lse, delta, k_ptr, v_ptr, row_first, row_end, first, left, whole, n_tiles, S,
+            stride_ks, stride_vs, scale, softcap, D, BLOCK_S, BLOCK_D, SOFTCAP, EDGE == 1,
+        )  # fmt: skip
     _store_tile(dq_ptr + (b * T * H + h) * D, dq * scale, rows, H * D, T, D, BLOCK_D)
 
 
-LOG2E = 1.4426950408889634
+# Rows of queries and of keys a tile, warps, and stages of loads: by kernel and width of a head, then by card, in half
+# precision. Chosen from machine code, by spills, which there are none of up to 128, and the estimate for sm_90:
+# `python -m bench.compile --kernel attention`.
+CONFIGS = {
+    ("fwd", 64): {"": (128, 64, 8, 2), "sm_90": (64, 128, 4, 2), "sm_100": (128, 64, 8, 3)},
+    ("fwd", 128): {"": (128, 64, 8, 3), "sm_80": (128, 32, 8, 3), "gfx942": (128, 64, 8, 2)},
+    ("fwd", 256): {"": (64, 32, 8, 2), "sm_90": (64, 64, 8, 2)},
+    ("dkv", 64): {"": (32, 64, 4, 2), "sm_90": (64, 128, 8, 2), "sm_100": (32, 64, 4, 1)},
+    ("dkv", 128): {"": (32, 64, 8, 2), "sm_90": (32, 128, 8, 2), "sm_100": (32, 64, 8, 1), "gfx942": (32, 64, 4, 2)},
+    ("dkv", 256): {"": (32, 32, 8, 2), "sm_90": (16, 64, 8, 2), "gfx942": (16, 32, 8, 2)},
+    ("one pass", 64): {
+        "": (16, 128, 8, 2), "sm_90": (64, 128, 8, 1), "sm_100": (16, 128, 8, 1), "gfx942": (16, 128, 8, 1),
+    },
+    ("one pass", 128): {  # no tile of 128 keys fits sm_89 and sm_120
+        "sm_80": (16, 128, 8, 2), "sm_90": (16, 128, 8, 2), "sm_100": (16, 128, 8, 1), "gfx942": (16, 128, 8, 1),
+    },
+    ("dq", 64): {"": (64, 64, 8, 2), "sm_90": (64, 128, 4, 2), "sm_100": (64, 64, 4, 2), "gfx942": (64, 64, 4, 2)},
+    ("dq", 128): {"": (64, 32, 4, 2), "sm_90": (64, 64, 4, 2)},
+    ("dq", 256): {"": (32, 32, 4, 2), "sm_90": (64, 64, 8, 2)},
+}  # fmt: skip
+ONE_PASS = 128  # keys that a tile of the one-pass backward holds
 
 
-def _tile(length: int, most: int) -> int:
-    """Rows of a tile: no more than the sequence needs, no fewer than a matrix unit takes."""
-    return min(most, max(16, triton.next_power_of_2(length)))
+def _config(kernel: str, q: Tensor, t: int, s: int, **constants) -> dict | None:
+    """Keyword arguments of a launch, tiles no longer than the sequences and no shorter than a matrix unit takes; None
+    for a kernel that this card does not run at this width."""
+    d = q.shape[-1]
+    width = 64 if d <= 64 else 128 if d <= 128 else 256
+    by_card = CONFIGS.get((kernel, width), {})
+    config = by_card.get(card(q.device), by_card.get(""))
+    if config is None:
+        return None
+    block_t, block_s, warps, stages = config
+    if q.element_size() > 2:
+        block_t, block_s, warps, stages = min(block_t, 32), min(block_s, 32), 4, 2
+    block_t, block_s = (min(b, max(16, triton.next_power_of_2(n))) for b, n in ((block_t, t), (block_s, s)))
+    blocks = {"BLOCK_T": block_t, "BLOCK_S": block_s, "BLOCK_D": max(16, triton.next_power_of_2(d))}
+    return {"D": d, **blocks, **constants, "num_warps": warps, "num_stages": stages}
 
 
-def _allocate_fwd(q, k, v, scale):
+def _reach(t: int, s: int, causal: bool, window: int) -> tuple[int, int]:
+    """How many keys before a query's own place it sees, and how many after: more than there are for no limit."""
+    return window - 1 if window else t + s, 0 if causal else t + s
+
+
+def _starts_ends(documents: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if documents is None else documents.contiguous().unbind()
+
+
+def _allocate_fwd(q, k, v, documents, sink, scale, causal, window, softcap):
     b, t, h, d = q.shape
     return q.new_empty((b, t, h, d)), q.new_empty((b, h, t), dtype=torch.float32)
 
 
 @library_op(_allocate_fwd)
-def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, sink: Tensor | None,
+    scale: float, causal: bool, window: int, softcap: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The output, and the log-sum-exp of each row's scores to base 2."""
-    o, lse = _allocate_fwd(q, k, v, scale)
-    (b, t, h, d), (s, kv) = q.shape, k.shape[1:3]
+    o, lse = _allocate_fwd(q, k, v, documents, sink, scale, causal, window, softcap)
+    (b, t, h, _), (s, kv) = q.shape, k.shape[1:3]
     q, k, v = map(adjacent, (q, k, v))
-    half = q.element_size() < 4
-    block_t, block_s = _tile(t, 128 if half and d <= 128 else 64 if half else 32), _tile(s, 64 if half else 32)
+    config = _config("fwd", q, t, s, SOFTCAP=softcap != 0, LOWEST=LOWEST)
     if o.numel():
-        _attention_fwd_kernel[(b * h, triton.cdiv(t, block_t))](
-            q, k, v, o, lse, t, s, h, h // kv, scale * LOG2E, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            d, block_t, block_s, max(16, triton.next_power_of_2(d)),
-            num_warps=8 if block_t == 128 else 4, num_stages=2 if d <= 64 or backend(q.device) == "hip" else 3,
+        _attention_fwd_kernel[(b * h, triton.cdiv(t, config["BLOCK_T"]))](
+            q, k, v, *_starts_ends(documents), sink, o, lse, t, s, h, h // kv, *_reach(t, s, causal, window),
+            scale, softcap, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **config,
         )  # fmt: skip
     return o, lse
 
 
-def _allocate_bwd(do, q, k, v, o, lse, scale):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _allocate_bwd(do, q, k, v, documents, o, lse, scale, causal, window, softcap):
+    return *(x.new_empty(x.shape) for x in (q, k, v)), torch.empty_like(lse)
 
 
 @library_op(_allocate_bwd)
 def _attention_bwd(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v."""
-    dq, dk, dv = _allocate_bwd(do, q, k, v, o, lse, scale)
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, o: Tensor, lse: Tensor,
+    scale: float, causal: bool, window: int, softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of q, k and v, and delta."""
+    dq, dk, dv, delta = _allocate_bwd(do, q, k, v, documents, o, lse, scale, causal, window, softcap)
     (b, t, h, d), (s, kv) = q.shape, k.shape[1:3]
+    if dq.numel() == 0 or dk.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_(), delta.zero_()
     do, q, k, v = map(adjacent, (do, q, k, v))
     block_d = max(16, triton.next_power_of_2(d))
-    if dq.numel() == 0:
-        return dq, dk.zero_(), dv.zero_()
-    delta = torch.empty_like(lse)
-    block_t = _tile(t, 64)
-    _attention_bwd_delta_kernel[(b * h, triton.cdiv(t, block_t))](
-        o, do, delta, t, h, *do.stride()[:3], d, block_t, block_d, num_warps=4
+    _attention_bwd_delta_kernel[(b * h, triton.cdiv(t, 32))](
+        o, do, delta, t, h, *do.stride()[:3], D=d, BLOCK_T=32, BLOCK_D=block_d, num_warps=4
     )
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
-    # Tiles that spill on no card up to heads of 128.
-    narrow, half = d <= 64, q.element_size() < 4
-    tile_t, tile_s = _tile(t, 32), _tile(s, 64 if half and d <= 128 else 32)
-    _attention_bwd_dkv_kernel[(b * kv, triton.cdiv(s, tile_s))](
-        q, k, v, do, lse, delta, dk, dv, t, s, h, kv, scale, scale * LOG2E, *strides,
-        d, tile_t, tile_s, block_d, num_warps=4 if narrow or backend(q.device) == "hip" else 8, num_stages=2,
-    )  # fmt: skip
-    tile_t, tile_s = _tile(t, 64 if half and d <= 128 else 32), _tile(s, 64 if narrow and half else 32)
-    _attention_bwd_dq_kernel[(b * h, triton.cdiv(t, tile_t))](
-        q, k, v, do, lse, delta, dq, t, s, h, h // kv, scale, scale * LOG2E, *strides,
-        d, tile_t, tile_s, block_d, num_warps=4, num_stages=2,
-    )  # fmt: skip
-    return dq, dk, dv
+    tokens, saved = (q, k, v, *_starts_ends(documents)), (do, lse, delta)
+    rest = *_reach(t, s, causal, window), scale, softcap, *(n for x in (q, k, v, do) for n in x.stride()[:3])
+    config = None
+    if t <= s <= ONE_PASS and q.element_size() == 2 and b * kv >= multiprocessors(q.device):
+        # All keys fit a tile, all queries see one of them, and the heads alone are programs enough.
+        config = _config("one pass", q, t, s, SOFTCAP=softcap != 0)
+    one_pass = config is not None
+    config = config or _config("dkv", q, t, s, SOFTCAP=softcap != 0)
+    _attention_bwd_dkv_kernel[(b * kv, triton.cdiv(s, config["BLOCK_S"]))](
+        *tokens, *saved, dq if one_pass else None, dk, dv, t, s, h, kv, *rest, **config
+    )
+    if not one_pass:
+        config = _config("dq", q, t, s, SOFTCAP=softcap != 0)
+        _attention_bwd_dq_kernel[(b * h, triton.cdiv(t, config["BLOCK_T"]))](
+            *tokens, *saved, dq, t, s, h, h // kv, *rest, **config
+        )
+    return dq, dk, dv, delta
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, scale):
-        o, lse = _attention_fwd(q, k, v, scale)
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.scale = scale
+    def forward(ctx, q, k, v, documents, sink, *options):
+        o, lse = _attention_fwd(q, k, v, documents, sink, *options)
+        ctx.save_for_backward(q, k, v, documents, o, lse, sink)
+        ctx.options = options
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do):
-        return *_attention_bwd(do, *ctx.saved_tensors, ctx.scale), None
+        *saved, lse, sink = ctx.saved_tensors
+        dq, dk, dv, delta = _attention_bwd(do, *saved, lse, *ctx.options)
+        dsink = None
+        if sink is not None and ctx.needs_input_grad[4]:
+            weights = torch.exp2(sink.float()[:, None] * LOG2E.value - lse)
+            dsink = -(weights * delta).sum((0, 2)).to(sink.dtype)
+        return dq, dk, dv, None, dsink, *(None for _ in ctx.options)
 
 
-def attention_triton(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """The same in tiles, forward and backward; deterministic."""
-    if k.shape != v.shape or q.shape[2] % k.shape[2] or q.shape[1] > k.shape[1] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q {list(q.shape)} cannot attend to k {list(k.shape)} and v {list(v.shape)}")
-    return _Attention.apply(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+def attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int = 0,
+    documents: Tensor | None = None,
+    softcap: float = 0.0,
+    sink: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """The same in tiles, forward and backward; deterministic. It has no dropout."""
+    _check(q, k, v, scale, window, documents, softcap, sink)
+    if q.shape[-1] > 256:
+        raise ValueError(f"the triton kernel of attention has heads of up to 256, not {q.shape[-1]}")
+    if dropout:
+        raise ValueError("the triton kernel of attention has no dropout: take --kernels.attention=sdpa")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _Attention.apply(q, k, v, documents, sink, scale, causal, window, softcap)
 
 
 def _inputs(shape, make):
     b, t, s, h, kv, d = (shape[k] for k in ("B", "T", "S", "H", "KV", "D"))
-    return {"q": make(b, t, h, d), "k": make(b, s, kv, d), "v": make(b, s, kv, d)}
+    inputs = {"q": make(b, t, h, d), "k": make(b, s, kv, d), "v": make(b, s, kv, d)}
+    if shape.get("W"):
+        inputs["window"] = shape["W"]
+    if shape.get("C"):
+        inputs |= {"softcap": float(shape["C"]), "sink": make(h)}
+    if shape.get("L"):
+        places = torch.arange(s, device=inputs["q"].device).expand(b, s)
+        inputs["documents"] = document_ranges(places // shape["L"])
+    return inputs
+
+
+def _visible_pairs(s) -> int:
+    """Pairs of a query and a key that it sees, in one head of one sequence."""
+    place = torch.arange(s["S"] - s["T"], s["S"])
+    reach = s.get("W") or s["S"]
+    within = place % s["L"] + 1 if s.get("L") else place + 1
+    return int(within.clamp(max=reach).sum())
 
 
 def _cost(s, itemsize):
-    visible = s["T"] * (2 * s["S"] - s["T"] + 1) // 2  # pairs of query and key under the mask
     elements = s["B"] * s["D"] * (2 * s["T"] * s["H"] + 2 * s["S"] * s["KV"])
-    return Cost(elements * itemsize, 4 * s["B"] * s["H"] * s["D"] * visible)
+    return Cost(elements * itemsize, 4 * s["B"] * s["H"] * s["D"] * _visible_pairs(s))
 
 
 def _backward_cost(s, itemsize):
@@ -317,8 +606,8 @@ def _backward_cost(s, itemsize):
     return Cost(elements * itemsize, forward.flops * 5 // 2)
 
 
-def _shape(b, t, s, h, kv, d):
-    return {"B": b, "T": t, "S": s, "H": h, "KV": kv, "D": d}
+def _shape(b, t, s, h, kv, d, **more):
+    return {"B": b, "T": t, "S": s, "H": h, "KV": kv, "D": d, **more}
 
 
 OP = Op(
@@ -341,6 +630,14 @@ OP = Op(
         _shape(128, 128, 128, 12, 12, 64),
         _shape(16, 1024, 1024, 12, 12, 64),
         _shape(4, 4096, 4096, 32, 8, 128),
+        _shape(4, 4096, 4096, 32, 8, 128, W=512),
+        _shape(4, 4096, 4096, 16, 16, 128, L=512),
+        _shape(4, 4096, 4096, 8, 8, 256),
+    ),
+    compiled_shapes=(
+        _shape(128, 128, 128, 12, 12, 128),
+        *(_shape(128, 128, 128, 8, 8, d, L=32, C=50) for d in (64, 128)),
+        *(_shape(4, 4096, 4096, 8, 8, d, L=512, C=50) for d in (64, 96, 128)),
     ),
     preferred={"cuda": "sdpa"},
 )

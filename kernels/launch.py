@@ -20,8 +20,8 @@ except ImportError:  # not published for this system: `bind` says so when a Trit
         def __getattr__(self, name):
             return self
 
-        def __call__(self, function, *args):
-            return function
+        def __call__(self, *functions, **options):
+            return functions[0] if functions else self
 
     triton = tl = _Absent()
 
@@ -63,9 +63,12 @@ def multiprocessors(device: torch.device) -> int:
     return 132 if device.type == "meta" else 1
 
 
-def backend(device: torch.device) -> str:
-    """`cuda` or `hip`: what Triton compiles for."""
-    return "cuda" if device.type == "cpu" else triton.runtime.driver.active.get_current_target().backend
+def card(device: torch.device) -> str:
+    """What Triton compiles for, such as `sm_90` or `gfx942`; what the CPU interprets is taken for `sm_90`."""
+    if device.type == "cpu":
+        return "sm_90"
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else target.arch
 
 
 def adjacent(x: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,8 @@ class Op:
     `inputs(shape, make)` builds the keyword arguments of a call from a shape (named sizes) and a tensor factory:
     `make(*size)` draws normal values of the dtype and device under test. `differentiable` names the arguments that
     take a gradient. `cost(shape, itemsize)` counts the forward pass and `backward_cost` the backward, of inputs all of
-    that size. `preferred` is what `auto` takes on a device type, the reference where it names none.
+    that size. `compiled_shapes` are for the compile gate alone, besides those of the bench. `preferred` is what `auto`
+    takes on a device type, the reference where it names none.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Op:
     backward_cost: Callable[[Mapping[str, int], int], Cost]
     test_shapes: tuple[Mapping[str, int], ...]
     bench_shapes: tuple[Mapping[str, int], ...]
+    compiled_shapes: tuple[Mapping[str, int], ...] = ()
     preferred: Mapping[str, str] = field(default_factory=lambda: {"cuda": "triton"})
 
 

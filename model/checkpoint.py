@@ -6,12 +6,14 @@
 import os
 import shutil
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from model.config import UserError
+from model.gpt import ModelConfig
 
 FORMAT = "nanofuse-1"
 
@@ -83,11 +85,14 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     return state
 
 
-def check_fits(state: dict[str, Any], model_config: dict[str, Any], optimizer: str) -> None:
-    """Raise `CheckpointError` when weights or optimizer state do not fit the model and optimizer to be resumed with."""
-    then = {**state["model_config"], "optimizer": state["config"]["optimizer"]}
-    now = {**model_config, "optimizer": optimizer}
-    changed = [f"{key} {then.get(key)} where this run has {now[key]}" for key in now if now[key] != then.get(key)]
+def check_fits(state: dict[str, Any], config: ModelConfig, optimizer: str) -> None:
+    """Raise `CheckpointError` when the model or optimizer to resume with is another than the state is of.
+
+    What a checkpoint does not name has its default, and dropout may change."""
+    then = asdict(ModelConfig(**state["model_config"])) | {"optimizer": state["config"]["optimizer"]}
+    now = asdict(config) | {"optimizer": optimizer, "dropout": then["dropout"]}
+    known_as = {"separator": "the separator that data.packing sets"}
+    changed = [f"{known_as.get(k, k)} {then[k]} where this run has {now[k]}" for k in now if now[k] != then[k]]
     if changed:
         raise CheckpointError(
             f"cannot resume from a checkpoint with {', '.join(changed)}; only a new run can change that"

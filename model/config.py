@@ -42,7 +42,7 @@ class Knob:
     interval: str
 
     def read(self, value: Any) -> Any:
-        """The value in the knob's type: text is parsed, an int passes for a float. Raises `ConfigError`."""
+        """The value in the knob's type: text is parsed, an int passes for a float or text. Raises `ConfigError`."""
         if self.choices and value not in self.choices:
             raise ConfigError(
                 f"{self.key} must be {_either(self.choices)}, not {value!r}{_nearest(value, self.choices)}"
@@ -80,7 +80,7 @@ def _bounds(interval: str) -> list[tuple[Callable[[Any, float], bool], str, str]
 def _convert(value: Any, kind: type) -> Any:
     if isinstance(value, str) and kind is not str:
         return {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
-    if type(value) is kind or (kind is float and type(value) is int):
+    if type(value) is kind or (type(value) is int and kind in (float, str)):
         return kind(value)
     raise ValueError
 

@@ -1,7 +1,7 @@
 """To and from Hugging Face's format: `python -m model.export --run out/small --to DIR`, and `--from DIR --run out/new`.
 
-Without QK-norm our model is Llama, with it Qwen3: the same mathematics under other names. Packed projections are cut
-into theirs (q, k, v; gate, up), and their `tokenizer.json` gives our ids.
+Without QK-norm our model is Llama, with it Qwen3, which may have windows: the same mathematics under other names.
+Packed projections are cut into theirs (q, k, v; gate, up), and their `tokenizer.json` gives our ids.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from model.gpt import ModelConfig
 from model.run import RunError, find
 
 ARCHITECTURES = {False: ("LlamaForCausalLM", "llama"), True: ("Qwen3ForCausalLM", "qwen3")}  # by QK-norm
+LAYERS = {"S": "sliding_attention", "L": "full_attention"}  # by our window's letter
 SIZES = {
     "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads",
     "head_dim": "head_dim", "d_model": "hidden_size", "d_ff": "intermediate_size", "vocab_size": "vocab_size",
@@ -61,7 +62,7 @@ def names_of(config: ModelConfig) -> dict[str, list[tuple[str, int]]]:
 def to_huggingface(
     config: ModelConfig, weights: dict[str, Tensor], eot: int
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Their config and state dict of our resolved config and weights."""
+    """Their config and state dict of our resolved config and weights. Raises `ExportError` for a windowed Llama."""
     architecture, model_type = ARCHITECTURES[config.qk_norm]
     theirs = {
         "architectures": [architecture],
@@ -76,6 +77,13 @@ def to_huggingface(
         "eos_token_id": eot,
         "dtype": "float32",
     }
+    if size := max(config.windows):
+        if not config.qk_norm:
+            raise ExportError(
+                f"a window ({config.window}) takes QK-norm: with it the model is Qwen3, and Llama has none"
+            )
+        layers = [LAYERS["S" if window else "L"] for window in config.windows]
+        theirs |= {"use_sliding_window": True, "sliding_window": size, "layer_types": layers}
     tensors = {}
     for ours, parts in names_of(config).items():
         pieces = weights[ours].float().split([rows for _, rows in parts])
@@ -83,17 +91,30 @@ def to_huggingface(
     return theirs, tensors
 
 
+def window_of(theirs: dict[str, Any]) -> str:
+    """Our `window` of a Qwen3's layers."""
+    if not theirs.get("use_sliding_window") or not theirs.get("sliding_window"):
+        return ""
+    letters = {kind: letter for letter, kind in LAYERS.items()}
+    first = theirs.get("max_window_layers", 28)  # of those with a window, where layers have no list; Qwen3's default
+    layers = theirs.get("layer_types") or [LAYERS["LS"[i >= first]] for i in range(theirs["num_hidden_layers"])]
+    if unknown := set(layers) - letters.keys():
+        raise ExportError(f"its layer_types have {unknown.pop()!r}; only {' and '.join(letters)} are ours")
+    return f"{''.join(letters[layer] for layer in layers)}:{theirs['sliding_window']}"
+
+
 def from_huggingface(theirs: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Our config and weights of theirs. Raises `ExportError` for a model that differs in more than names."""
     families = {model_type: qk_norm for qk_norm, (_, model_type) in ARCHITECTURES.items()}
     if theirs.get("model_type") not in families:
         raise ExportError(f"its model_type is {theirs.get('model_type')!r}; only {' and '.join(families)} are ours")
+    qk_norm = families[theirs["model_type"]]
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     for what, value, wanted in (
         ("hidden_act", theirs.get("hidden_act", "silu"), "silu"),
         ("attention_bias", theirs.get("attention_bias", False), False),
         ("mlp_bias", theirs.get("mlp_bias", False), False),
-        ("use_sliding_window", theirs.get("use_sliding_window", False), False),
+        ("use_sliding_window", not qk_norm and theirs.get("use_sliding_window", False), False),
         ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default"),
     ):
         if value != wanted:
@@ -101,7 +122,8 @@ def from_huggingface(theirs: dict[str, Any], tensors: dict[str, Tensor]) -> tupl
     sizes = {ours: theirs[name] for ours, name in SIZES.items() if theirs.get(name) is not None}
     config = ModelConfig(
         **{"tied": False, **sizes},
-        qk_norm=families[theirs["model_type"]],
+        qk_norm=qk_norm,
+        window=window_of(theirs),
         rope_theta=float(rope.get("rope_theta", theirs.get("rope_theta", 10000.0))),
     ).resolved(theirs["vocab_size"])
     weights = {}

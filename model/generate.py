@@ -16,7 +16,8 @@ from data.tokenizer import Tokenizer
 from kernels import KernelChoice, KernelError, bind
 from model import checkpoint
 from model.config import ConfigError, UserError
-from model.gpt import GPT, ModelConfig
+from model.evaluate import evaluating
+from model.gpt import GPT, Cache, ModelConfig
 from model.hardware import DTYPES, pick_device, pick_precision
 from model.run import find
 
@@ -54,38 +55,48 @@ def generate(
 ) -> list[list[int]]:
     """Continue each prompt (at least one id) by up to `max_new_tokens`, ending a row early at the id `stop`.
 
-    The model sees at most its last `seq_len` tokens. `on_token(row, id)` is called as tokens are drawn; `generator`
-    lives on the CPU, so that a seed gives the same text on every device. Returns each row's new ids without `stop`.
+    The model sees at most its last `seq_len` tokens; until the longest row has more, each is computed once and cached.
+    `on_token(row, id)` is called as tokens are drawn; `generator` lives on the CPU, so that a seed gives the same text
+    on every device. Returns each row's new ids without `stop`.
     """
-    device = model.embedding.weight.device
+    device, seq_len = model.embedding.weight.device, model.config.seq_len
     rows, new = [list(p) for p in prompts], [[] for _ in prompts]
-    live = list(range(len(rows)))
-    for _ in range(max_new_tokens):
-        windows = [rows[i][-model.config.seq_len :] for i in live]
-        longest = max(map(len, windows))
-        ids = torch.tensor([w + [0] * (longest - len(w)) for w in windows], device=device)
-        positions = torch.tensor([len(w) - 1 for w in windows], device=device)
-        logits = model.logits(ids, positions).cpu()
-        drawn = next_tokens(logits, temperature, top_k, top_p, generator).tolist()
-        for i, token in zip(tuple(live), drawn, strict=True):
-            if token == stop:
-                live.remove(i)
-                continue
-            rows[i].append(token)
-            new[i].append(token)
-            on_token(i, token)
-        if not live:
-            break
+    live, cache = list(range(len(rows))), None
+    with evaluating(model):
+        for _ in range(max_new_tokens):
+            if cache is None or cache.length == seq_len:  # full: every position moves, and all that follows from it
+                texts = [rows[i][-seq_len:] for i in live]
+                longest = max(map(len, texts))
+                padding = [longest - len(text) for text in texts]
+                ids = [[0] * n + text for n, text in zip(padding, texts, strict=True)]
+                cache = Cache(model.config, torch.tensor(padding, device=device))
+            else:
+                ids = [rows[i][-1:] for i in live]
+            logits = model.logits(torch.tensor(ids, device=device), cache).cpu()
+            drawn = next_tokens(logits, temperature, top_k, top_p, generator).tolist()
+            going = [n for n, token in enumerate(drawn) if token != stop]
+            for n in going:
+                i, token = live[n], drawn[n]
+                rows[i].append(token)
+                new[i].append(token)
+                on_token(i, token)
+            if not going:
+                break
+            if len(going) < len(live):
+                live = [live[n] for n in going]
+                cache.keep(going)
     return new
 
 
 def load_run(folder: Path, device: torch.device, kernels: str = "auto", which: str = "best") -> tuple[GPT, Tokenizer]:
-    """The model and tokenizer of a run, from its `best.pt` (or `last.pt` where there is none, or when asked for)."""
+    """The model and tokenizer of a run, from its `best.pt` (or `last.pt` where there is none, or when asked for).
+
+    It has no dropout, which is for training, so that any kernels do."""
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     path = folder / f"{which}.pt"
     state = checkpoint.load(path if path.exists() else folder / "last.pt", device)
     with device:
-        model = GPT(ModelConfig(**state["model_config"]), bind(KernelChoice(every=kernels), device))
+        model = GPT(ModelConfig(**state["model_config"] | {"dropout": 0.0}), bind(KernelChoice(every=kernels), device))
     model.load_state_dict(state["model"])
     return model.eval(), tokenizer
 

@@ -1,20 +1,24 @@
 """A decoder-only transformer in the manner of Llama and Qwen3, built on bound kernels.
 
 Pre-norm RMSNorm, rotary positions, optional QK-norm, grouped-query attention, SwiGLU, tied or untied head, no biases.
-Shapes: B batch, T sequence, H query heads, KV key/value heads, D head dim, C = d_model, V vocabulary.
+Optional: windows, by layer; documents that do not see each other; dropout. Generation keeps keys and values in a cache.
+Shapes: B batch, T sequence, S sequence with what is cached before it, H query heads, KV key/value heads, D head dim,
+C = d_model, V vocabulary.
 
 The kernels never show in the parameters: their names, shapes and layouts are the same whatever is bound, so that a
 checkpoint trained with one choice loads under any other.
 """
 
 import math
+import re
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kernels import Kernels
+from kernels import KernelError, Kernels
+from kernels.attention import document_ranges
 from kernels.rope import rope_tables
 from model.config import ConfigError
 
@@ -35,6 +39,17 @@ class ModelConfig:
     qk_norm: Annotated[bool, "normalise each head of q and k"] = True
     rope_theta: Annotated[float, "(0, inf)", "base of the rotary frequencies"] = 10000.0
     norm_eps: Annotated[float, "(0, inf)", "added to the mean square in every norm"] = 1e-6
+    window: Annotated[
+        str,
+        "keys that a query sees, by layer: 256; or a pattern of S (short) and L (all), repeated: SSSL:256, or SSSL for "
+        "half of seq_len (nothing: all)",
+    ] = ""
+    separator: Annotated[
+        int, "[-1, inf)", "id that begins a document, which then sees no other (-1: none; set by data.packing)"
+    ] = -1
+    dropout: Annotated[
+        float, "[0, 1)", "share dropped in training of the embedding, attention's weights and what sub-layers say"
+    ] = 0.0
 
     def __post_init__(self):
         if not self.head_dim and self.d_model % self.n_head:
@@ -45,9 +60,26 @@ class ModelConfig:
             raise ConfigError(f"head_dim {self.head_dim or self.d_model // self.n_head} must be even, for RoPE")
         if self.n_kv_head and self.n_head % self.n_kv_head:
             raise ConfigError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
+        _ = self.windows  # which raises where it cannot be read
 
-    def resolved(self, vocab_size: int) -> "ModelConfig":
-        """The same with every 0 replaced; `vocab_size` is the tokenizer's. Raises `ConfigError` when that is larger."""
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """How many keys a query sees at most, its own the last of them, in each layer; 0 for all."""
+        match = re.fullmatch(r"([SL]+)(?::([1-9][0-9]*))?|([1-9][0-9]*)?", self.window)
+        if match is None:
+            raise ConfigError(
+                f"window must be a number of keys, such as 256, or S and L by layer, such as SSSL or SSSL:256, not "
+                f"{self.window!r}"
+            )
+        pattern, beside, alone = match.groups()
+        size = int(beside or alone or self.seq_len // 2)
+        sizes = {"S": size if size < self.seq_len else 0, "L": 0}
+        pattern = pattern or ("S" if alone else "L")
+        return tuple(sizes[pattern[layer % len(pattern)]] for layer in range(self.n_layer))
+
+    def resolved(self, vocab_size: int, separator: int = -1) -> "ModelConfig":
+        """The same with every 0 replaced; `vocab_size` is the tokenizer's, and `separator` what the packing of the data
+        makes of it. Raises `ConfigError` when the vocabulary is larger than the embedding."""
         if self.vocab_size and self.vocab_size < vocab_size:
             raise ConfigError(f"model.vocab_size {self.vocab_size} is less than the tokenizer's {vocab_size}")
         derived = {
@@ -55,27 +87,73 @@ class ModelConfig:
             "head_dim": self.head_dim or self.d_model // self.n_head,
             "d_ff": self.d_ff or 64 * math.ceil(self.d_model * 8 / 3 / 64),
             "vocab_size": self.vocab_size or vocab_size,
+            "separator": separator if separator >= 0 else self.separator,
         }
         return replace(self, **derived)
+
+
+class Cache:
+    """Keys and values of the tokens that a batch has so far, at most `seq_len` of them: `GPT.hidden` takes those that
+    follow, and adds theirs. Without gradients.
+
+    `padding` `[B]`, on the model's device, is how many tokens at the left of each row are there for the length only:
+    they are a document of their own, so that rows of different lengths are each as if alone.
+    """
+
+    def __init__(self, config: ModelConfig, padding: Tensor):
+        self.room, self.length = config.seq_len, 0
+        self.layers: dict[int, Tensor] = {}  # [2, B, seq_len, KV, D], made of the first keys' dtype
+        self.begins = None  # [B, seq_len]: where a document begins
+        if config.separator >= 0 or padding.any():
+            self.begins = torch.arange(self.room, device=padding.device) == padding[:, None]
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put a layer's `[B, T, KV, D]` after those of the tokens so far: views `[B, S, KV, D]` of all."""
+        if layer not in self.layers:
+            self.layers[layer] = k.new_empty(2, len(k), self.room, *k.shape[2:])
+        both = self.layers[layer][:, :, : self.length + k.shape[1]]
+        both[0, :, self.length :], both[1, :, self.length :] = k, v
+        return both[0], both[1]
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop all rows but these."""
+        self.layers = {layer: both[:, rows] for layer, both in self.layers.items()}
+        self.begins = None if self.begins is None else self.begins[rows]
+
+
+class Context(NamedTuple):
+    """What every layer of a call shares: the rotary tables, and where its tokens stand in them and among the others."""
+
+    cos: Tensor  # [at least T, D / 2], as sin is
+    sin: Tensor
+    positions: Tensor | None  # [B, T], rows of the tables; None for the first T
+    documents: Tensor | None  # [2, B, S] of `document_ranges`; None for one document
+    cache: Cache | None
 
 
 class Attention(nn.Module):
     """Self-attention over a packed projection `[C, (H + 2 KV) D]`."""
 
-    def __init__(self, config: ModelConfig, kernels: Kernels):
+    def __init__(self, config: ModelConfig, kernels: Kernels, layer: int):
         super().__init__()
-        self.config, self.kernels = config, kernels
+        self.config, self.kernels, self.layer = config, kernels, layer
+        self.window = config.windows[layer]
         heads = config.n_head + 2 * config.n_kv_head
         self.qkv = nn.Linear(config.d_model, heads * config.head_dim, bias=False)
         self.out = nn.Linear(config.n_head * config.head_dim, config.d_model, bias=False)
         self.q_gain = nn.Parameter(torch.ones(config.head_dim)) if config.qk_norm else None
         self.k_gain = nn.Parameter(torch.ones(config.head_dim)) if config.qk_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """`[B, T, C]` to `[B, T, C]`; `cos`, `sin` `[T, D / 2]`."""
-        c = self.config
-        q, k, v = self.kernels.rope(self.qkv(x), cos, sin, c.n_head, c.n_kv_head, self.q_gain, self.k_gain, c.norm_eps)
-        return self.out(self.kernels.attention(q, k, v).flatten(2))
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """`[B, T, C]` to `[B, T, C]`."""
+        c, (cos, sin, positions, documents, cache) = self.config, context
+        gains = self.q_gain, self.k_gain
+        q, k, v = self.kernels.rope(self.qkv(x), cos, sin, c.n_head, c.n_kv_head, *gains, c.norm_eps, positions)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        dropout = c.dropout if self.training else 0.0
+        o = self.kernels.attention(q, k, v, window=self.window, documents=documents, dropout=dropout)
+        return self.out(o.flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -107,28 +185,33 @@ class Block(nn.Module):
     """One layer. Takes and returns a pair, what the last sub-layer said and the stream it has not yet been added to,
     so that each addition happens inside the norm that follows it."""
 
-    def __init__(self, config: ModelConfig, kernels: Kernels):
+    def __init__(self, config: ModelConfig, kernels: Kernels, layer: int):
         super().__init__()
         self.attention_norm = Norm(config, kernels)
-        self.attention = Attention(config, kernels)
+        self.attention = Attention(config, kernels, layer)
         self.feed_forward_norm = Norm(config, kernels)
         self.feed_forward = FeedForward(config, kernels)
+        self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, residual: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
         h, residual = self.attention_norm(x, residual)
-        h, residual = self.feed_forward_norm(self.attention(h, cos, sin), residual)
-        return self.feed_forward(h), residual
+        h, residual = self.feed_forward_norm(self.dropout(self.attention(h, context)), residual)
+        return self.dropout(self.feed_forward(h)), residual
 
 
 class GPT(nn.Module):
     """The model: token ids to the loss of the tokens that follow, or to logits."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels):
-        """`config` must be resolved. Parameters are float32 on the current default device."""
+        """`config` must be resolved. Parameters are float32 on the current default device. Raises `KernelError` for a
+        dropout that the bound attention does not have."""
         super().__init__()
+        if config.dropout and kernels.names["attention"] == "triton":
+            raise KernelError("the triton kernel of attention has no dropout: take --kernels.attention=sdpa (or torch)")
         self.config, self.kernels = config, kernels
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config, kernels) for _ in range(config.n_layer))
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, kernels, layer) for layer in range(config.n_layer))
         self.norm = Norm(config, kernels)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tied:
@@ -153,24 +236,42 @@ class GPT(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.25 * width**-0.5)
         nn.init.normal_(self.head.weight, std=0.25 * width**-0.5)
 
-    def hidden(self, ids: Tensor) -> Tensor:
-        """`[B, T]` ids to the normalised last hidden states `[B, T, C]`, T at most `config.seq_len`."""
-        cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]
-        x, residual = self.embedding(ids), None
+    def hidden(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+        """`[B, T]` ids to the normalised last hidden states `[B, T, C]`; with a cache, of ids that follow those in it.
+
+        Raises `ValueError` when that makes more than `config.seq_len` tokens."""
+        context = self._context(ids, cache)
+        x, residual = self.dropout(self.embedding(ids)), None
         for block in self.blocks:
-            x, residual = block(x, residual, cos, sin)
+            x, residual = block(x, residual, context)
+        if cache is not None:
+            cache.length += ids.shape[1]
         return self.norm(x, residual)[0]
+
+    def _context(self, ids: Tensor, cache: Cache | None) -> Context:
+        separator, start = self.config.separator, 0 if cache is None else cache.length
+        end = start + ids.shape[1]
+        if end > self.config.seq_len:
+            raise ValueError(f"{end} tokens are more than the model's seq_len {self.config.seq_len}")
+        begins = None
+        if cache is None and separator >= 0:
+            begins = ids == separator
+        elif cache is not None and cache.begins is not None:
+            begins = cache.begins[:, :end]
+            begins[:, start:] |= ids == separator
+        if begins is None:
+            return Context(self.cos[start:end], self.sin[start:end], None, None, cache)
+        documents = document_ranges(begins.cumsum(1))
+        positions = torch.arange(start, end, device=ids.device) - documents[0, :, start:]
+        return Context(self.cos, self.sin, positions, documents, cache)
 
     def forward(self, ids: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """Cross-entropy in nats of `targets` `[B, T]` (`IGNORE` where none is meant) given `ids` `[B, T]`."""
         return self.kernels.linear_cross_entropy(self.hidden(ids), self.head.weight, targets, reduction)
 
-    def logits(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Logits of the token after `ids[i, positions[i]]`: `[B, T]` and `[B]` to `[B, V]`, float32.
-
-        Only tokens up to that position count, so shorter sequences may be padded on the right with anything."""
-        rows = torch.arange(len(ids), device=ids.device)
-        return self.head(self.hidden(ids)[rows, positions]).float()
+    def logits(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+        """Logits of the token after the last of each row, `[B, T]` to `[B, V]`, float32; `cache` as in `hidden`."""
+        return self.head(self.hidden(ids, cache)[:, -1]).float()
 
     def n_parameters(self) -> int:
         """Parameters, a tied head counted once."""
@@ -178,7 +279,9 @@ class GPT(nn.Module):
 
     def flops_per_token(self) -> int:
         """FLOPs that training takes a token: 6 for every weight it is multiplied by (head included, embedding not), and
-        6 T H D a layer for causal attention (forward, two products over T/2 visible keys on average)."""
+        12 H D a layer for every key that it sees (forward, two products), on average T/2 of them, or W - W^2 / 2T in a
+        window of W. Documents, which hide more, do not count."""
         c = self.config
         matrices = sum(p.numel() for b in self.blocks for p in b.parameters() if p.ndim == 2)
-        return 6 * (matrices + self.head.weight.numel()) + 6 * c.n_layer * c.seq_len * c.n_head * c.head_dim
+        seen = sum(w * (2 * c.seq_len - w) for w in (window or c.seq_len for window in c.windows))  # keys, times 2 T
+        return 6 * (matrices + self.head.weight.numel()) + 6 * c.n_head * c.head_dim * seen // c.seq_len

@@ -5,20 +5,25 @@ import math
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import train
-from bench import bench_kernels, gpu, records, report, timing
+from bench import bench_attention, contest, gpu, records, report, rivals, timing
 from bench.cases import Case, relative_error, share_of_rows
 from bench.gpu import Part
 from bench.rivals import RIVALS
 from kernels import TESTED
+from kernels.attention import attention_torch
 
 ROOT = Path(__file__).parents[1]
 OPS = {op.name: op for op in TESTED}
+BLOCKS = {"B": 1, "T": 8, "S": 8, "H": 1, "KV": 1, "D": 8}
 
 
 def python(code: str, *arguments: str) -> subprocess.CompletedProcess:
@@ -32,7 +37,7 @@ def test_a_wrong_function_and_one_that_raises_are_not_timed():
         "right": right, "a hundredth off": lambda x: 1.01 * right(x), "NaN": lambda x: right(x) + math.nan,
         "wrong gradient": lambda x: right(x.detach()) + (x - x.detach()).chunk(2, -1)[0], "raises": torch.mm,
     }  # fmt: skip
-    results = bench_kernels.check(op, {"rows": 5, "F": 64}, functions, "forward+backward")
+    results = contest.check(op, {"rows": 5, "F": 64}, functions, "forward+backward")
     assert "failed" not in results.pop("right")
     assert results.pop("raises")["failed"].startswith("TypeError: ")
     assert len(results) == 3 and all(result["failed"].startswith("wrong") for result in results.values())
@@ -54,16 +59,122 @@ def test_repeated_calls_go_round_the_inputs():
     assert made == [0, 1, 2, 0, 1, 2, 0]
 
 
-@pytest.mark.parametrize("op", [op for op in TESTED if op.name in RIVALS], ids=lambda op: op.name)
+@pytest.mark.parametrize(
+    "op",
+    [op for op in TESTED if any(name.startswith("F.") for name in RIVALS.get(op.name, ()))],
+    ids=lambda op: op.name,
+)
 def test_torchs_own_functions_are_the_ops(op):
     ours = {name for name in RIVALS[op.name] if name.startswith("F.")}
     found = {name: RIVALS[op.name][name]() for name in ours if hasattr(torch.nn.functional, name.removeprefix("F."))}
-    for result in bench_kernels.check(op, op.test_shapes[1], found, "forward+backward").values():
+    for result in contest.check(op, op.test_shapes[1], found, "forward+backward").values():
         assert "failed" not in result, result
 
 
 def test_rivals_are_of_ops_that_there_are():
     assert RIVALS.keys() <= OPS.keys()
+
+
+def flash_attn():
+    """The interface of flash_attn, as far as a rival takes it; the packed one gives the log-sum-exp too."""
+
+    def dense(q, k, v, causal, window_size):
+        left, right = window_size
+        assert causal and right <= 0
+        return attention_torch(q, k, v, window=left + 1)
+
+    def packed(q, k, v, begins, key_begins, longest, longest_keys, **options):
+        sizes = begins.diff()
+        assert begins.dtype == torch.int32 and begins is key_begins and longest == longest_keys == sizes.max()
+        documents = zip(*(x[None].split(sizes.tolist(), 1) for x in (q, k, v)), strict=True)
+        return torch.cat([dense(*document, **options)[0] for document in documents]), None
+
+    return SimpleNamespace(flash_attn_func=dense, flash_attn_varlen_func=packed)
+
+
+@pytest.mark.parametrize("mask", [{}, {"W": 5}, {"L": 8}, {"L": 9, "W": 5}], ids=str)
+def test_attentions_rivals_attend(mask, monkeypatch):
+    shape = {"B": 2, "T": 32, "S": 32, "H": 4, "KV": 2, "D": 16} | mask
+    for name in ("flash_attn", "flash_attn_interface"):
+        monkeypatch.setitem(sys.modules, name, flash_attn())
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    found = {name: make() for name, make in RIVALS["attention"].items() if not name.startswith("SDPA")}
+    flex = found.pop("FlexAttention")  # which takes no gradients on a CPU
+    found["SDPA"] = rivals.sdpa_through("MATH")
+    results = contest.check(OPS["attention"], shape, found, "forward+backward")
+    without = {"FlexAttention": lambda q, k, v, **options: flex(q.detach(), k.detach(), v.detach(), **options)}
+    with warnings.catch_warnings(action="ignore"):  # that it is not compiled
+        results |= contest.check(OPS["attention"], shape, without, "forward")
+    assert len(results) == 4
+    for result in results.values():
+        assert "failed" not in result, result
+
+
+def test_a_block_mask_is_made_once(monkeypatch):
+    from torch.nn.attention import flex_attention as module
+
+    made = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda q, k, v, block_mask, enable_gqa: q)
+    monkeypatch.setattr(module, "create_block_mask", lambda *sizes, **_: made.append(sizes))
+    flex, case = rivals.flex_attention(), Case(OPS["attention"], BLOCKS | {"L": 4}, torch.float32, torch.device("cpu"))
+    inputs = [case.draw()[0] for _ in range(2)]
+    for i in (0, 1, 0, 1):
+        flex(**inputs[i])
+    assert len(made) == 2
+
+
+def test_a_backend_says_why_it_refuses(monkeypatch):
+    def refuse(*_, **__):
+        for text in ("Flash attention kernel not used because:", "no masks.", "cuDNN has been runtime disabled."):
+            warnings.warn(f"{text} (Triggered internally at x.cpp:1.)", stacklevel=1)
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", refuse)
+    functions = {"SDPA flash": RIVALS["attention"]["SDPA flash"]()}
+    with warnings.catch_warnings(action="ignore"):
+        results = contest.check(OPS["attention"], BLOCKS, functions, "forward")
+    assert results["SDPA flash"] == {"failed": "RuntimeError: no masks."}
+
+
+def test_the_grids_of_attention():
+    short, everything = map(bench_attention.grid, ("short", "all"))
+    assert everything[: len(short)] == short and len({str(shape) for shape in everything}) == len(everything)
+    for shape in everything:
+        assert shape["B"] * shape["T"] == 16384 and shape["T"] == shape["S"] > shape.get("W", 0)
+        assert shape["T"] % shape.get("L", 1) == 0 and OPS["attention"].cost(shape, 2).flops > 0
+    windows = {shape["W"] for shape in short if shape | report.WINDOWED == shape and "W" in shape}
+    assert report.WINDOWED in short and windows == {64, 128, 256, 512, 1024, 2048}
+    known = {"torch", "torch.compile"} | RIVALS["attention"].keys()
+    spared = [bench_attention.spared(shape) for shape in short]
+    assert set.union(*spared) <= known and not set.intersection(*spared)
+    assert not bench_attention.spared(report.WINDOWED) & {"FlexAttention"}
+
+
+def test_products_are_counted_in_the_interpreter():
+    code = """
+from bench.work_done import *
+print(json.dumps(count(SHAPES[0]) | {"one pass": most(SHAPES[0], "one pass", True)}))
+for shape in SHAPES[1:]:
+    causal = {key: shape[key] for key in shape.keys() - {"W", "L"}}
+    tiles = partners(causal) if len(causal) < len(shape) else shape["S"]
+    print(tiles / partners(shape), most(shape, "fwd", False), most(shape, "dkv", True))
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    first, *others = done.stdout.splitlines()
+    row, pairs = json.loads(first), 128 * 129 // 2
+    assert row["forward"] == [4 * 64 * 128 * 128, 4 * 64 * pairs]  # the one tile of queries, over all keys
+    assert row["backward"] == [10 * 64 * 128 * 128, 10 * 64 * pairs]
+    assert row["most"]["forward"] >= 128 * 128 / pairs <= row["most"]["backward"] == row["one pass"]
+    for tiles, *most in (map(float, line.split()) for line in others):
+        assert tiles > max(most)  # a kernel that skips no tile, or none that a causal one does not, is found out
+
+
+def test_a_bench_whose_time_is_up_says_what_it_left_out():
+    command = [sys.executable, "-m", "pytest", "-q", "bench/bench_attention.py", "-k", "work_done", "--within=0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "1 skipped" in done.stdout
+    assert "left out: test_work_done: the 0 s of --within were over" in done.stdout
 
 
 def test_a_share_of_the_rows():
@@ -72,6 +183,8 @@ def test_a_share_of_the_rows():
     assert share_of_rows({"B": 16, "T": 1024, "H": 1}) == {"B": 1, "T": 124, "H": 1}
     assert share_of_rows({"B": 4, "T": 64, "S": 64}, 2) == {"B": 2, "T": 64, "S": 64}
     assert share_of_rows({"B": 1, "T": 64, "S": 64}, 2) == {"B": 1, "T": 32, "S": 32}
+    window = {"B": 1, "T": 64, "S": 64, "W": 9, "L": 8}
+    assert share_of_rows(window, 2) == window | {"T": 32, "S": 32}
     assert share_of_rows({"rows": 1, "D": 768}) == {"rows": 1, "D": 768}
 
 
@@ -118,7 +231,11 @@ def test_the_parts_fit_in_nine_minutes_and_train_with_knobs_that_exist(tmp_path)
     part = gpu.training("torch", tmp_path)
     config, folder, _ = train.configure([*part.command[2:]])
     assert folder == tmp_path / "torch" and config.kernels.every == "torch" and config.time_limit < part.limit
-    assert sum(max(part.limit for part in stage) for stage in gpu.stages(tmp_path, tmp_path)) < 540
+    stages = gpu.stages(tmp_path, tmp_path)
+    assert sum(max(part.limit for part in stage) for stage in stages) < 540
+    limits = [(flag, part.limit) for stage in stages for part in stage for flag in part.command if "within" in flag]
+    assert len(limits) == 2  # a bench ends by itself, a case or so before it is killed
+    assert all(float(flag.removeprefix("--within=")) <= limit - 15 for flag, limit in limits)
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
@@ -154,6 +271,39 @@ def test_the_kernels_table_without_a_gpu_says_nothing_of_one():
     text = report.kernels_table([ON_CPU, MOVED, wide])
     assert "| rmsnorm | 1.010 to 1.040 | 1.025 | 2.00 |  |" in text
     assert not re.search("GB/s|TFLOP|driver|us", text)
+
+
+def attention_row(name, flops, **seconds):
+    results = {who: {"cold": taken} if taken else {"failed": "wrong"} for who, taken in seconds.items()}
+    return SPEED | {"op": "attention", "shape": report.WINDOWED, "pass": name, "flops": flops, "results": results}
+
+
+def test_the_attention_table_of_a_gpu():
+    rows = [
+        attention_row("forward", 4e12, triton=1e-2, flash=8e-3, slow=9.0, FlexAttention=3e-2),
+        attention_row("forward+backward", 14e12, triton=3e-2, flash=4.8e-2, FlexAttention=5e-2),
+    ]
+    narrow = [row | {"shape": row["shape"] | {"W": 64}} for row in rows]
+    other = attention_row("forward", 1e12, triton=None) | {"shape": report.WINDOWED | {"KV": 4, "T": 512, "L": 128}}
+    text = report.attention_table([*rows, *narrow, other])
+    assert "| heads | a query sees | pass | T 512 | T 4,096 |" in text
+    assert "| 12 of 64 | all before it | forward |  | 400 (40%), 0.80 flash |" in text
+    assert "| 12 of 64 | all before it | backward |  | 500 (50%), 1.00 FlexAttention |" in text
+    assert "| 12 of 64 | all before it | forward+backward |  | 467 (47%), 1.60 flash |" in text
+    assert "| 12 of 64, 4 of keys | its document, T/4 | forward | failed |  |" in text
+    assert "the last 64" not in text  # a window of the other table alone
+    assert (
+        "| pass | window 64 | window 4,096 |" in text
+        and "| FlexAttention | forward+backward | 50,000 | 50,000 |" in text
+    )
+    assert "multiplies 1,000.00 TFLOP/s" in text and "driver 1.2" in text
+    assert "window" not in report.attention_table(rows)
+
+
+def test_the_attention_table_without_a_gpu():
+    row = MACHINE | {"bench": "work done", "op": "attention", "shape": {"T": 2048, "S": 2048, "W": 256}}
+    text = report.attention_table([row | {"forward": [9, 3], "backward": [7, 5]}])
+    assert "| 2,048 | the last 256 | 3.00 | 1.40 |" in text and not re.search("TFLOP|driver", text)
 
 
 def test_what_stands_between_the_markers_is_replaced():

@@ -11,12 +11,15 @@ import subprocess
 import sys
 import tempfile
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
+
+from bench.estimate import tensor_tflops
 
 triton = pytest.importorskip("triton", reason="triton is not published for this system")
 tl = triton.language
@@ -48,8 +51,22 @@ def _shared_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
 @triton.jit
 def _product_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    x = tl.load(x_ptr + i).to(tl.bfloat16)
-    tl.store(y_ptr + i, tl.dot(x, x))
+    x = tl.load(x_ptr + i)
+    tl.store(y_ptr + i, tl.dot(x, x, input_precision="ieee"))
+
+
+@triton.jit
+def _products_kernel(x_ptr, y_ptr, K, POWERS: tl.constexpr):
+    """A sum of products, each first an exponent POWERS times."""
+    rows, columns = tl.arange(0, 128), tl.arange(0, 64)
+    out = tl.zeros([128, 128], dtype=tl.float32)
+    for k in range(0, K, 64):
+        x = tl.load(x_ptr + rows[:, None] * K + k + columns[None, :])
+        product = tl.dot(x, tl.trans(x))
+        for _ in tl.static_range(POWERS):
+            product = tl.exp2(product)
+        out += product
+    tl.store(y_ptr + rows[:, None] * 128 + rows[None, :], out)
 
 
 @triton.jit
@@ -58,11 +75,11 @@ def _wrong_kernel(x_ptr, y_ptr):
 
 
 def compile_seeds() -> dict:
-    """What the gate says of the kernels above, and the tensor-core instructions it finds in the product."""
+    """What the gate says of the kernels above, the tensor-core instructions it finds in the product, and estimates."""
     from bench.compile import CARDS, compile_all, failures, record
 
-    def compiled(kernel, card, *arguments, **options):
-        x = torch.empty(2**16, device="meta")
+    def compiled(kernel, card, *arguments, dtype=torch.float32, **options):
+        x = torch.empty(2**16, dtype=dtype, device="meta")
         (row,) = compile_all(record(card, [("a test", lambda: kernel[(1,)](x, x, *arguments, **options))]))
         return row
 
@@ -72,6 +89,9 @@ def compile_seeds() -> dict:
     wide, narrow = (compiled(_copy_kernel, "sm_90", stride, BLOCK=1024) for stride in (1, 3))
     spilling = {"BLOCK": 16384, "num_warps": 1}
     spills = compiled(_spilling_kernel, "sm_90", **spilling)
+    half = {"dtype": torch.bfloat16}
+    products = {card: compiled(_product_kernel, card, BLOCK=128, **half) for card in CARDS}
+    loops = [(card, powers) for card in ("sm_90", "sm_80") for powers in (0, 8)]
     return {
         "as in the baseline": says(wide),
         "fewer wide accesses": says(narrow, wide_loads=wide.wide_loads, wide_stores=wide.wide_stores),
@@ -84,7 +104,17 @@ def compile_seeds() -> dict:
         "shared, sm_89": says(compiled(_shared_kernel, "sm_89", BLOCK=32768)),
         "shared, sm_90": says(compiled(_shared_kernel, "sm_90", BLOCK=32768)),
         "wrong": says(compiled(_wrong_kernel, "sm_90")),
-        "matrix": [compiled(_product_kernel, card, BLOCK=128).matrix for card in CARDS],
+        "matrix": [row.matrix for row in products.values()],
+        "products": [text for row in products.values() for text in says(row)],
+        "product, small": says(compiled(_product_kernel, "sm_90", BLOCK=32, **half)),
+        "product, two warps": says(compiled(_product_kernel, "sm_90", BLOCK=64, num_warps=2, **half)),
+        "product, fp32": says(compiled(_product_kernel, "sm_90", BLOCK=64)),
+        "product, both ways": says(replace(products["sm_90"], matrix="8 HGMMA 8 HMMA")),
+        "product, no way": says(replace(products["gfx942"], matrix="")),
+        "estimates": [
+            compiled(_products_kernel, card, 1024, POWERS=n, num_warps=8, **half).estimate for card, n in loops
+        ],
+        "estimate, no product": wide.estimate,
     }
 
 
@@ -163,6 +193,12 @@ def test_the_models_kernels_pass():
         "shared, sm_90": [],
         "wrong": ["does not compile"],
         "matrix": [rf"\d+ {name}" for name in ("HMMA", "HMMA", "HGMMA", "UTCHMMA", "HMMA", "mfma")],
+        "products": [],
+        "product, small": [],
+        "product, two warps": [r"has no HGMMA for a product of bf16 or fp16, but \d+ HMMA"],
+        "product, fp32": [],
+        "product, both ways": ["has no HGMMA for a product of bf16 or fp16, but 8 HGMMA 8 HMMA"],
+        "product, no way": ["has no mfma for a product of bf16 or fp16, but no tensor core"],
     }.items(),
 )
 def test_seeded_kernels(seeds, seed, expected):
@@ -170,10 +206,31 @@ def test_seeded_kernels(seeds, seed, expected):
     assert all(map(re.fullmatch, expected, seeds[seed])), seeds[seed]
 
 
+def test_estimates_of_seeded_kernels(seeds):
+    plain, powers, *ampere = seeds["estimates"]
+    assert 300 < plain < 949  # the peak at this clock
+    assert 0 < powers < plain / 2
+    assert [*ampere, seeds["estimate, no product"]] == [0, 0, 0]
+
+
+def test_the_estimate_counts_the_best_innermost_loop():
+    product = "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24"
+    power, store, swap = "@!P1 MUFU.EX2 R3, R3", "STS.128 [R5], R8", "SHFL.BFLY PT, R2, R3, 0x1, 0x1f"
+    waiting = [".L_x_2:", "SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [R0], R3", "@!P1 BRA `(.L_x_2)"]
+    lines = [
+        ".L_x_0:", ".L_x_1:", *waiting, *[product] * 4, *[power] * 10, *[store] * 5, *[swap] * 2, "@P0 BRA `(.L_x_1)",
+        *[product] * 40, "@P0 BRA `(.L_x_0)",
+        ".L_x_3:", *[power] * 100, ".L_x_4:", *[product] * 4, "@P0 BRA `(.L_x_3)", "EXIT", "BRA `(.L_x_4)",
+    ]  # fmt: skip
+    code = "\n".join(line if line.startswith(".") else f"        /*0010*/    {line} ;" for line in lines)
+    flops, tensor, memory, latency = 4 * 2 * 64 * 128 * 16, 4 * 128 / 2, 5 * 16 + 2 * 4, 120
+    assert tensor_tflops(code) == pytest.approx(flops / (tensor + memory + latency) * 132 * 1.755e-3)
+
+
 def test_baselines_and_refusals():
     expected = [
         (0, f"no baseline for Triton {triton.__version__}"),
-        (0, "STG"),
+        (0, r"(?s)STG.*\nest\.: TFLOP/s"),
         (0, " 0 failures"),
         (1, "FAIL 1 are not in the baseline, the first is _swiglu_bwd_kernel"),
         (1, "FAIL _swiglu_fwd_kernel | .* | sm_90: has 4 128-bit loads, 5 in the baseline"),

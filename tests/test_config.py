@@ -51,6 +51,12 @@ def test_defaults_then_file_then_flags(tmp_path):
     assert config == Outer(0.25, "slow", inner=Inner(size=7))
 
 
+def test_a_whole_number_passes_for_a_float_and_for_text(tmp_path):
+    (tmp_path / "a.py").write_text("model = dict(window=256)\nsteps = 1\nlr = 1\n")
+    config = build(Config, flatten(Config, read_file("a.py", tmp_path)))
+    assert config.model.window == "256" and config.lr == 1.0
+
+
 def test_a_configuration_survives_json():
     config = Outer(0.1, "fast", True, Inner("x", 3))
     assert build(Outer, flatten(Outer, json.loads(json.dumps(as_dict(config))))) == config
@@ -89,6 +95,8 @@ def test_bad_flags(flag, message):
         ("inner = dict(sizes=1)", r"inner.sizes \(did you mean inner.size\?\)"),
         ("rate = 'high'", "rate must be a number, not 'high'"),
         ("inner = dict(size=True)", "inner.size must be a whole number, not True"),
+        ("inner = dict(kind=True)", "inner.kind must be text, not True"),
+        ("inner = dict(kind=0.5)", "inner.kind must be text, not 0.5"),
         ("rate = 1 / 0", "does not run: ZeroDivisionError"),
         ("rate = (", "does not run: SyntaxError"),
     ],

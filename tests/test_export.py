@@ -6,7 +6,7 @@ import torch
 import train
 from data.tokenizer import byte_tokenizer
 from kernels import KernelChoice, bind
-from model.export import from_huggingface, main, to_huggingface
+from model.export import from_huggingface, main, to_huggingface, window_of
 from model.generate import load_run
 from model.gpt import GPT, ModelConfig
 
@@ -15,6 +15,7 @@ transformers = pytest.importorskip("transformers")
 FAMILIES = {
     "llama": {"model.qk_norm": "false", "model.tied": "true"},
     "qwen3": {"model.qk_norm": "true", "model.tied": "false", "model.n_kv_head": 1, "model.head_dim": 24},
+    "windowed qwen3": {"model.qk_norm": "true", "model.window": "SL:5", "model.dropout": 0.1},
 }
 TEXT = "The quick fox jumps over the moon.\n\n  Ünïcode, tabs\t, 12345 and <|endoftext|> too 🙂"
 
@@ -41,18 +42,30 @@ def test_transformers_gives_our_logits_and_ids(run, tmp_path, capsys, changes):
 
     assert main(["--run", str(tmp_path / "again"), "--from", str(tmp_path / "hf")]) == 0
     back, back_tokenizer = load_run(tmp_path / "again", torch.device("cpu"))
-    assert back.config == model.config and back_tokenizer.encode(TEXT) == tokenizer.encode(TEXT)
+    assert (
+        back.config == model.config
+        and back.config.windows == model.config.windows
+        and back_tokenizer.encode(TEXT) == tokenizer.encode(TEXT)
+    )
     with torch.no_grad():
         assert torch.equal(back.head(back.hidden(ids)), ours)
     assert train.main([f"--out={tmp_path}", "--run=again", "--resume"]) == 2
     assert "holds imported weights" in capsys.readouterr().err
 
 
-def test_a_model_of_transformers_comes_in(tmp_path):
+@pytest.mark.parametrize(
+    "kind, windows",
+    [
+        ({}, (0, 0)),
+        ({"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}, (0, 9)),
+    ],
+    ids=["full", "windowed"],
+)
+def test_a_model_of_transformers_comes_in(tmp_path, kind, windows):
     """Not one that we wrote: its own initialisation, sharded, in bfloat16."""
     config = transformers.Qwen3Config(
         vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=64, tie_word_embeddings=False,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=64, tie_word_embeddings=False, **kind,
     )  # fmt: skip
     transformers.Qwen3ForCausalLM(config).bfloat16().save_pretrained(tmp_path / "hf", max_shard_size="20KB")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
@@ -60,6 +73,7 @@ def test_a_model_of_transformers_comes_in(tmp_path):
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
     assert main(["--run", str(tmp_path / "run"), "--from", str(tmp_path / "hf")]) == 0
     model, _ = load_run(tmp_path / "run", torch.device("cpu"))
+    assert model.config.windows == windows
     ids = torch.randint(257, (2, 40))
     with torch.no_grad():
         torch.testing.assert_close(model.head(model.hidden(ids)), theirs(ids).logits, atol=1e-4, rtol=0)
@@ -72,6 +86,8 @@ def test_a_model_of_transformers_comes_in(tmp_path):
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type is 'llama3'"),
+        ({"use_sliding_window": True, "sliding_window": 4, "layer_types": ["linear"]}, "layer_types have 'linear'"),
+        ({"model_type": "llama", "use_sliding_window": True}, "use_sliding_window is True"),
     ],
 )
 def test_models_that_are_not_ours(change, message):
@@ -79,6 +95,18 @@ def test_models_that_are_not_ours(change, message):
     weights = GPT(config, bind(KernelChoice())).state_dict()
     with pytest.raises(ValueError, match=message):
         from_huggingface(to_huggingface(config, weights, 0)[0] | change, {})
+
+
+def test_a_llama_has_no_window(run, tmp_path, capsys):
+    _, folder = run(steps=1, **{"model.qk_norm": "false", "model.window": "8"})
+    with pytest.raises(SystemExit):
+        main(["--run", str(folder), "--to", str(tmp_path / "hf")])
+    assert "a window (8) takes QK-norm" in capsys.readouterr().err and not (tmp_path / "hf").exists()
+
+
+def test_layers_without_a_list_have_windows_from_the_first_that_may():
+    theirs = {"num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
+    assert window_of(theirs) == "LSSS:9" and window_of(theirs | {"use_sliding_window": False}) == ""
 
 
 def test_nothing_is_overwritten(run, tmp_path, capsys):

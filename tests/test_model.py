@@ -5,12 +5,13 @@ import math
 import pytest
 import torch
 
-from kernels import KernelChoice, bind
+from kernels import KernelChoice, KernelError, Kernels, bind
+from kernels.launch import AVAILABLE
 from kernels.linear_cross_entropy import IGNORE
 from model.config import ConfigError
 from model.evaluate import evaluate
 from model.generate import generate, next_tokens
-from model.gpt import GPT, ModelConfig
+from model.gpt import GPT, Cache, ModelConfig
 
 SHAPES = {
     "plain": {"tied": True, "qk_norm": False},
@@ -18,11 +19,30 @@ SHAPES = {
 }
 
 
-def build(seed=0, kernels="auto", **changes):
+SEPARATOR = 100
+FEATURES = {
+    "plain": {},
+    "grouped, QK-norm": {"n_kv_head": 1, "qk_norm": True},
+    "windows": {"window": "SL:5", "n_layer": 3},
+    "documents": {"separator": SEPARATOR},
+    "all": {"n_kv_head": 2, "window": "LS:7", "separator": SEPARATOR},
+}
+NO_TRITON = pytest.mark.skipif(torch.cuda.is_available() or not AVAILABLE, reason="the interpreter is off")
+ATTENTION = ["torch", "sdpa", pytest.param("triton", marks=NO_TRITON)]
+
+
+def build(seed=0, kernels="auto", attention="", **changes):
     torch.manual_seed(seed)
     sizes = {"n_layer": 2, "n_head": 4, "d_model": 64, "seq_len": 24, "vocab_size": 101, "tied": True}
     config = ModelConfig(**(sizes | changes)).resolved(101)
-    return GPT(config, bind(KernelChoice(every=kernels)))
+    return GPT(config, bind(KernelChoice(kernels, attention=attention)))
+
+
+def documents(*lengths, rows=1):
+    """Ids `[rows, sum of lengths]` of documents of those lengths, each begun by the separator."""
+    ids = torch.randint(SEPARATOR, (rows, sum(lengths)))
+    ids[:, [sum(lengths[:i]) for i in range(len(lengths))]] = SEPARATOR
+    return ids
 
 
 @pytest.mark.parametrize("vocab, width, tied", [(257, 64, True), (2048, 128, False), (50257, 256, True)])
@@ -55,6 +75,8 @@ def test_counts_are_what_they_say():
     matrices = 2 * (qkv + out + gate_up + down)
     assert model.n_parameters() == matrices + 2 * 101 * 64 + 5 * 64 + 2 * 2 * 16
     assert model.flops_per_token() == 6 * (matrices + 101 * 64) + 6 * 2 * 24 * 64
+    windowed = build(tied=False, n_kv_head=2, d_ff=160, window="SL:8")
+    assert windowed.flops_per_token() == 6 * (matrices + 101 * 64) + 12 * 64 * 12 + round(12 * 64 * (8 - 64 / 48))
     tied = build(n_kv_head=2, d_ff=160, qk_norm=True)
     assert tied.n_parameters() == model.n_parameters() - 101 * 64
     assert tied.flops_per_token() == model.flops_per_token()
@@ -75,6 +97,10 @@ def test_sizes_from_a_million_to_a_billion():
         ({"d_model": 12}, "head_dim 3 must be even"),
         ({"n_kv_head": 3}, "n_head 4 must be a multiple of n_kv_head 3"),
         ({"vocab_size": 100}, "vocab_size 100 is less than the tokenizer's 101"),
+        *(
+            ({"window": text}, f"window must be a number of keys, such as 256, or S and L by layer, .* not {text!r}")
+            for text in ("0", "-4", "8.5", "SSX", "ssl", "S:", "S:0", ":8", "8:S", "SL 8", "²")
+        ),
     ],
 )
 def test_shapes_that_cannot_be(changes, message):
@@ -89,12 +115,137 @@ def test_kernels_never_show_in_the_parameters():
     torch.testing.assert_close(one(ids, ids), other(ids, ids))
 
 
-@pytest.mark.parametrize("kernels", ["auto", "torch"])
-def test_the_model_is_one_graph(kernels):
-    model, ids = build(kernels=kernels), torch.randint(101, (2, 24))
+@pytest.mark.parametrize("kernels, features", [("auto", "plain"), ("torch", "plain"), ("auto", "all")])
+def test_the_model_is_one_graph(kernels, features):
+    model, ids = build(kernels=kernels, **FEATURES[features]), documents(9, 15, rows=2)
     torch.compiler.reset()
     traced = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(traced(ids, ids), model(ids, ids))
+
+
+@pytest.mark.parametrize(
+    "text, windows",
+    [
+        ("", (0, 0, 0, 0, 0)),
+        ("8", (8, 8, 8, 8, 8)),
+        ("24", (0, 0, 0, 0, 0)),
+        ("SL", (12, 0, 12, 0, 12)),
+        ("LSS:8", (0, 8, 8, 0, 8)),
+        ("SSSSSSSL:23", (23, 23, 23, 23, 23)),
+    ],
+)
+def test_each_layer_has_its_window(text, windows):
+    assert ModelConfig(n_layer=5, seq_len=24, window=text).windows == windows
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("window, reach", [("5", 8), ("SL:5", 23)])
+def test_a_window_hides_what_is_before_it(attention, window, reach):
+    """Each layer takes what it sees, itself and 4 before, from a layer that sees as much."""
+    model = build(attention=attention, window=window)
+    ids = torch.randint(101, (1, 24))
+    last = model.hidden(ids)[0, -1]
+    for back in (reach, reach + 1):
+        if back < 24:
+            changed = ids.clone()
+            changed[0, 23 - back] = (changed[0, 23 - back] + 1) % 101
+            assert torch.allclose(model.hidden(changed)[0, -1], last, atol=1e-6, rtol=0) == (back > reach)
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_a_document_is_as_alone(attention):
+    model = build(attention=attention, **FEATURES["all"])
+    lengths = (7, 1, 12, 4)
+    ids = documents(*lengths, rows=2)
+    ids[1, :8] = torch.randint(SEPARATOR, (8,))  # a row that begins within a document
+    hidden = model.hidden(ids)
+    torch.testing.assert_close(hidden[1:, :8], model.hidden(ids[1:, :8]))
+    for part, states in zip(ids[0].split(lengths), hidden[0].split(lengths), strict=True):
+        torch.testing.assert_close(states, model.hidden(part[None])[0])
+    changed = ids.clone()
+    changed[:, 9:20] = (changed[:, 9:20] + 1) % SEPARATOR  # all of a document but the separator
+    same = (model.hidden(changed) == hidden).all(-1).all(0)
+    assert same.tolist() == [True] * 9 + [False] * 11 + [True] * 4
+
+
+def test_positions_restart_in_each_document():
+    """Attention sees only their differences, so no output tells."""
+    model, ids = build(separator=SEPARATOR), documents(4, 1, 3)
+    assert model._context(ids, None).positions.tolist() == [[0, 1, 2, 3, 0, 0, 1, 2]]
+    cache = Cache(model.config, torch.tensor([2]))
+    model.hidden(ids[:, :3], cache)
+    assert model._context(ids[:, 3:], cache).positions.tolist() == [[1, 0, 0, 1, 2]]
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
+def test_cached_states_are_those_of_a_whole_pass(attention, features):
+    """In chunks of several tokens and of one."""
+    model, ids = build(attention=attention, **features), documents(8, 11, 5, rows=3)
+    sizes = (6, 1, 1, 9, 1, 6)
+    with torch.no_grad():
+        cache, whole = Cache(model.config, torch.zeros(3, dtype=torch.int64)), model.hidden(ids)
+        for part, truth in zip(ids.split(sizes, 1), whole.split(sizes, 1), strict=True):
+            torch.testing.assert_close(model.hidden(part, cache), truth)
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
+def test_a_row_padded_on_the_left_is_as_alone(attention, features):
+    """Before and after another row has left the cache."""
+    model, ids, padding = build(attention=attention, **features), documents(11, 13, rows=3), [0, 6, 2]
+    with torch.no_grad():
+        alone = [model.hidden(row[None, n:])[0] for row, n in zip(ids, padding, strict=True)]
+        cache = Cache(model.config, torch.tensor(padding))
+        for row, n, states in zip(range(3), padding, model.hidden(ids[:, :10], cache), strict=True):
+            torch.testing.assert_close(states[n:], alone[row][: 10 - n])
+        cache.keep([2, 1])
+        for i in range(10, 24):
+            states = model.hidden(ids[[2, 1], i : i + 1], cache)[:, 0]
+            torch.testing.assert_close(states, torch.stack([alone[2][i - 2], alone[1][i - 6]]))
+
+
+def test_what_outgrows_the_model_is_refused():
+    model = build()
+    cache = Cache(model.config, torch.zeros(1, dtype=torch.int64))
+    model.hidden(torch.zeros(1, 20, dtype=torch.int64), cache)
+    for ids, cached in ((torch.zeros(1, 25, dtype=torch.int64), None), (torch.zeros(1, 5, dtype=torch.int64), cache)):
+        with pytest.raises(ValueError, match="25 tokens are more than the model's seq_len 24"):
+            model.hidden(ids, cached)
+
+
+def test_dropout_is_for_training():
+    sure, model = build(), build(dropout=0.3)
+    ids = torch.randint(101, (2, 24))
+    model.load_state_dict(sure.state_dict())
+    assert not torch.equal(model(ids, ids), model(ids, ids))
+    assert torch.equal(model.eval()(ids, ids), sure(ids, ids))
+    model.train()
+    results = [evaluate(model, [(ids, ids)], torch.ones(101)) for model in (model, sure)]
+    assert results[0] == results[1]
+    texts = [generate(model, [[1]], 20, temperature=0, generator=torch.Generator()) for model in (model, sure)]
+    assert texts[0] == texts[1] and model.training
+
+
+def test_dropout_falls_in_three_places():
+    """Half of the embedding's output, of what sub-layers say and of the weights; of one token all weigh 1."""
+    model, ids = build(dropout=0.5), torch.randint(101, (400, 1))
+    shares = []
+
+    def count(x):
+        shares.append((x == 0).float().mean().item())
+
+    for place in (model.dropout, model.blocks[1].dropout):
+        place.register_forward_hook(lambda module, args, out: count(out))
+    model.blocks[0].attention.out.register_forward_pre_hook(lambda module, args: count(args[0]))
+    model.hidden(ids)
+    assert shares == pytest.approx([0.5] * 4, abs=0.05)  # a block has two sub-layers
+
+
+def test_dropout_takes_an_attention_that_has_it():
+    config = ModelConfig(n_layer=1, n_head=2, d_model=16, dropout=0.1).resolved(11)
+    with pytest.raises(KernelError, match=r"attention has no dropout: take --kernels\.attention=sdpa \(or torch\)"):
+        GPT(config, Kernels({}, {"attention": "triton"}))
 
 
 def test_evaluation_counts_known_targets_and_their_bytes():
@@ -130,6 +281,37 @@ def test_generation_in_a_batch_is_as_alone():
     together = generate(model, prompts, 30, temperature=0, generator=torch.Generator())
     alone = [generate(model, [p], 30, temperature=0, generator=torch.Generator())[0] for p in prompts]
     assert together == alone and all(len(row) == 30 for row in together)
+
+
+@pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
+def test_generation_is_that_of_whole_passes(features):
+    """Rows of several lengths, of which one ends early, and others outgrow the model."""
+    model, prompts = build(**features), [[1, 2, SEPARATOR, 3], [4] * 3, [7] * 20]
+
+    def write(tokens, **kind):
+        return generate(model, prompts, tokens, temperature=3.0, generator=torch.Generator().manual_seed(1), **kind)
+
+    stop = write(6)[0][5]
+    rows, live, generator = [list(prompt) for prompt in prompts], [0, 1, 2], torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _ in range(30):
+            if not live:
+                break
+            logits = torch.cat([model.logits(torch.tensor([rows[i][-24:]])) for i in live])
+            drawn = dict(zip(live, next_tokens(logits, 3.0, 0, 1.0, generator).tolist(), strict=True))
+            live = [i for i in live if drawn[i] != stop]
+            for i in live:
+                rows[i].append(drawn[i])
+    assert 0 not in live
+    assert [prompt + new for prompt, new in zip(prompts, write(30, stop=stop), strict=True)] == rows
+
+
+def test_a_token_passes_once_until_the_model_is_outgrown():
+    model, passed = build(), []
+    model.embedding.register_forward_hook(lambda module, ids, out: passed.append(ids[0].shape[1]))
+    generate(model, [[1] * 20, [2]], 8, generator=torch.Generator())
+    generate(model, [[1] * 30, [2]], 2, generator=torch.Generator())
+    assert passed == [20, 1, 1, 1, 1, 24, 24, 24, 24, 24]
 
 
 def test_generation_repeats_with_its_seed_and_ends_at_the_stop_token():

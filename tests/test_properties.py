@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kernels import BY_NAME, DEVICE, assert_as_right_as_the_reference, checked
 
+from kernels.attention import document_ranges
 from kernels.linear_cross_entropy import IGNORE
 from kernels.rope import rope_tables
 
@@ -62,6 +63,20 @@ def test_cross_entropy(n, v, dtype, reduction, label_smoothing, seed):
     inputs = {"logits": normal((n, v), dtype, seed), "targets": targets}
     options = {"reduction": reduction, "label_smoothing": label_smoothing}
     assert_as_right_as_the_reference(BY_NAME["cross_entropy"], "triton", inputs, dtype, **options)
+
+
+@drawn
+@given(
+    st.integers(1, 90), st.integers(1, 90), st.integers(1, 3), st.integers(1, 3), st.sampled_from([16, 24, 64]), dtypes,
+    st.booleans(), st.sampled_from([0, 2, 7, 40]), st.lists(st.integers(0, 30), max_size=12), seeds,
+)  # fmt: skip
+def test_attention(t, s, kv, group, d, dtype, causal, window, lengths, seed):
+    """Any lengths of queries and keys, windows, heads and documents, empty ones too."""
+    inputs = {"q": normal((2, t, group * kv, d), dtype, seed)}
+    inputs |= {name: normal((2, s, kv, d), dtype, seed + i) for i, name in enumerate("kv", 1)}
+    documents = torch.searchsorted(torch.tensor(lengths).cumsum(0), torch.arange(s), right=True)
+    options = {"causal": causal, "window": window, "documents": document_ranges(documents.repeat(2, 1).to(DEVICE))}
+    assert_as_right_as_the_reference(BY_NAME["attention"], "triton", inputs, dtype, **options)
 
 
 @drawn

@@ -10,6 +10,7 @@ import torch
 
 import train
 from model import checkpoint
+from model.generate import load_run
 from model.run import Run
 
 
@@ -44,6 +45,24 @@ def test_a_run_leaves_its_record(run):
     assert json.loads((folder / "config.json").read_text())["model"]["d_model"] == 32
 
 
+@pytest.mark.parametrize("tokenizer, size", [("bytes", 257), ("bpe", 300)])
+def test_documents_that_are_packed_apart_are_those_of_the_tokenizer(run, tokenizer, size):
+    knobs = {**VARIED, "model.dropout": 0, "data.tokenizer": tokenizer, "data.vocab_size": size}
+    _, folder = run(**knobs, steps=2)
+    model, tokenizer = load_run(folder, torch.device("cpu"))
+    assert model.config.separator == tokenizer.eot == size - 1
+    ids = torch.tensor([[1, 2, tokenizer.eot, 3, 4]])
+    with torch.no_grad():
+        torch.testing.assert_close(model.hidden(ids)[:, 2:], model.hidden(ids[:, 2:]))
+
+
+def test_packing_leaves_the_prepared_corpus_alone(run, tmp_path):
+    cache = tmp_path / "cache"
+    for packing in ("stream", "documents"):
+        run(run=packing, steps=1, **{"data.packing": packing, "data.cache": cache})
+    assert len(list(cache.glob("*/manifest.json"))) == 1
+
+
 def test_overfits_one_small_batch(run, tmp_path):
     (tmp_path / "one.txt").write_text("".join(chr(97 + i * i % 26) + chr(65 + i * 7 % 26) for i in range(80)))
     quiet = {"eval_every": 999, "save_every": 999, "log_every": 50}
@@ -52,10 +71,15 @@ def test_overfits_one_small_batch(run, tmp_path):
     assert code == 0 and rows(folder)[-2]["loss"] < 0.1
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_resuming_is_exact(run, monkeypatch, optimizer):
+VARIED = {"data.packing": "documents", "model.window": "SL:8", "model.n_kv_head": 1, "model.dropout": 0.1}
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"optimizer": "adamw"}, {"optimizer": "muon"}, VARIED], ids=["adamw", "muon", "varied"]
+)
+def test_resuming_is_exact(run, monkeypatch, knobs):
     """Interrupted between two checkpoints, then resumed: the same weights bit for bit, and the same record."""
-    _, whole = run(run="whole", optimizer=optimizer)
+    _, whole = run(run="whole", **knobs)
     take = train.Trainer.train_step
 
     def interrupted(self, *args):
@@ -64,10 +88,10 @@ def test_resuming_is_exact(run, monkeypatch, optimizer):
         return take(self, *args)
 
     monkeypatch.setattr(train.Trainer, "train_step", interrupted)
-    code, parts = run(run="parts", optimizer=optimizer)
+    code, parts = run(run="parts", **knobs)
     assert code == 1 and status(parts)["status"] == "interrupted" and status(parts)["step"] == 8
     monkeypatch.undo()
-    assert run("--resume", run="parts")[0] == 0  # its own configuration, not the flags', says muon or adamw
+    assert run("--resume", run="parts")[0] == 0  # its own configuration, not the flags', says how
     assert same(weights(whole), weights(parts))
     speeds = [row["tok_s"] for row in rows(parts) if "tok_s" in row]
     assert max(speeds) < 50 * min(speeds)  # a resumed stretch does not count the steps before it
@@ -228,6 +252,9 @@ REFUSED = {
     "unknown device": ({"device": "cuda:9"}, "device 'cuda:9' is not on this machine, which has cpu"),
     "unknown kernel": ({"kernels.attention": "flsh"}, "attention has no 'flsh' kernel; it has torch, triton, sdpa"),
     "triton without a GPU": ({"kernels": "triton"}, "needs a GPU and this run is on cpu: take --kernels=torch"),
+    "all dropped": ({"model.dropout": 1}, "model.dropout must be less than 1, not 1"),
+    "a window of nothing": ({"model.window": 0}, "model.window must be a number of keys, such as 256, or S and L"),
+    "unknown packing": ({"data.packing": "document"}, "did you mean documents?"),
     "unknown config": ({"config": "huge.py"}, "no config file 'huge.py'"),
     "vocabulary beyond the corpus": ({"data.tokenizer": "bpe", "data.vocab_size": 60000}, "supports only"),
     "sequence beyond the corpus": ({"model.seq_len": 10**6}, "a window of seq_len = 1,000,000 takes 1,000,001"),
@@ -245,6 +272,13 @@ def test_triton_kernels_in_the_interpreter(run):
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         losses[kernels] = [row.get("loss") or row["val_loss"] for row in rows]
     assert losses["triton"] == pytest.approx(losses["torch"], rel=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off")
+def test_dropout_that_attention_lacks_is_refused_before_any_work(run, tmp_path, capsys):
+    changes = {"kernels.attention": "triton", "model.dropout": 0.1, "data.corpus": "no/such.txt"}
+    assert run(**changes)[0] == 2 and not (tmp_path / "out").exists()
+    assert "attention has no dropout: take --kernels.attention=sdpa (or torch)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("changes, message", REFUSED.values(), ids=REFUSED)
@@ -284,7 +318,14 @@ def test_a_run_that_exists_is_left_alone(run, capsys):
 
 
 @pytest.mark.parametrize(
-    "change", [{"model.n_layer": 3}, {"optimizer": "adamw"}, {"data.tokenizer": "bpe", "data.vocab_size": 300}]
+    "change",
+    [
+        {"model.n_layer": 3},
+        {"optimizer": "adamw"},
+        {"data.tokenizer": "bpe", "data.vocab_size": 300},
+        {"data.packing": "documents"},
+        {"model.window": "SL"},
+    ],
 )
 def test_what_cannot_change_on_resuming(run, capsys, change):
     _, folder = run(run="mine")
@@ -294,9 +335,20 @@ def test_what_cannot_change_on_resuming(run, capsys, change):
     assert (folder / "last.pt").read_bytes() == before and status(folder)["status"] == "finished"
 
 
-def test_kernels_may_change_on_resuming(run):
+def test_kernels_and_dropout_may_change_on_resuming(run):
     run(run="mine", **{"kernels.attention": "sdpa"})
-    assert run("--resume", run="mine", steps=14, **{"kernels.attention": "torch"})[0] == 0
+    changes = {"kernels.attention": "torch", "model.dropout": 0.1}
+    assert run("--resume", run="mine", steps=14, **changes)[0] == 0
+
+
+def test_what_a_checkpoint_does_not_name_has_its_default(run, capsys):
+    _, folder = run(run="mine")
+    state = checkpoint.load(folder / "last.pt")
+    del state["model_config"]["window"]
+    checkpoint.save(folder, state)
+    assert run("--resume", run="mine", steps=14, **{"model.window": 8})[0] == 2
+    assert "window  where this run has 8" in capsys.readouterr().err
+    assert run("--resume", run="mine", steps=14)[0] == 0
 
 
 def test_a_truncated_checkpoint_is_refused(run, capsys):

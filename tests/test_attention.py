@@ -1,0 +1,304 @@
+"""Attention's features, alone and together: masks by length, window and document, softcap, sink, strides, one pass."""
+
+from dataclasses import replace
+from itertools import combinations, product
+
+import pytest
+import torch
+from test_kernels import DEVICE, assert_as_right_as_the_reference, call, checked, make_inputs
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels import attention as room
+from kernels.attention import OP, attention_sdpa, attention_torch, attention_triton, document_ranges, visible
+from kernels.interpreter import sanitize
+from kernels.launch import IMPLEMENTATIONS
+
+interpreted = pytest.mark.skipif(DEVICE.type == "cuda", reason="asks the interpreter what was computed")
+WITH_SINK = replace(OP, differentiable=("q", "k", "v", "sink"))
+AXES = {
+    "lengths": [(1, 1), (37, 37), (130, 130), (150, 150), (1, 70), (30, 101), (50, 20)],
+    "heads": [(2, 2), (4, 2), (3, 1)],
+    "d": [16, 32, 64, 96, 128, 256],
+    "causal": [True, False],
+    "window": [0, 2, 19, 64],
+    "documents": [False, True],
+    "softcap": [0.0, 2.0],
+    "sink": [False, True],
+    "scale": [None, 0.4],
+    "dtype": [torch.float32, torch.bfloat16, torch.float16],
+    "one_pass": [True, False],
+}
+
+
+def pairwise(axes):
+    """Cases in which each pair of values of two axes occurs: greedily, of the products those that show most pairs."""
+    names = list(axes)
+    missing = {
+        ((a, i), (b, j)) for a, b in combinations(names, 2) for i in range(len(axes[a])) for j in range(len(axes[b]))
+    }
+    generator = torch.Generator().manual_seed(0)
+    cases = []
+    while missing:
+        wanted = dict(min(missing, key=str))
+        best = None
+        for _ in range(60):
+            drawn = {name: torch.randint(len(axes[name]), (), generator=generator).item() for name in names} | wanted
+            shown = missing & set(combinations(drawn.items(), 2))
+            best = max(best or (0, {}, set()), (len(shown), drawn, shown), key=lambda found: found[0])
+        missing -= best[2]
+        cases.append({name: axes[name][i] for name, i in best[1].items()})
+    return cases
+
+
+def ranges_of(b, s, seed=0):
+    """Packed documents of drawn lengths, 0 and 1 among them, another packing in each sequence."""
+    lengths = torch.randint(0, 12, (b, s), generator=torch.Generator().manual_seed(seed)).square() // 2
+    ends = lengths.cumsum(1)
+    return document_ranges(torch.searchsorted(ends, torch.arange(s).repeat(b, 1), right=True).to(DEVICE))
+
+
+def inputs_of(t, s, h=4, kv=2, d=32, b=2, dtype=torch.float32, seed=0):
+    return make_inputs(OP, {"B": b, "T": t, "S": s, "H": h, "KV": kv, "D": d}, dtype, seed)
+
+
+def launched(inputs, **options):
+    """What the interpreter counts in a forward and a backward pass."""
+    leaves = {key: x.requires_grad_() for key, x in inputs.items()}
+    with sanitize(bounds=False, races=False, overflow=False) as record:
+        attention_triton(**leaves, **options).sum().backward()
+    return record
+
+
+def test_pairs_are_all_there():
+    shown = set()
+    for case in pairwise(AXES):
+        shown |= set(combinations(case.items(), 2))
+    assert shown == {((a, x), (b, y)) for a, b in combinations(AXES, 2) for x, y in product(AXES[a], AXES[b])}
+
+
+@pytest.mark.parametrize("case", pairwise(AXES), ids=lambda case: "-".join(map(str, case.values())))
+def test_parity_of_features_together(case, monkeypatch):
+    if not case["one_pass"]:
+        monkeypatch.setattr(room, "ONE_PASS", 0)
+    (t, s), (h, kv), dtype = case["lengths"], case["heads"], case["dtype"]
+    inputs = inputs_of(t, s, h, kv, case["d"], b=9 if t == 1 else 2 if s <= 100 else 1, dtype=dtype)
+    inputs |= {name: case[name] for name in ("causal", "window", "softcap", "scale")}
+    inputs["documents"] = ranges_of(len(inputs["q"]), s) if case["documents"] else None
+    inputs["sink"] = torch.linspace(-2, 2, h, device=DEVICE) if case["sink"] else None
+    assert_as_right_as_the_reference(WITH_SINK if case["sink"] else OP, "triton", inputs, dtype)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("packed", [False, True])
+def test_saved_log_sum_exp(causal, packed):
+    q, k, v = inputs_of(41, 60).values()
+    documents = ranges_of(2, 60) if packed else None
+    sink = torch.randn(4, device=DEVICE)
+    with checked("triton"):
+        _, lse = IMPLEMENTATIONS["attention_fwd"](q, k, v, documents, sink, 0.3, causal, 9, 2.0)
+    scores = 2 * torch.tanh(torch.einsum("bthd,bshd->bhts", q.double(), k.double().repeat_interleave(2, 2)) * 0.15)
+    seen = visible(41, 60, causal, 9, documents, DEVICE)
+    scores = scores.masked_fill(~(seen[:, None] if packed else seen), -torch.inf)
+    truth = torch.cat((scores, sink.double().view(1, 4, 1, 1).expand(2, 4, 41, 1)), -1).logsumexp(-1)
+    torch.testing.assert_close(lse.double() * torch.log(torch.tensor(2.0)), truth, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", OP.implementations)
+def test_a_query_that_sees_nothing_gives_zero_and_takes_no_gradient(name, dtype):
+    """The first 13 of 20 queries over 7 keys."""
+    results = call(OP, name, inputs_of(20, 7, dtype=dtype), dtype)
+    for key in ("output 0", "gradient of q"):
+        assert not results[key][:, :13].any() and results[key][:, 14:].all(-1).any(), key
+    assert all(result.isfinite().all() for result in results.values())
+
+
+def test_a_query_that_sees_nothing_has_a_finite_log_sum_exp():
+    q, k, v = inputs_of(20, 7).values()
+    lse = IMPLEMENTATIONS["attention_fwd"](q, k, v, None, None, 0.3, True, 0, 0.0)[1]
+    assert lse.isfinite().all() and (lse[..., :13] == room.LOWEST).all() and (lse[..., 13:] > -100).all()
+
+
+@pytest.mark.parametrize("window", [150, 151, 10**6])
+def test_a_window_over_everything_is_none_bit_for_bit(window):
+    inputs = inputs_of(150, 150, dtype=torch.bfloat16, d=64)
+    plain, windowed = (call(OP, "triton", inputs, torch.bfloat16, window=w) for w in (0, window))
+    assert all(torch.equal(plain[key], windowed[key]) for key in plain)
+
+
+def test_a_window_of_one_gives_the_value_itself():
+    inputs = inputs_of(20, 50, h=2)
+    results = call(OP, "triton", inputs, torch.float32, window=1)
+    assert torch.equal(results["output 0"], inputs["v"][:, 30:])
+    assert not results["gradient of v"][:, :30].any()
+
+
+def test_a_sink_without_weight_is_none_bit_for_bit():
+    inputs = inputs_of(40, 40)
+    sink = torch.full((4,), -torch.inf, device=DEVICE)
+    plain, sunk = (call(OP, "triton", inputs, torch.float32, sink=s) for s in (None, sink))
+    assert all(torch.equal(plain[key], sunk[key]) for key in plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_future_changes_nothing_before_it(dtype):
+    """Neither outputs nor gradients, bit for bit, under a loss of the first 71 of 140 outputs."""
+    results = []
+    for factor in (1, -3):
+        inputs = inputs_of(140, 140, dtype=dtype)
+        leaves = [torch.cat((x[:, :71], factor * x[:, 71:]), 1).requires_grad_() for x in inputs.values()]
+        with checked("triton"):
+            out = attention_triton(*leaves)[:, :71]
+            results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out).cumsum(1))])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one[:, :71], other[:, :71])
+        assert not one[:, 71:].any()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_documents_are_as_if_alone(causal):
+    """Changing one changes no other bit for bit, and each is what attention to it alone gives."""
+    lengths = [1, 40, 70, 2, 37]
+    index = torch.arange(5).repeat_interleave(torch.tensor(lengths))
+    packed = {"documents": document_ranges(index.expand(2, -1).to(DEVICE)), "causal": causal}
+    inputs = inputs_of(150, 150, d=16)
+    whole = call(OP, "triton", inputs, torch.float32, **packed)
+    inside = (index == 2).to(DEVICE)
+    changed = {key: torch.where(inside[:, None, None], -2 * x, x) for key, x in inputs.items()}
+    other = call(OP, "triton", changed, torch.float32, **packed)
+    for key in whole:
+        assert torch.equal(whole[key][:, ~inside], other[key][:, ~inside])
+        assert not torch.equal(whole[key][:, inside], other[key][:, inside])
+    place = 0
+    for length in lengths:
+        own = slice(place, place + length)
+        alone = attention_torch(*(x[:, own] for x in inputs.values()), causal=causal)
+        torch.testing.assert_close(whole["output 0"][:, own], alone)
+        place += length
+
+
+def test_document_ranges():
+    ids = torch.tensor([[0, 0, 2, 3, 3, 3], [5, 5, 5, 5, 5, 5]])
+    starts, ends = document_ranges(ids)
+    assert starts.tolist() == [[0, 0, 2, 3, 3, 3], [0] * 6] and ends.tolist() == [[2, 2, 3, 6, 6, 6], [6] * 6]
+    assert starts.dtype == ends.dtype == torch.int32
+
+
+def test_backward_repeats_bit_for_bit_whatever_the_order_of_programs():
+    inputs = inputs_of(150, 150, dtype=torch.bfloat16, d=64, b=1)
+    options = {"documents": ranges_of(1, 150), "window": 50, "softcap": 3.0}
+    results = []
+    for seed in range(2):
+        with sanitize(shuffle=seed) if DEVICE.type == "cpu" else checked(""):
+            results.append(call(OP, "triton", inputs, torch.bfloat16, **options))
+    assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+
+
+def work(seen, own, partner):
+    """Pairs in the tiles of `own` rows of `seen` by `partner` columns that reach from the first seen to the last."""
+    total = 0
+    for rows in seen.split(own):
+        columns = rows.any(0).nonzero()
+        span = columns.max() - columns.min() + 1
+        total += own * partner * -(-span.item() // partner)
+    return total
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "options", [{"causal": False}, {}, {"window": 16}, {"documents": 64}, {"documents": 100}], ids=str
+)
+def test_tiles_that_are_hidden_are_skipped(options):
+    documents = None
+    if "documents" in options:
+        documents = document_ranges((torch.arange(256) // options["documents"]).expand(1, -1))
+    options = {"causal": True, "window": 0} | options | {"documents": documents}
+    record = launched(inputs_of(256, 256, d=16, dtype=torch.bfloat16, b=1), **options)
+    seen = visible(256, 256, device="cpu", **options).view(256, 256)
+    for kernel, transposed, products in ("fwd", False, 2), ("dkv", True, 4), ("dq", False, 3):
+        config = room._config(kernel, torch.empty(1, 256, 4, 16, dtype=torch.bfloat16), 256, 256)
+        tile = config["BLOCK_T"], config["BLOCK_S"]
+        name = f"_attention_{'bwd_' * (kernel != 'fwd')}{kernel}_kernel"
+        expected = work(seen.T, *reversed(tile)) if transposed else work(seen, *tile)
+        assert record.kernels[name].flops == 4 * products * 2 * 16 * expected, kernel
+
+
+def test_one_pass_makes_what_two_make(monkeypatch):
+    inputs = inputs_of(70, 100, d=64, dtype=torch.bfloat16)
+    options = {"window": 30, "documents": ranges_of(2, 100)}
+    launched = []
+    for most in (128, 0):
+        monkeypatch.setattr(room, "ONE_PASS", most)
+        launched.append(call(OP, "triton", inputs, torch.bfloat16, **options))
+    for key, one in launched[0].items():
+        torch.testing.assert_close(one, launched[1][key], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_one_pass_takes_nothing_from_keys_that_are_not_there(causal):
+    """Scores of -190, beside which a score of 0 for a padded key would weigh more than a float32 holds."""
+    inputs = inputs_of(100, 100, d=64, dtype=torch.bfloat16)
+    inputs |= {"q": -inputs["q"].abs(), "k": 4 + inputs["k"].abs(), "scale": 0.75, "causal": causal}
+    assert_as_right_as_the_reference(OP, "triton", inputs, torch.bfloat16)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "s, kernels", [(128, {"fwd", "bwd_delta", "bwd_dkv"}), (129, {"fwd", "bwd_delta", "bwd_dkv", "bwd_dq"})]
+)
+def test_one_pass_serves_keys_that_fit_a_tile(s, kernels):
+    record = launched(inputs_of(s, s, d=16, dtype=torch.float16))
+    assert set(record.kernels) == {f"_attention_{kernel}_kernel" for kernel in kernels}
+
+
+def test_packed_projection_is_read_without_copies():
+    """q, k and v as slices of one tensor, values of other heads between their rows."""
+
+    names = set()
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.add(function._schema.name)
+            return function(*args, **kwargs or {})
+
+    packed = torch.randn(2, 33, 8, 16, device=DEVICE)
+    q, k, v = packed.split((4, 2, 2), dim=2)
+    implementation = IMPLEMENTATIONS["attention_fwd"]
+    with Seen():
+        out, _ = implementation(q, k, v, None, None, 0.25, True, 0, 0.0)
+    assert "aten::new_empty" in names and "aten::clone" not in names
+    torch.testing.assert_close(out, attention_torch(q, k, v, 0.25))
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"window": -1}, "window must be 0, for none, or more, not -1"),
+    ({"softcap": -1.0}, "softcap must be 0"),
+    ({"scale": 0.0}, "scale must be more than 0"),
+    ({"documents": torch.zeros(2, 17)}, r"documents \[2, 17\] torch.float32 are not int32 \[2, 2, 17\]"),
+    ({"sink": torch.zeros(3)}, r"sink \[3\] is not one logit for each of 4 heads"),
+    ({"v": torch.zeros(2, 17, 2, 16)}, "cannot attend"),
+    ({"q": torch.zeros(1, 17, 4, 32)}, "cannot attend"),
+    ({"q": torch.zeros(2, 17, 3, 32)}, "cannot attend"),
+])  # fmt: skip
+@pytest.mark.parametrize("name", OP.implementations)
+def test_what_does_not_fit_is_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        OP.implementations[name](**inputs_of(17, 17) | options)
+
+
+def test_what_an_implementation_lacks_names_one_that_has_it():
+    inputs = inputs_of(5, 5)
+    with pytest.raises(ValueError, match=r"--kernels\.attention=sdpa"):
+        attention_triton(**inputs, dropout=0.1)
+    for options in ({"softcap": 2.0}, {"sink": torch.zeros(4, device=DEVICE)}):
+        with pytest.raises(ValueError, match=r"--kernels\.attention=triton or torch"):
+            attention_sdpa(**inputs, **options)
+
+
+@pytest.mark.parametrize("name", ["torch", "sdpa"])
+def test_dropout_keeps_the_mean(name):
+    inputs = {key: x.expand(400, -1, -1, -1) for key, x in inputs_of(12, 12, b=1).items()}
+    torch.manual_seed(0)
+    plain, dropped = (OP.implementations[name](**inputs, dropout=p) for p in (0.0, 0.5))
+    assert not torch.equal(dropped[0], dropped[1])
+    torch.testing.assert_close(dropped.mean(0), plain[0], rtol=0, atol=0.3)
