@@ -56,10 +56,10 @@ def launcher(kernel: str, width: int, t: int, device: torch.device) -> Callable[
     """What is timed, on random inputs: the forward, or the backward with what the forward saved."""
     q, k, v, do = torch.randn(4, TOKENS // t, t, HEADS[width], width, dtype=DTYPE, device=device)
     options = {"scale": width**-0.5, "causal": True, "window": 0, "softcap": 0.0}
-    forward = partial(IMPLEMENTATIONS["attention_fwd"], q, k, v, None, None, **options)
+    forward = partial(IMPLEMENTATIONS["attention_fwd"], q, k, v, None, None, None, **options)
     if kernel == "fwd":
         return forward
-    return partial(IMPLEMENTATIONS["attention_bwd"], do, q, k, v, None, *forward(), **options)
+    return partial(IMPLEMENTATIONS["attention_bwd"], do, q, k, v, None, None, *forward(), **options)
 
 
 def compile_all(calls: Calls) -> dict[Tiles | None, list]:

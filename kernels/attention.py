@@ -1,6 +1,6 @@
-"""Attention: causal or full, with grouped queries, a sliding window, packed documents, a softcap and a sink.
+"""Attention: causal or full, with grouped queries, a sliding window, packed documents, a softcap, a sink and slopes.
 
-    s_ij = scale * q_i . k_j,  or softcap * tanh(scale * q_i . k_j / softcap) with a softcap
+    s_ij = scale * q_i . k_j,  or softcap * tanh(scale * q_i . k_j / softcap) with a softcap;  plus slope * (j - i)
     p_ij = exp(s_ij) / (exp(sink) + sum_j exp(s_ij)) over the keys j that query i sees,  o_i = sum_j p_ij v_j
 
 Query head h reads key/value head h // (H / KV). Queries are the last T of the S tokens that have keys, so that query i
@@ -10,8 +10,8 @@ without one exp(sink) is 0, and a query that sees nothing gives 0.
 
 With delta_i = do_i . o_i the gradients are dv = p^T do, ds = p * (do v^T - delta), dq = scale * ds k,
 dk = scale * ds^T q, each head of k and v summed over the queries' heads that read it, and dsink the sum of
--exp(sink - lse_i) delta_i; with a softcap ds is first multiplied by 1 - (s / softcap)^2. Saved: q, k, v, o and lse_i,
-the log of the sum above. A query that sees nothing, without a sink, has the lse of a sink of -1e38.
+-exp(sink - lse_i) delta_i; with a softcap ds is first multiplied by 1 - tanh^2. Slopes are constants. Saved: q, k, v, o
+and lse_i, the log of the sum above. A query that sees nothing, without a sink, has the lse of a sink of -1e38.
 
 The Triton kernels tile queries and keys and never hold more than a tile of the scores. The keys that a query sees, and
 the queries that see a key, are a range, and neither end of it moves back from one token to the next: so tiles outside
@@ -20,7 +20,8 @@ backward computes the tiles again, once for dk and dv and once for dq, so that e
 where all keys fit a tile, one pass makes all three. Exponentials are to base 2, with log2(e) folded into the scale.
 
 Sources: Vaswani et al., 2017, equation 1; Ainslie et al., "GQA", 2023; Dao, "FlashAttention-2", 2023, algorithms 1, 2;
-Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023; Gemma 2 (softcap), 2024.
+Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023; Gemma 2 (softcap), 2024; Press et al.,
+"Train Short, Test Long" (ALiBi), 2021.
 """
 
 import torch
@@ -40,6 +41,11 @@ def document_ranges(documents: Tensor) -> Tensor:
     documents = documents.contiguous()
     starts, ends = (torch.searchsorted(documents, documents, right=right, out_int32=True) for right in (False, True))
     return torch.stack((starts, ends))
+
+
+def _distance(t: int, s: int, device) -> Tensor:
+    """`[T, S]`: how many places a key is after a query."""
+    return torch.arange(s, device=device) - torch.arange(s - t, s, device=device)[:, None]
 
 
 def visible(t: int, s: int, causal: bool, window: int, documents: Tensor | None, device) -> Tensor:
@@ -67,6 +73,7 @@ def attention_torch(
     softcap: float = 0.0,
     sink: Tensor | None = None,
     dropout: float = 0.0,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     """Attend.
 
@@ -80,18 +87,22 @@ def attention_torch(
         softcap: bound that the scores are squeezed under by tanh; 0 for none.
         sink: `[H]`, the logit per head that takes weight from all keys; None for none.
         dropout: probability of dropping a weight.
+        slopes: `[H]`, what each head adds to a score for every place that the key is after the query (ALiBi: as much
+            less for every place before it); None for nothing.
 
     Returns:
         `[B, T, H, D]` in the dtype of `q`. Raises `ValueError` when shapes do not fit together, or a number is out of
         its range.
     """
-    _check(q, k, v, scale, window, documents, softcap, sink)
+    _check(q, k, v, scale, window, documents, softcap, sink, slopes)
     (_, t, h, d), (_, s, kv, _) = q.shape, k.shape
     grouped = q.unflatten(2, (kv, h // kv))
     scores = torch.einsum("btkgd,bskd->bkgts", grouped, k).to(accumulation_dtype(q))
     scores = scores * (d**-0.5 if scale is None else scale)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
+    if slopes is not None:
+        scores = scores + slopes.to(scores.dtype).view(kv, h // kv, 1, 1) * _distance(t, s, q.device)
     if causal or window or documents is not None:
         hidden = ~visible(t, s, causal, window, documents, q.device)
         scores = scores.masked_fill(hidden if hidden.ndim == 2 else hidden[:, None, None], float("-inf"))
@@ -106,7 +117,7 @@ def attention_torch(
     return torch.einsum("bkgts,bskd->btkgd", weights.to(v.dtype), v).flatten(2, 3)
 
 
-def _check(q, k, v, scale, window, documents, softcap, sink):
+def _check(q, k, v, scale, window, documents, softcap, sink, slopes):
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[::3] != k.shape[::3] or q.shape[2] % k.shape[2]:
         raise ValueError(f"q {list(q.shape)} cannot attend to k {list(k.shape)} and v {list(v.shape)}")
     for name, value, least in (("window", window, 0), ("softcap", softcap, 0)):
@@ -119,8 +130,9 @@ def _check(q, k, v, scale, window, documents, softcap, sink):
             f"documents {list(documents.shape)} {documents.dtype} are not int32 {[2, *k.shape[:2]]}, which "
             "document_ranges gives"
         )
-    if sink is not None and sink.shape != q.shape[2:3]:
-        raise ValueError(f"sink {list(sink.shape)} is not one logit for each of {q.shape[2]} heads")
+    for name, values in (("sink", sink), ("slopes", slopes)):
+        if values is not None and values.shape != q.shape[2:3]:
+            raise ValueError(f"{name} {list(values.shape)} is not one number for each of {q.shape[2]} heads")
 
 
 def attention_sdpa(
@@ -134,18 +146,22 @@ def attention_sdpa(
     softcap: float = 0.0,
     sink: Tensor | None = None,
     dropout: float = 0.0,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     """The same through `F.scaled_dot_product_attention`, which picks its own backend; it has no softcap and no sink."""
-    _check(q, k, v, scale, window, documents, softcap, sink)
+    _check(q, k, v, scale, window, documents, softcap, sink, slopes)
     if softcap or sink is not None:
         raise ValueError("SDPA has no softcap and no sink: take --kernels.attention=triton or torch")
     t, s = q.shape[1], k.shape[1]
     causal = causal and t > 1  # a lone query is the last and sees every key
-    is_causal = causal and t == s and not window and documents is None
+    is_causal = causal and t == s and not window and documents is None and slopes is None
     mask = None
     if not is_causal and (causal or window or documents is not None):
         mask = visible(t, s, causal, window, documents, q.device)
         mask = mask if mask.ndim == 2 else mask[:, None]
+    if slopes is not None:
+        bias = (slopes.view(-1, 1, 1) * _distance(t, s, q.device)).to(q.dtype)
+        mask = bias if mask is None else bias.where(mask, float("-inf"))
     out = F.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (q, k, v)),
         attn_mask=mask,
@@ -223,10 +239,17 @@ def _factor(scale, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def _tilt(slopes_ptr, h, scale, softcap, SOFTCAP: tl.constexpr):
+    """What a head adds to what times `_factor` gives the scores, for every place from query to key."""
+    return 0.0 if slopes_ptr is None else tl.load(slopes_ptr + h) / (softcap if SOFTCAP else scale)
+
+
+@triton.jit
 def _attend(
-    out, most, total, q, k_ptr, v_ptr, row_first, row_end, first, left, whole, n_tiles, S, stride_ks, stride_vs,
-    scale, softcap,
-    D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr, EDGE: tl.constexpr,
+    out, most, total, q, k_ptr, v_ptr, places, row_first, row_end, first, left, whole, n_tiles, S,
+    stride_ks, stride_vs, scale, softcap, tilt,
+    D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    SOFTCAP: tl.constexpr, TILTED: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Take tiles of keys into the rows' sum of weighted values, largest score and sum of weights."""
     factor = _factor(scale, softcap, SOFTCAP)
@@ -234,6 +257,8 @@ def _attend(
         keys = first + _tile_of(i, left, whole, EDGE) * BLOCK_S + tl.arange(0, BLOCK_S)
         k = _load_tile(k_ptr, keys, stride_ks, S, D, BLOCK_D, not EDGE)
         x = _squeezed(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, SOFTCAP)
+        if TILTED:
+            x += tilt * (keys.to(tl.float32)[None, :] - places[:, None])
         if EDGE:
             x = tl.where((keys >= row_first[:, None]) & (keys < row_end[:, None]), x, float("-inf"))
         higher = tl.maximum(most, tl.max(x, axis=1) * factor)
@@ -248,7 +273,8 @@ def _attend(
 
 @triton.jit(do_not_specialize=["behind", "ahead"])
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, starts_ptr, ends_ptr, sink_ptr, o_ptr, lse_ptr, T, S, H, group, behind, ahead, scale, softcap,
+    q_ptr, k_ptr, v_ptr, starts_ptr, ends_ptr, slopes_ptr, sink_ptr, o_ptr, lse_ptr,
+    T, S, H, group, behind, ahead, scale, softcap,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr,
     LOWEST: tl.constexpr,
@@ -266,6 +292,7 @@ def _attention_fwd_kernel(
     first, left, whole, n_tiles = _tiles(
         start + S - T, tl.minimum(start + BLOCK_T, T) - 1 + S - T, behind, ahead, S, 0, S, starts_ptr, ends_ptr, BLOCK_S
     )
+    tilt, places = _tilt(slopes_ptr, h, scale, softcap, SOFTCAP), (rows + S - T).to(tl.float32)
     # No sink is one that weighs nothing beside any score.
     logit = LOWEST if sink_ptr is None else tl.maximum(tl.load(sink_ptr + h).to(tl.float32) * LOG2E, LOWEST)
     most = tl.zeros([BLOCK_T], dtype=tl.float32) + logit
@@ -273,8 +300,8 @@ def _attention_fwd_kernel(
     out = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
     for EDGE in tl.static_range(2):
         out, most, total = _attend(
-            out, most, total, q, k_ptr, v_ptr, row_first, row_end, first, left, whole, n_tiles, S, stride_ks, stride_vs,
-            scale, softcap, D, BLOCK_S, BLOCK_D, SOFTCAP, EDGE == 1,
+            out, most, total, q, k_ptr, v_ptr, places, row_first, row_end, first, left, whole, n_tiles, S,
+            stride_ks, stride_vs, scale, softcap, tilt, D, BLOCK_S, BLOCK_D, SOFTCAP, slopes_ptr is not None, EDGE == 1,
         )  # fmt: skip
     _store_tile(o_ptr + (b * T * H + h) * D, out / total[:, None], rows, H * D, T, D, BLOCK_D)
     tl.store(lse_ptr + (b * H + h) * T + rows, most + tl.log2(total), mask=rows < T)
@@ -296,8 +323,9 @@ def _attention_bwd_delta_kernel(
 @triton.jit
 def _accumulate_dkv(
     dk, dv, k, v, keys, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, key_first, key_end, first, left, whole, n_tiles,
-    T, H, stride_qt, stride_dot, scale, softcap,
-    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr, EDGE: tl.constexpr,
+    T, S, H, stride_qt, stride_dot, scale, softcap, tilt,
+    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    SOFTCAP: tl.constexpr, TILTED: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Add what tiles of one head's queries give; scores are computed transposed, keys by queries."""
     factor = _factor(scale, softcap, SOFTCAP)
@@ -311,7 +339,9 @@ def _accumulate_dkv(
         else:
             lse, delta = tl.load(lse_ptr + rows), tl.load(delta_ptr + rows)
         x = _squeezed(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, softcap, SOFTCAP)
-        weights = tl.exp2(x * factor - lse[None, :])
+        places = (rows + S - T).to(tl.float32)
+        y = x + tilt * (keys.to(tl.float32)[:, None] - places[None, :]) if TILTED else x
+        weights = tl.exp2(y * factor - lse[None, :])
         if EDGE:
             weights = tl.where((rows >= key_first[:, None]) & (rows < key_end[:, None]), weights, 0.0)
         dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
@@ -328,7 +358,7 @@ def _accumulate_dkv(
 
 @triton.jit(do_not_specialize=["behind", "ahead"])
 def _attention_bwd_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, starts_ptr, ends_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, starts_ptr, ends_ptr, slopes_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr,
     T, S, H, KV, behind, ahead, scale, softcap,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_dob, stride_dot, stride_doh,
@@ -352,13 +382,13 @@ def _attention_bwd_dkv_kernel(
     dk = tl.zeros([BLOCK_S, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_S, BLOCK_D], dtype=tl.float32)
     for h in range(kv * (H // KV), (kv + 1) * (H // KV)):
-        head = (b * H + h) * T
+        head, tilt = (b * H + h) * T, _tilt(slopes_ptr, h, scale, softcap, SOFTCAP)
         for EDGE in tl.static_range(2):
             dk, dv = _accumulate_dkv(
                 dk, dv, k, v, keys, q_ptr + b * stride_qb + h * stride_qh, do_ptr + b * stride_dob + h * stride_doh,
                 lse_ptr + head, delta_ptr + head, None if dq_ptr is None else dq_ptr + (b * T * H + h) * D,
-                key_first, key_end, first, left, whole, n_tiles, T, H, stride_qt, stride_dot, scale, softcap,
-                D, BLOCK_T, BLOCK_D, SOFTCAP, EDGE == 1,
+                key_first, key_end, first, left, whole, n_tiles, T, S, H, stride_qt, stride_dot, scale, softcap, tilt,
+                D, BLOCK_T, BLOCK_D, SOFTCAP, slopes_ptr is not None, EDGE == 1,
             )  # fmt: skip
     offset = (b * S * KV + kv) * D
     _store_tile(dk_ptr + offset, dk * scale, keys, KV * D, S, D, BLOCK_D)
@@ -367,9 +397,10 @@ def _attention_bwd_dkv_kernel(
 
 @triton.jit
 def _accumulate_dq(
-    dq, q, do, lse, delta, k_ptr, v_ptr, row_first, row_end, first, left, whole, n_tiles, S, stride_ks, stride_vs,
-    scale, softcap,
-    D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr, EDGE: tl.constexpr,
+    dq, q, do, lse, delta, k_ptr, v_ptr, places, row_first, row_end, first, left, whole, n_tiles, S,
+    stride_ks, stride_vs, scale, softcap, tilt,
+    D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    SOFTCAP: tl.constexpr, TILTED: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Add what tiles of keys give."""
     factor = _factor(scale, softcap, SOFTCAP)
@@ -378,7 +409,8 @@ def _accumulate_dq(
         k = _load_tile(k_ptr, keys, stride_ks, S, D, BLOCK_D, not EDGE)
         v = _load_tile(v_ptr, keys, stride_vs, S, D, BLOCK_D, not EDGE)
         x = _squeezed(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, SOFTCAP)
-        weights = tl.exp2(x * factor - lse[:, None])
+        y = x + tilt * (keys.to(tl.float32)[None, :] - places[:, None]) if TILTED else x
+        weights = tl.exp2(y * factor - lse[:, None])
         if EDGE:
             weights = tl.where((keys >= row_first[:, None]) & (keys < row_end[:, None]), weights, 0.0)
         dscores = weights * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
@@ -390,7 +422,7 @@ def _accumulate_dq(
 
 @triton.jit(do_not_specialize=["behind", "ahead"])
 def _attention_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, starts_ptr, ends_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, starts_ptr, ends_ptr, slopes_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
     T, S, H, group, behind, ahead, scale, softcap,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_dob, stride_dot, stride_doh,
@@ -412,11 +444,12 @@ def _attention_bwd_dq_kernel(
     first, left, whole, n_tiles = _tiles(
         start + S - T, tl.minimum(start + BLOCK_T, T) - 1 + S - T, behind, ahead, S, 0, S, starts_ptr, ends_ptr, BLOCK_S
     )
+    tilt, places = _tilt(slopes_ptr, h, scale, softcap, SOFTCAP), (rows + S - T).to(tl.float32)
     dq = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
     for EDGE in tl.static_range(2):
         dq = _accumulate_dq(
-            dq, q, do, lse, delta, k_ptr, v_ptr, row_first, row_end, first, left, whole, n_tiles, S,
-            stride_ks, stride_vs, scale, softcap, D, BLOCK_S, BLOCK_D, SOFTCAP, EDGE == 1,
+            dq, q, do, lse, delta, k_ptr, v_ptr, places, row_first, row_end, first, left, whole, n_tiles, S,
+            stride_ks, stride_vs, scale, softcap, tilt, D, BLOCK_S, BLOCK_D, SOFTCAP, slopes_ptr is not None, EDGE == 1,
         )  # fmt: skip
     _store_tile(dq_ptr + (b * T * H + h) * D, dq * scale, rows, H * D, T, D, BLOCK_D)
 
@@ -426,7 +459,9 @@ def _attention_bwd_dq_kernel(
 # `python -m bench.compile --kernel attention`.
 CONFIGS = {
     ("fwd", 64): {"": (128, 64, 8, 2), "sm_90": (64, 128, 4, 2), "sm_100": (128, 64, 8, 3)},
-    ("fwd", 128): {"": (128, 64, 8, 3), "sm_80": (128, 32, 8, 3), "gfx942": (128, 64, 8, 2)},
+    ("fwd", 128): {
+        "": (128, 32, 8, 3), "sm_90": (128, 64, 8, 3), "sm_100": (128, 64, 8, 3), "gfx942": (128, 64, 8, 2),
+    },
     ("fwd", 256): {"": (64, 32, 8, 2), "sm_90": (64, 64, 8, 2)},
     ("dkv", 64): {"": (32, 64, 4, 2), "sm_90": (64, 128, 8, 2), "sm_100": (32, 64, 4, 1)},
     ("dkv", 128): {"": (32, 64, 8, 2), "sm_90": (32, 128, 8, 2), "sm_100": (32, 64, 8, 1), "gfx942": (32, 64, 4, 2)},
@@ -437,7 +472,7 @@ CONFIGS = {
     ("one pass", 128): {  # no tile of 128 keys fits sm_89 and sm_120
         "sm_80": (16, 128, 8, 2), "sm_90": (16, 128, 8, 2), "sm_100": (16, 128, 8, 1), "gfx942": (16, 128, 8, 1),
     },
-    ("dq", 64): {"": (64, 64, 8, 2), "sm_90": (64, 128, 4, 2), "sm_100": (64, 64, 4, 2), "gfx942": (64, 64, 4, 2)},
+    ("dq", 64): {"": (64, 64, 8, 2), "sm_90": (64, 128, 4, 2), "sm_100": (64, 32, 4, 2), "gfx942": (64, 64, 4, 2)},
     ("dq", 128): {"": (64, 32, 4, 2), "sm_90": (64, 64, 4, 2)},
     ("dq", 256): {"": (32, 32, 4, 2), "sm_90": (64, 64, 8, 2)},
 }  # fmt: skip
@@ -470,40 +505,40 @@ def _starts_ends(documents: Tensor | None) -> tuple[Tensor | None, Tensor | None
     return (None, None) if documents is None else documents.contiguous().unbind()
 
 
-def _allocate_fwd(q, k, v, documents, sink, scale, causal, window, softcap):
+def _allocate_fwd(q, k, v, documents, sink, slopes, scale, causal, window, softcap):
     b, t, h, d = q.shape
     return q.new_empty((b, t, h, d)), q.new_empty((b, h, t), dtype=torch.float32)
 
 
 @library_op(_allocate_fwd)
 def _attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, sink: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, sink: Tensor | None, slopes: Tensor | None,
     scale: float, causal: bool, window: int, softcap: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The output, and the log-sum-exp of each row's scores to base 2."""
-    o, lse = _allocate_fwd(q, k, v, documents, sink, scale, causal, window, softcap)
+    o, lse = _allocate_fwd(q, k, v, documents, sink, slopes, scale, causal, window, softcap)
     (b, t, h, _), (s, kv) = q.shape, k.shape[1:3]
     q, k, v = map(adjacent, (q, k, v))
     config = _config("fwd", q, t, s, SOFTCAP=softcap != 0, LOWEST=LOWEST)
     if o.numel():
         _attention_fwd_kernel[(b * h, triton.cdiv(t, config["BLOCK_T"]))](
-            q, k, v, *_starts_ends(documents), sink, o, lse, t, s, h, h // kv, *_reach(t, s, causal, window),
+            q, k, v, *_starts_ends(documents), slopes, sink, o, lse, t, s, h, h // kv, *_reach(t, s, causal, window),
             scale, softcap, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **config,
         )  # fmt: skip
     return o, lse
 
 
-def _allocate_bwd(do, q, k, v, documents, o, lse, scale, causal, window, softcap):
+def _allocate_bwd(do, q, k, v, documents, slopes, o, lse, scale, causal, window, softcap):
     return *(x.new_empty(x.shape) for x in (q, k, v)), torch.empty_like(lse)
 
 
 @library_op(_allocate_bwd)
 def _attention_bwd(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, o: Tensor, lse: Tensor,
-    scale: float, causal: bool, window: int, softcap: float,
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, slopes: Tensor | None,
+    o: Tensor, lse: Tensor, scale: float, causal: bool, window: int, softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k and v, and delta."""
-    dq, dk, dv, delta = _allocate_bwd(do, q, k, v, documents, o, lse, scale, causal, window, softcap)
+    dq, dk, dv, delta = _allocate_bwd(do, q, k, v, documents, slopes, o, lse, scale, causal, window, softcap)
     (b, t, h, d), (s, kv) = q.shape, k.shape[1:3]
     if dq.numel() == 0 or dk.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), delta.zero_()
@@ -512,7 +547,7 @@ def _attention_bwd(
     _attention_bwd_delta_kernel[(b * h, triton.cdiv(t, 32))](
         o, do, delta, t, h, *do.stride()[:3], D=d, BLOCK_T=32, BLOCK_D=block_d, num_warps=4
     )
-    tokens, saved = (q, k, v, *_starts_ends(documents)), (do, lse, delta)
+    tokens, saved = (q, k, v, *_starts_ends(documents), slopes), (do, lse, delta)
     rest = *_reach(t, s, causal, window), scale, softcap, *(n for x in (q, k, v, do) for n in x.stride()[:3])
     config = None
     if t <= s <= ONE_PASS and q.element_size() == 2 and b * kv >= multiprocessors(q.device):
@@ -533,9 +568,9 @@ def _attention_bwd(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, documents, sink, *options):
-        o, lse = _attention_fwd(q, k, v, documents, sink, *options)
-        ctx.save_for_backward(q, k, v, documents, o, lse, sink)
+    def forward(ctx, q, k, v, documents, sink, slopes, *options):
+        o, lse = _attention_fwd(q, k, v, documents, sink, slopes, *options)
+        ctx.save_for_backward(q, k, v, documents, slopes, o, lse, sink)
         ctx.options = options
         return o
 
@@ -548,7 +583,7 @@ class _Attention(torch.autograd.Function):
         if sink is not None and ctx.needs_input_grad[4]:
             weights = torch.exp2(sink.float()[:, None] * LOG2E.value - lse)
             dsink = -(weights * delta).sum((0, 2)).to(sink.dtype)
-        return dq, dk, dv, None, dsink, *(None for _ in ctx.options)
+        return dq, dk, dv, None, dsink, None, *(None for _ in ctx.options)
 
 
 def attention_triton(
@@ -562,15 +597,16 @@ def attention_triton(
     softcap: float = 0.0,
     sink: Tensor | None = None,
     dropout: float = 0.0,
+    slopes: Tensor | None = None,
 ) -> Tensor:
-    """The same in tiles, forward and backward; deterministic. It has no dropout."""
-    _check(q, k, v, scale, window, documents, softcap, sink)
+    """The same in tiles, forward and backward; deterministic. It has no dropout, and slopes take no gradient."""
+    _check(q, k, v, scale, window, documents, softcap, sink, slopes)
     if q.shape[-1] > 256:
         raise ValueError(f"the triton kernel of attention has heads of up to 256, not {q.shape[-1]}")
     if dropout:
         raise ValueError("the triton kernel of attention has no dropout: take --kernels.attention=sdpa")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _Attention.apply(q, k, v, documents, sink, scale, causal, window, softcap)
+    return _Attention.apply(q, k, v, documents, sink, slopes, scale, causal, window, softcap)
 
 
 def _inputs(shape, make):
@@ -580,6 +616,8 @@ def _inputs(shape, make):
         inputs["window"] = shape["W"]
     if shape.get("C"):
         inputs |= {"softcap": float(shape["C"]), "sink": make(h)}
+    if shape.get("A"):
+        inputs["slopes"] = 2.0 ** -torch.linspace(8 / h, 8, h, device=inputs["q"].device)
     if shape.get("L"):
         places = torch.arange(s, device=inputs["q"].device).expand(b, s)
         inputs["documents"] = document_ranges(places // shape["L"])
@@ -638,6 +676,7 @@ OP = Op(
         _shape(128, 128, 128, 12, 12, 128),
         *(_shape(128, 128, 128, 8, 8, d, L=32, C=50) for d in (64, 128)),
         *(_shape(4, 4096, 4096, 8, 8, d, L=512, C=50) for d in (64, 96, 128)),
+        *(_shape(4, 4096, 4096, 8, 8, d, A=1) for d in (64, 128)),
     ),
     preferred={"cuda": "sdpa"},
 )

@@ -24,6 +24,7 @@ AXES = {
     "documents": [False, True],
     "softcap": [0.0, 2.0],
     "sink": [False, True],
+    "slopes": [False, True],
     "scale": [None, 0.4],
     "dtype": [torch.float32, torch.bfloat16, torch.float16],
     "one_pass": [True, False],
@@ -85,6 +86,7 @@ def test_parity_of_features_together(case, monkeypatch):
     inputs |= {name: case[name] for name in ("causal", "window", "softcap", "scale")}
     inputs["documents"] = ranges_of(len(inputs["q"]), s) if case["documents"] else None
     inputs["sink"] = torch.linspace(-2, 2, h, device=DEVICE) if case["sink"] else None
+    inputs["slopes"] = 2.0 ** -torch.arange(1, h + 1, device=DEVICE) if case["slopes"] else None
     assert_as_right_as_the_reference(WITH_SINK if case["sink"] else OP, "triton", inputs, dtype)
 
 
@@ -95,7 +97,7 @@ def test_saved_log_sum_exp(causal, packed):
     documents = ranges_of(2, 60) if packed else None
     sink = torch.randn(4, device=DEVICE)
     with checked("triton"):
-        _, lse = IMPLEMENTATIONS["attention_fwd"](q, k, v, documents, sink, 0.3, causal, 9, 2.0)
+        _, lse = IMPLEMENTATIONS["attention_fwd"](q, k, v, documents, sink, None, 0.3, causal, 9, 2.0)
     scores = 2 * torch.tanh(torch.einsum("bthd,bshd->bhts", q.double(), k.double().repeat_interleave(2, 2)) * 0.15)
     seen = visible(41, 60, causal, 9, documents, DEVICE)
     scores = scores.masked_fill(~(seen[:, None] if packed else seen), -torch.inf)
@@ -115,7 +117,7 @@ def test_a_query_that_sees_nothing_gives_zero_and_takes_no_gradient(name, dtype)
 
 def test_a_query_that_sees_nothing_has_a_finite_log_sum_exp():
     q, k, v = inputs_of(20, 7).values()
-    lse = IMPLEMENTATIONS["attention_fwd"](q, k, v, None, None, 0.3, True, 0, 0.0)[1]
+    lse = IMPLEMENTATIONS["attention_fwd"](q, k, v, None, None, None, 0.3, True, 0, 0.0)[1]
     assert lse.isfinite().all() and (lse[..., :13] == room.LOWEST).all() and (lse[..., 13:] > -100).all()
 
 
@@ -131,6 +133,20 @@ def test_a_window_of_one_gives_the_value_itself():
     results = call(OP, "triton", inputs, torch.float32, window=1)
     assert torch.equal(results["output 0"], inputs["v"][:, 30:])
     assert not results["gradient of v"][:, :30].any()
+
+
+@pytest.mark.parametrize("name", OP.implementations)
+def test_slopes_take_off_by_distance(name):
+    q, k, v = inputs_of(20, 30, h=4, kv=4).values()
+    slopes = torch.tensor([0.0, 0.25, 1.0, 100.0], device=DEVICE)
+    out = OP.implementations[name](q, k, v, slopes=slopes)
+    torch.testing.assert_close(out[:, :, 0], attention_torch(q[:, :, :1], k[:, :, :1], v[:, :, :1])[:, :, 0])
+    torch.testing.assert_close(out[:, :, 3], v[:, 10:, 3])  # nothing but its own place
+    for place in range(20):
+        scores = torch.einsum("bhd,bshd->bhs", q[:, place], k[:, : place + 11]) * 32**-0.5
+        scores += slopes[:, None] * torch.arange(-place - 10, 1, device=DEVICE)
+        expected = torch.einsum("bhs,bshd->bhd", scores.softmax(-1), v[:, : place + 11])
+        torch.testing.assert_close(out[:, place], expected)
 
 
 def test_a_sink_without_weight_is_none_bit_for_bit():
@@ -265,7 +281,7 @@ def test_packed_projection_is_read_without_copies():
     q, k, v = packed.split((4, 2, 2), dim=2)
     implementation = IMPLEMENTATIONS["attention_fwd"]
     with Seen():
-        out, _ = implementation(q, k, v, None, None, 0.25, True, 0, 0.0)
+        out, _ = implementation(q, k, v, None, None, None, 0.25, True, 0, 0.0)
     assert "aten::new_empty" in names and "aten::clone" not in names
     torch.testing.assert_close(out, attention_torch(q, k, v, 0.25))
 
@@ -275,7 +291,8 @@ def test_packed_projection_is_read_without_copies():
     ({"softcap": -1.0}, "softcap must be 0"),
     ({"scale": 0.0}, "scale must be more than 0"),
     ({"documents": torch.zeros(2, 17)}, r"documents \[2, 17\] torch.float32 are not int32 \[2, 2, 17\]"),
-    ({"sink": torch.zeros(3)}, r"sink \[3\] is not one logit for each of 4 heads"),
+    ({"sink": torch.zeros(3)}, r"sink \[3\] is not one number for each of 4 heads"),
+    ({"slopes": torch.zeros(2)}, r"slopes \[2\] is not one number for each of 4 heads"),
     ({"v": torch.zeros(2, 17, 2, 16)}, "cannot attend"),
     ({"q": torch.zeros(1, 17, 4, 32)}, "cannot attend"),
     ({"q": torch.zeros(2, 17, 3, 32)}, "cannot attend"),

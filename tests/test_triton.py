@@ -302,12 +302,12 @@ def library_calls():
     hidden, head, head_targets = inputs["linear_cross_entropy"].values()
     return {
         "attention_fwd": [
-            (query, key, value, None, None, 0.2, True, 0, 0.0),
-            (query, key, value, documents, sink, 0.2, False, 3, 5.0),
+            (query, key, value, None, None, None, 0.2, True, 0, 0.0),
+            (query, key, value, documents, sink, sink, 0.2, False, 3, 5.0),
         ],
         "attention_bwd": [
-            (query, query, key, value, None, query, lse, 0.2, True, 0, 0.0),
-            (query, query, key, value, documents, query, lse, 0.2, False, 3, 5.0),
+            (query, query, key, value, None, None, query, lse, 0.2, True, 0, 0.0),
+            (query, query, key, value, documents, sink, query, lse, 0.2, False, 3, 5.0),
         ],
         "rmsnorm_fwd": [(x, gain, residual, 1e-6), (x, None, None, 1e-6)],
         "rmsnorm_bwd": [(x, residual, x, gain, rstd, False), (x.half(), None, x, None, rstd, True)],
