@@ -16,7 +16,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Literal
 
 import torch
@@ -31,11 +30,12 @@ from kernels import KernelChoice, KernelError, bind
 from model import checkpoint, hardware
 from model.budget import Budget
 from model.config import ConfigError, UserError, as_dict, build, flatten, merge, read_file, read_flags
+from model.diagnostics import Probe
 from model.evaluate import evaluate
 from model.generate import generate
 from model.gpt import GPT, ModelConfig
-from model.optim import Schedule, build_optimizers, load_optimizers, lr_factor, set_lr
-from model.run import Interrupt, Run, Status, check_writable, choose_folder, commit
+from model.optim import OptimizerName, Schedule, build_optimizers, load_optimizers, lr_factor, set_lr
+from model.run import Interrupt, Run, Status, check_writable, choose_folder, commit, explained, status_of
 
 ROOT = Path(__file__).parent
 
@@ -68,17 +68,17 @@ class Config:
     batch_size: Annotated[int, "[1, inf)", "sequences in an optimizer step"] = 32
     micro_batch: Annotated[int, "[0, inf)", "sequences in a forward and backward pass (0: batch_size)"] = 0
     # optimizer
-    optimizer: Annotated[Literal["adamw", "muon"], "muon: on the matrices of the blocks, adamw elsewhere"] = "muon"
-    lr: Annotated[float, "(0, inf)", "peak learning rate of adamw"] = 3e-3
+    optimizer: Annotated[OptimizerName, "muon: on the matrices of the blocks, adamw elsewhere"] = "muon"
+    lr: Annotated[float, "(0, inf)", "peak learning rate of adam and adamw"] = 3e-3
     muon_lr: Annotated[float, "(0, inf)", "peak learning rate of muon"] = 2e-2
-    weight_decay: Annotated[float, "[0, inf)", "decoupled, on matrices only"] = 0.1
-    beta1: Annotated[float, "[0, 1)", "adamw's decay of the mean gradient"] = 0.9
-    beta2: Annotated[float, "[0, 1)", "adamw's decay of the mean square"] = 0.95
-    eps: Annotated[float, "(0, inf)", "adamw's, added to the root mean square"] = 1e-8
+    weight_decay: Annotated[float, "[0, inf)", "on matrices only; decoupled, but for adam's in the gradient"] = 0.1
+    beta1: Annotated[float, "[0, 1)", "adam's decay of the mean gradient, and adamw's"] = 0.9
+    beta2: Annotated[float, "[0, 1)", "adam's decay of the mean square, and adamw's"] = 0.95
+    eps: Annotated[float, "(0, inf)", "adam's and adamw's, added to the root mean square"] = 1e-8
     clip: Annotated[float, "[0, inf)", "largest norm of the gradient (0: no limit)"] = 1.0
     # learning rate over the run
     schedule: Annotated[Schedule, "after warm-up; wsd is constant, then linear over the last `decay`"] = "linear"
-    warmup: Annotated[float, "[0, 1)", "share of the run over which the rate rises"] = 0.02
+    warmup: Annotated[float, "[0, inf)", "share of the run over which the rate rises; from 1 on, steps"] = 0.02
     decay: Annotated[float, "(0, 1]", "share of the run over which wsd falls"] = 0.4
     final_lr: Annotated[float, "[0, 1]", "share of the peak at the end"] = 0.0
     # records
@@ -88,6 +88,7 @@ class Config:
     save_every: Annotated[int, "[1, inf)", "steps between checkpoints, besides one before each evaluation"] = 250
     sample_every: Annotated[int, "[0, inf)", "steps between samples, besides those at the end (0: only those)"] = 500
     sample_prompt: Annotated[str, "what samples go on from (nothing: a new document)"] = ""
+    diag: Annotated[int, "[0, inf)", "steps between diagnostics of gradients, updates and attention (0: none)"] = 0
     wandb: Annotated[Literal["off", "offline", "online"], "mirror the metrics to Weights & Biases"] = "off"
 
     def __post_init__(self):
@@ -134,6 +135,8 @@ class Trainer:
         kernels = bind(config.kernels, self.device)
         compiled, compiling = hardware.pick_compile(config.compile, self.device)
         shape = config.model.resolved(config.data.expected_vocab_size, config.data.separator)
+        self.budget = Budget(config.steps, config.tokens, config.seconds, config.batch_size * shape.seq_len)
+        self.warmup = self.budget.share(config.warmup)
         with torch.device("meta"):
             n_parameters = GPT(shape, kernels).n_parameters()
         check_writable(folder, 4 * 12 * n_parameters)  # three checkpoints and one being written: weights, two moments
@@ -145,8 +148,9 @@ class Trainer:
         if state and self.tokenizer != Tokenizer.load(folder / "tokenizer.json"):
             raise ConfigError(f"{config.data.corpus} has other tokens now than when {folder} was trained on it")
         self.micro_batch = config.micro_batch or config.batch_size
-        self.batches = Batches(data.train, shape.seq_len, config.seed)
-        self.eval_set = list(eval_batches(data.val, shape.seq_len, self.micro_batch, config.eval_tokens))
+        self.batches = Batches(data.train, shape.seq_len, config.seed, config.data.shift)
+        evaluated = eval_batches(data.val, shape.seq_len, self.micro_batch, config.eval_tokens, config.data.shift)
+        self.eval_set = list(evaluated)
         self.byte_lengths = torch.from_numpy(self.tokenizer.byte_lengths())
 
         torch.manual_seed(config.seed)
@@ -161,9 +165,8 @@ class Trainer:
         dtype = hardware.DTYPES[self.precision]
         self.autocast = partial(torch.autocast, self.device.type, dtype, enabled=dtype != torch.float32)
 
-        self.tokens_per_step = config.batch_size * shape.seq_len
         self.step = self.sequences = 0  # done so far
-        self.budget = Budget(config.steps, config.tokens, config.seconds, self.tokens_per_step)
+        self.probe: Probe | None = None  # of a step whose diagnostics are due
         if state:
             self.restore(state)
         elif config.overwrite and folder.exists():
@@ -179,6 +182,8 @@ class Trainer:
         self.run.say(f"machine  {hardware.describe(self.device, self.precision)}")
         self.run.say(f"kernels  {kernels}")
         self.run.say(f"compile  {compiling}")
+        if self.warmup >= 1:
+            self.run.say(f"warm-up  {config.warmup:g} steps of {self.budget.steps}: the rate rises to the end")
 
     def restore(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
@@ -206,10 +211,6 @@ class Trainer:
         }
         checkpoint.save(self.run.folder, state)
 
-    def position(self) -> dict:
-        """How far the run is, as every row of its record says."""
-        return {"step": self.step, "tokens": self.step * self.tokens_per_step, "seconds": self.budget.elapsed()}
-
     def loop(self) -> Status:
         """Train until the budget is used up or something ends the run early."""
         config, timer = self.config, time.perf_counter
@@ -226,6 +227,8 @@ class Trainer:
                 self.waited += timer() - begin
                 self.sequences += config.batch_size
                 ahead = pool.submit(self.batches.get, self.sequences, config.batch_size)
+                due = config.diag and (self.step + 1) % config.diag == 0
+                self.probe = Probe(self.model, self.optimizers, self.scaler.get_scale()) if due else None
                 loss, norm = self.train_step(inputs, targets, progress)
                 self.step += 1
                 evaluating = self.step % config.eval_every == 0
@@ -237,6 +240,9 @@ class Trainer:
                 self.busy += timer() - begin
                 if logging:
                     self.log(loss, norm, progress)
+                if self.probe:
+                    with self.autocast():
+                        self.run.log(self.budget.position(self.step) | {"diag": self.probe.after(inputs)})
                 if (saving or logging) and (status := self.run.trouble(loss, norm, self.model.config.vocab_size)):
                     return status
                 if saving:
@@ -253,19 +259,23 @@ class Trainer:
         The summed loss of every micro-batch is divided by the tokens of the whole batch, so that accumulating gives
         the large batch's gradient however its tokens fall."""
         config, n_targets = self.config, int((targets >= 0).sum())
-        set_lr(self.optimizers, lr_factor(config.schedule, progress, config.warmup, config.decay, config.final_lr))
+        set_lr(self.optimizers, lr_factor(config.schedule, progress, self.warmup, config.decay, config.final_lr))
         total = torch.zeros((), device=self.device)
         for x, y in zip(inputs.split(self.micro_batch), targets.split(self.micro_batch), strict=True):
             with self.autocast():
                 loss = self.loss_of(x.to(self.device), y.to(self.device), "sum")
             loss = loss / n_targets
             self.scaler.scale(loss).backward()
+            if self.probe:
+                self.probe.accumulated()
             total += loss.detach()
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
         if self.scaler.is_enabled():
             norm = norm.nan_to_num(0.0, 0.0, 0.0)  # an overflow, which the scaler answers by skipping the step
+        if self.probe:
+            self.probe.before()
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
@@ -274,13 +284,13 @@ class Trainer:
 
     def log(self, loss: float, norm: float, progress: float) -> None:
         """Record a row. Speed is over the steps since the last one, without evaluating, saving and sampling."""
-        speed = (self.step - self.logged) * self.tokens_per_step / self.busy
+        speed = (self.step - self.logged) * self.budget.tokens_per_step / self.busy
         mfu = speed * self.flops / self.peak if self.peak else None
         row = {"loss": loss, "grad_norm": norm, "lr": self.optimizers[0].param_groups[0]["lr"], "tok_s": speed}
         row |= {"mfu": mfu, "data_wait": self.waited, **hardware.memory(self.device)}
         share = f", {mfu:.1%} of peak" if mfu else ""
         line = f"step {self.step:6d}  {progress:4.0%}  loss {loss:.4f}  norm {norm:.2f}  {speed:,.0f} tok/s{share}"
-        self.run.log(self.position() | row, line)
+        self.run.log(self.budget.position(self.step) | row, line)
         self.run.show_progress(progress, f"loss {loss:.3f}, {speed:,.0f} tok/s")
         self.logged, self.busy, self.waited = self.step, 0.0, 0.0
 
@@ -289,8 +299,8 @@ class Trainer:
         if any(row["step"] == self.step and "val_loss" in row for row in self.run.rows):
             return
         with self.autocast():
-            row = self.position() | evaluate(self.model, self.eval_set, self.byte_lengths)
-        if row["val_loss"] <= min((r["val_loss"] for r in self.run.rows if "val_loss" in r), default=math.inf):
+            row = self.budget.position(self.step) | evaluate(self.model, self.eval_set, self.byte_lengths)
+        if row["val_loss"] <= self.run.best():
             checkpoint.mark_best(self.run.folder)
         line = f"evaluation {row['val_loss']:.4f} nats a token, {row['val_bpb']:.4f} bits a byte"
         self.run.log(row, f"step {self.step:6d}  {line}")
@@ -311,32 +321,22 @@ class Trainer:
             self.evaluate()
             self.sample()
         self.run.plot()
-        facts = self.position() | {"flops_per_token": self.flops}
-        facts["tok_s_wall"] = facts["tokens"] / facts["seconds"]
-        if speeds := [row["tok_s"] for row in self.run.rows if "tok_s" in row]:
-            facts["tok_s_steady"] = median(speeds[1:] or speeds)  # the first step compiles
-        facts |= {k: v for row in self.run.rows[-1:] for k, v in row.items() if k.startswith("val_")}
-        self.run.close(status, **facts)
+        self.run.close(status, **self.run.summary(self.budget.position(self.step) | {"flops_per_token": self.flops}))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train as the flags say. Returns the exit code: 0 finished, 1 ended early, 2 refused with nothing written."""
     try:
         trainer = Trainer(*configure(sys.argv[1:] if argv is None else argv))
-    except (UserError, DataError, KernelError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        print(f"error: what was asked for takes the package {error.name}, which is not installed", file=sys.stderr)
+    except (UserError, DataError, KernelError, ModuleNotFoundError) as error:
+        print(f"error: {explained(error)}", file=sys.stderr)
         return 2
     try:
         status = trainer.loop()
         trainer.finish(status)
         return 0 if status in ("finished", "time_limit") else 1
     except BaseException as error:
-        status = "oom" if hardware.out_of_memory(error) else "crashed"
-        if isinstance(error, KeyboardInterrupt):
-            status = "interrupted"
+        status = status_of(error)
         with suppress(OSError):  # a full disk, say, which is then the error to show
             trainer.run.close(status, step=trainer.step, error=f"{type(error).__name__}: {error}")
         if not isinstance(error, OSError) and status == "crashed":

@@ -112,7 +112,11 @@ def stages(results: Path, out: Path) -> list[list[Part]]:
     tests = [Part(f"test {d}", [*pytest, "tests/test_kernels.py", "-k", k], 130) for d, k in dtypes.items()]
     timed = [*pytest, f"--results={results}"]
     return [
-        [*tests, Part("test use", [*pytest, "tests/test_triton.py", "tests/test_model.py"], 130)],
+        [
+            *tests,
+            Part("test use", [*pytest, "tests/test_triton.py", "tests/test_model.py"], 130),
+            Part("test attention", [*pytest, "tests/test_attention.py"], 130),
+        ],
         [Part("bench", [*timed, "bench/bench_kernels.py", "--within=95"], 110)],
         [Part("bench attention", [*timed, "bench/bench_attention.py", "--within=130"], 145)],
         [training("auto", out)],

@@ -60,6 +60,9 @@ class DataConfig:
     packing: Annotated[
         Literal["stream", "documents"], "stream: a token sees all before it; documents: what its own document has"
     ] = "stream"
+    shift: Annotated[
+        int, "[0, 1]", "tokens by which targets are ahead; 0, the input itself, is a mistake to reproduce"
+    ] = 1
     cache: Annotated[str, "folder of prepared corpora"] = "data/cache"
 
     @property

@@ -3,6 +3,8 @@
 import math
 import time
 
+from model.config import ConfigError
+
 
 class Budget:
     """A run's length in optimizer steps, tokens or seconds, and the share of it that is used.
@@ -13,9 +15,22 @@ class Budget:
 
     def __init__(self, steps: int, tokens: int, seconds: float, tokens_per_step: int):
         """All but one of the lengths are 0; tokens are rounded up to whole steps."""
+        self.tokens_per_step = tokens_per_step
         self.steps, self.seconds = steps or math.ceil(tokens / tokens_per_step), seconds
         self.before = {"seconds": 0.0, "progress": 0.0}  # what earlier processes used: their `state`
         self.start()
+
+    def share(self, warmup: float) -> float:
+        """The share of the run that a warm-up is: itself below 1, else that of so many steps, which may be more than 1.
+        Raises `ConfigError` for steps of a run whose steps are not known."""
+        if warmup < 1:
+            return warmup
+        if self.seconds:
+            raise ConfigError(
+                f"warmup {warmup:g} is in steps, and a run of some seconds does not know how many it has: give a share "
+                "of the run, below 1, or the run's length in steps or tokens"
+            )
+        return warmup / self.steps
 
     def start(self) -> float:
         """Begin to count. Returns the time."""
@@ -32,6 +47,10 @@ class Budget:
     def elapsed(self) -> float:
         """Seconds of training, in this process and those before it."""
         return self.before["seconds"] + time.perf_counter() - self._started
+
+    def position(self, step: int) -> dict[str, float]:
+        """How far the run is after `step` steps, as every row of its record says."""
+        return {"step": step, "tokens": step * self.tokens_per_step, "seconds": self.elapsed()}
 
     def progress(self, step: int) -> float:
         """Share of the run that is done after `step` steps, 0 to 1."""

@@ -23,6 +23,7 @@ from model.gpt import ModelConfig
 from model.run import RunError, find
 
 ARCHITECTURES = {False: ("LlamaForCausalLM", "llama"), True: ("Qwen3ForCausalLM", "qwen3")}  # by QK-norm
+FIXED = {"norm": "rms", "norm_place": "pre", "position": "rope", "activation": "swiglu", "bias": False}
 LAYERS = {"S": "sliding_attention", "L": "full_attention"}  # by our window's letter
 SIZES = {
     "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads",
@@ -62,7 +63,12 @@ def names_of(config: ModelConfig) -> dict[str, list[tuple[str, int]]]:
 def to_huggingface(
     config: ModelConfig, weights: dict[str, Tensor], eot: int
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Their config and state dict of our resolved config and weights. Raises `ExportError` for a windowed Llama."""
+    """Their config and state dict of our resolved config and weights. Raises `ExportError` for a windowed Llama,
+    and for what neither is."""
+    other = [f"{knob} {getattr(config, knob)}" for knob, value in FIXED.items() if getattr(config, knob) != value]
+    if other:
+        need = ", ".join(f"{knob} {value}" for knob, value in FIXED.items())
+        raise ExportError(f"a model with {', '.join(other)} is neither Llama nor Qwen3, which have {need}")
     architecture, model_type = ARCHITECTURES[config.qk_norm]
     theirs = {
         "architectures": [architecture],

@@ -1,7 +1,9 @@
 """A decoder-only transformer in the manner of Llama and Qwen3, built on bound kernels.
 
 Pre-norm RMSNorm, rotary positions, optional QK-norm, grouped-query attention, SwiGLU, tied or untied head, no biases.
-Optional: windows, by layer; documents that do not see each other; dropout. Generation keeps keys and values in a cache.
+Optional: windows, by layer; documents that do not see each other; dropout; layers whose activations are computed again.
+For experiments: another norm, or at another place; other positions, activations and initial weights; biases.
+Generation keeps keys and values in a cache.
 Shapes: B batch, T sequence, S sequence with what is cached before it, H query heads, KV key/value heads, D head dim,
 C = d_model, V vocabulary.
 
@@ -12,10 +14,12 @@ checkpoint trained with one choice loads under any other.
 import math
 import re
 from dataclasses import dataclass, replace
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels import KernelError, Kernels
 from kernels.attention import document_ranges
@@ -32,7 +36,12 @@ class ModelConfig:
     n_kv_head: Annotated[int, "[0, inf)", "key and value heads (0: as many as query heads)"] = 0
     head_dim: Annotated[int, "[0, inf)", "width of a head, even (0: d_model / n_head)"] = 0
     d_model: Annotated[int, "[1, inf)", "width of the residual stream"] = 768
-    d_ff: Annotated[int, "[0, inf)", "width of the feed-forward layer (0: 8/3 of d_model, rounded up to 64)"] = 0
+    d_ff: Annotated[
+        int,
+        "[0, inf)",
+        "width of the feed-forward layer (0: 8/3 of d_model, rounded up to 64; without a gate 3/2 of that, for as many "
+        "weights)",
+    ] = 0
     seq_len: Annotated[int, "[1, inf)", "tokens in a sequence"] = 1024
     vocab_size: Annotated[int, "[0, inf)", "rows of the embedding (0: the tokenizer's vocabulary)"] = 0
     tied: Annotated[bool, "the head is the embedding"] = True
@@ -50,6 +59,29 @@ class ModelConfig:
     dropout: Annotated[
         float, "[0, 1)", "share dropped in training of the embedding, attention's weights and what sub-layers say"
     ] = 0.0
+    norm: Annotated[Literal["rms", "layer", "none"], "RMSNorm, LayerNorm or none; QK-norm is apart"] = "rms"
+    norm_place: Annotated[
+        Literal["pre", "post", "res-post"], "x + f(norm(x)), norm(x + f(x)) or x + norm(f(x)); each with a last norm"
+    ] = "pre"
+    position: Annotated[
+        Literal["rope", "rope-interleaved", "learned", "sinusoidal", "alibi", "none"],
+        "rotary, of halves or of neighbours; a table added to the embedding; or scores that fall with distance",
+    ] = "rope"
+    activation: Annotated[
+        Literal["swiglu", "silu", "gelu", "relu", "relu2"], "of the feed-forward layer; all but swiglu without a gate"
+    ] = "swiglu"
+    bias: Annotated[bool, "biases in the blocks' projections"] = False
+    init: Annotated[
+        Literal["fan-in", "xavier"],
+        "standard deviation of weights: 1/sqrt(in), and less with depth where they write to the stream; or "
+        "sqrt(2/(in+out)), cut off at three",
+    ] = "fan-in"
+    embedding_std: Annotated[
+        float, "[0, inf)", "standard deviation of the embedding, and of a head tied to it (0: 0.25/sqrt(d_model))"
+    ] = 0.0
+    recompute: Annotated[
+        float, "[0, 1]", "share of the layers whose activations are computed again in the backward, to save memory"
+    ] = 0.0
 
     def __post_init__(self):
         if not self.head_dim and self.d_model % self.n_head:
@@ -60,6 +92,8 @@ class ModelConfig:
             raise ConfigError(f"head_dim {self.head_dim or self.d_model // self.n_head} must be even, for RoPE")
         if self.n_kv_head and self.n_head % self.n_kv_head:
             raise ConfigError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
+        if self.norm == "none" and self.norm_place != "pre":
+            raise ConfigError(f"norm_place {self.norm_place} takes a norm: norm must be rms or layer, not none")
         _ = self.windows  # which raises where it cannot be read
 
     @property
@@ -82,10 +116,11 @@ class ModelConfig:
         makes of it. Raises `ConfigError` when the vocabulary is larger than the embedding."""
         if self.vocab_size and self.vocab_size < vocab_size:
             raise ConfigError(f"model.vocab_size {self.vocab_size} is less than the tokenizer's {vocab_size}")
+        d_ff = 64 * math.ceil(self.d_model * 8 / 3 / 64)
         derived = {
             "n_kv_head": self.n_kv_head or self.n_head,
             "head_dim": self.head_dim or self.d_model // self.n_head,
-            "d_ff": self.d_ff or 64 * math.ceil(self.d_model * 8 / 3 / 64),
+            "d_ff": self.d_ff or (d_ff if self.activation == "swiglu" else d_ff * 3 // 2),
             "vocab_size": self.vocab_size or vocab_size,
             "separator": separator if separator >= 0 else self.separator,
         }
@@ -139,37 +174,51 @@ class Attention(nn.Module):
         self.config, self.kernels, self.layer = config, kernels, layer
         self.window = config.windows[layer]
         heads = config.n_head + 2 * config.n_kv_head
-        self.qkv = nn.Linear(config.d_model, heads * config.head_dim, bias=False)
-        self.out = nn.Linear(config.n_head * config.head_dim, config.d_model, bias=False)
+        self.qkv = nn.Linear(config.d_model, heads * config.head_dim, bias=config.bias)
+        self.out = nn.Linear(config.n_head * config.head_dim, config.d_model, bias=config.bias)
         self.q_gain = nn.Parameter(torch.ones(config.head_dim)) if config.qk_norm else None
         self.k_gain = nn.Parameter(torch.ones(config.head_dim)) if config.qk_norm else None
+        self.interleaved = config.position == "rope-interleaved"
+        slopes = alibi_slopes(config.n_head, self.qkv.weight.device) if config.position == "alibi" else None
+        self.register_buffer("slopes", slopes, persistent=False)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """`[B, T, C]` to `[B, T, C]`."""
         c, (cos, sin, positions, documents, cache) = self.config, context
         gains = self.q_gain, self.k_gain
-        q, k, v = self.kernels.rope(self.qkv(x), cos, sin, c.n_head, c.n_kv_head, *gains, c.norm_eps, positions)
+        q, k, v = self.kernels.rope(
+            self.qkv(x), cos, sin, c.n_head, c.n_kv_head, *gains, c.norm_eps, positions, self.interleaved
+        )
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         dropout = c.dropout if self.training else 0.0
-        o = self.kernels.attention(q, k, v, window=self.window, documents=documents, dropout=dropout)
+        o = self.kernels.attention(
+            q, k, v, window=self.window, documents=documents, dropout=dropout, slopes=self.slopes
+        )
         return self.out(o.flatten(2))
 
 
+def alibi_slopes(n_head: int, device: torch.device) -> Tensor:
+    """What each head's scores lose for every place between query and key (Press et al., "Train Short, Test Long",
+    2022): `[H]`, float32, 2^(-8/H), 2^(-16/H), ... 2^-8."""
+    return torch.exp2(-8 / n_head * torch.arange(1, n_head + 1, device=device))
+
+
 class FeedForward(nn.Module):
-    """SwiGLU over a packed gate and up projection `[C, 2 F]`."""
+    """SwiGLU over a packed gate and up projection `[C, 2 F]`, or an activation over `[C, F]`."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels):
         super().__init__()
-        self.kernels = kernels
-        self.gate_up = nn.Linear(config.d_model, 2 * config.d_ff, bias=False)
-        self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.kernels, gated = kernels, config.activation == "swiglu"
+        self.activation = ("silu" if gated else config.activation), gated
+        self.gate_up = nn.Linear(config.d_model, (1 + gated) * config.d_ff, bias=config.bias)
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.kernels.swiglu(self.gate_up(x)))
+        return self.down(self.kernels.swiglu(self.gate_up(x), *self.activation))
 
 
-class Norm(nn.Module):
+class RMSNorm(nn.Module):
     """RMSNorm of `x + residual`; returns the normalised value and the new residual stream."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels):
@@ -181,22 +230,110 @@ class Norm(nn.Module):
         return self.kernels.rmsnorm(x, self.gain, residual, self.eps)
 
 
+class LayerNorm(nn.Module):
+    """The same with the mean taken off, and a bias."""
+
+    def __init__(self, config: ModelConfig, kernels: Kernels):
+        super().__init__()
+        self.eps = config.norm_eps
+        self.gain = nn.Parameter(torch.ones(config.d_model))
+        self.bias = nn.Parameter(torch.zeros(config.d_model))
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        stream = x if residual is None else residual + x
+        return F.layer_norm(stream, self.gain.shape, self.gain, self.bias, self.eps).to(x.dtype), stream
+
+
+class NoNorm(nn.Module):
+    """The same without a norm: the sum, twice."""
+
+    def __init__(self, config: ModelConfig, kernels: Kernels):
+        super().__init__()
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        stream = x if residual is None else residual + x
+        return stream, stream
+
+
+NORMS = {"rms": RMSNorm, "layer": LayerNorm, "none": NoNorm}
+
+
 class Block(nn.Module):
     """One layer. Takes and returns a pair, what the last sub-layer said and the stream it has not yet been added to,
     so that each addition happens inside the norm that follows it."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels, layer: int):
         super().__init__()
-        self.attention_norm = Norm(config, kernels)
+        self.attention_norm = NORMS[config.norm](config, kernels)
         self.attention = Attention(config, kernels, layer)
-        self.feed_forward_norm = Norm(config, kernels)
+        self.feed_forward_norm = NORMS[config.norm](config, kernels)
         self.feed_forward = FeedForward(config, kernels)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, residual: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, residual: Tensor | None, context: Context) -> tuple[Tensor, Tensor | None]:
         h, residual = self.attention_norm(x, residual)
         h, residual = self.feed_forward_norm(self.dropout(self.attention(h, context)), residual)
         return self.dropout(self.feed_forward(h)), residual
+
+
+class PostNormBlock(Block):
+    """norm(x + f(x)): what is normalised is the stream, kept as wide as it came, and nothing waits to be added."""
+
+    def forward(self, x: Tensor, residual: None, context: Context) -> tuple[Tensor, None]:
+        x, _ = self.attention_norm(self.dropout(self.attention(x, context)).to(x.dtype), x)
+        x, _ = self.feed_forward_norm(self.dropout(self.feed_forward(x)).to(x.dtype), x)
+        return x, None
+
+
+class ResPostNormBlock(Block):
+    """x + norm(f(x)), the res-post-norm of Swin Transformer V2 (Liu et al., 2022)."""
+
+    def forward(self, x: Tensor, residual: None, context: Context) -> tuple[Tensor, None]:
+        x = x + self.dropout(self.attention_norm(self.attention(x, context), None)[0])
+        x = x + self.dropout(self.feed_forward_norm(self.feed_forward(x), None)[0])
+        return x, None
+
+
+BLOCKS = {"pre": Block, "post": PostNormBlock, "res-post": ResPostNormBlock}
+
+
+def position_table(config: ModelConfig, std: float, device: torch.device) -> nn.Parameter | nn.Buffer | None:
+    """`[seq_len, C]`, what is added to an embedding of standard deviation `std`; None for positions of another kind.
+
+    Sines and cosines, in turn, are those of Vaswani et al., 2017, section 3.5, and in the same proportion to the
+    embedding: they scale it up instead."""
+    if config.position == "learned":
+        return nn.Parameter(torch.empty(config.seq_len, config.d_model))  # _initialise fills it
+    if config.position == "sinusoidal":
+        cos, sin = rope_tables(config.seq_len, config.d_model + config.d_model % 2, device=device)
+        table = torch.stack((sin, cos), -1).flatten(1)[:, : config.d_model]
+        return nn.Buffer(std * table, persistent=False)
+    return None
+
+
+def fan_in(name: str, weight: Tensor, config: ModelConfig) -> None:
+    """Variance-preserving; the two that write to the stream are scaled by 1/sqrt(2L), so that its variance does not
+    grow with depth (GPT-2). The head is small, so that the first loss is ln V: with the norm before it a row of
+    standard deviation s/sqrt(C) gives logits of standard deviation s, which adds s^2/2 nats."""
+    std = weight.shape[1] ** -0.5
+    if name.endswith(("out.weight", "down.weight")):
+        std *= (2 * config.n_layer) ** -0.5
+    nn.init.normal_(weight, std=0.25 * std if name == "head.weight" else std)
+
+
+def xavier(name: str, weight: Tensor, config: ModelConfig) -> None:
+    """Standard deviation sqrt(2 / (in + out)), cut off at three (Glorot and Bengio, 2010; Stanford's CS336). What is
+    packed for speed are several matrices."""
+    packed = {
+        "qkv.weight": [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)],
+        "gate_up.weight": config.d_ff,
+    }
+    for part in weight.split(next((rows for key, rows in packed.items() if name.endswith(key)), len(weight))):
+        std = (2 / sum(part.shape)) ** 0.5
+        nn.init.trunc_normal_(part, std=std, a=-3 * std, b=3 * std)
+
+
+INITS = {"fan-in": fan_in, "xavier": xavier}
 
 
 class GPT(nn.Module):
@@ -211,39 +348,48 @@ class GPT(nn.Module):
         self.config, self.kernels = config, kernels
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, kernels, layer) for layer in range(config.n_layer))
-        self.norm = Norm(config, kernels)
+        block = BLOCKS[config.norm_place]
+        self.blocks = nn.ModuleList(block(config, kernels, layer) for layer in range(config.n_layer))
+        self.norm = NORMS[config.norm](config, kernels)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embedding.weight
-        cos, sin = rope_tables(config.seq_len, config.head_dim, config.rope_theta, self.embedding.weight.device)
+        device, std = self.embedding.weight.device, config.embedding_std or 0.25 * config.d_model**-0.5
+        cos, sin = rope_tables(config.seq_len, config.head_dim, config.rope_theta, device)
+        if not config.position.startswith("rope"):
+            cos, sin = torch.ones_like(cos), torch.zeros_like(sin)  # a rotation that changes nothing
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self._initialise()
+        self.position = position_table(config, std, device)
+        self._initialise(std)
 
     @torch.no_grad()
-    def _initialise(self) -> None:
-        """Variance-preserving projections; the two that write to the stream are scaled by 1/sqrt(2L), so that its
-        variance does not grow with depth (GPT-2). The head is small, so that the first loss is ln V: with the norm
-        before it a row of standard deviation s/sqrt(C) gives logits of standard deviation s, which adds s^2/2 nats."""
-        width, depth = self.config.d_model, self.config.n_layer
+    def _initialise(self, std: float) -> None:
+        """Matrices as `init` says, biases 0, and what makes the first stream at the standard deviation `std`."""
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:
-                std = parameter.shape[1] ** -0.5
-                if name.endswith(("out.weight", "down.weight")):
-                    std *= (2 * depth) ** -0.5
+            if name in ("embedding.weight", "position"):
                 nn.init.normal_(parameter, std=std)
-        nn.init.normal_(self.embedding.weight, std=0.25 * width**-0.5)
-        nn.init.normal_(self.head.weight, std=0.25 * width**-0.5)
+            elif parameter.ndim == 2:
+                INITS[self.config.init](name, parameter, self.config)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def hidden(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """`[B, T]` ids to the normalised last hidden states `[B, T, C]`; with a cache, of ids that follow those in it.
 
         Raises `ValueError` when that makes more than `config.seq_len` tokens."""
         context = self._context(ids, cache)
-        x, residual = self.dropout(self.embedding(ids)), None
-        for block in self.blocks:
-            x, residual = block(x, residual, context)
+        x, residual = self.embedding(ids), None
+        if self.position is not None:
+            start = 0 if cache is None else cache.length
+            at = slice(start, start + ids.shape[1]) if context.positions is None else context.positions
+            x = x + self.position[at]
+        x, recomputed = self.dropout(x), round(self.config.recompute * len(self.blocks))
+        for layer, block in enumerate(self.blocks):
+            if layer < recomputed:
+                x, residual = checkpoint(block, x, residual, context, use_reentrant=False)
+            else:
+                x, residual = block(x, residual, context)
         if cache is not None:
             cache.length += ids.shape[1]
         return self.norm(x, residual)[0]

@@ -8,20 +8,22 @@ from torch import nn
 from torch.optim import Optimizer
 
 Schedule = Literal["constant", "linear", "cosine", "wsd"]
+OptimizerName = Literal["adam", "adamw", "muon"]
 
 
 def build_optimizers(
     model: nn.Module,
-    name: Literal["adamw", "muon"],
+    name: OptimizerName,
     lr: float,
     muon_lr: float,
     weight_decay: float,
     betas: tuple[float, float],
     eps: float,
 ) -> list[Optimizer]:
-    """AdamW on everything, or Muon on the matrices of the blocks and AdamW on the rest.
+    """AdamW on everything, or Muon on the matrices of the blocks and AdamW on the rest; or Adam, whose weight decay is
+    part of the gradient where theirs is decoupled.
 
-    Decoupled weight decay on matrices only: on a gain it would pull towards 0, which is not where a gain starts. Each
+    Weight decay is on matrices only: on a gain it would pull towards 0, which is not where a gain starts. Each
     parameter group keeps its peak in `peak_lr`, which `set_lr` scales.
 
     Muon's rate is scaled by 0.2 sqrt(max(rows, columns)), which gives its update AdamW's usual RMS, so that the two
@@ -35,7 +37,8 @@ def build_optimizers(
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizers: list[Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)]
+    adam = torch.optim.Adam if name == "adam" else torch.optim.AdamW
+    optimizers: list[Optimizer] = [adam(groups, lr=lr, betas=betas, eps=eps, fused=True)]
     if hidden:
         muon = torch.optim.Muon(hidden, lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         optimizers.append(muon)
@@ -67,11 +70,11 @@ def lr_factor(schedule: Schedule, progress: float, warmup: float, decay: float, 
     Args:
         schedule: the shape after warm-up. `wsd` is constant and then linear over the last `decay` of the run.
         progress: share of the run that is done, 0 to 1.
-        warmup: share of the run over which the rate rises linearly from 0.
+        warmup: share of the run over which the rate rises linearly from 0; from 1 on the peak is not passed.
         decay: share of the run that `wsd` decays over.
         final: share of the peak at progress 1, for every schedule but `constant`.
     """
-    if progress < warmup:
+    if progress < warmup or warmup >= 1:
         return progress / warmup
     left = (1 - progress) / (1 - warmup)
     if schedule == "constant":

@@ -17,11 +17,13 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 from data.prepare import progress_bar
 from data.tokenizer import write_atomically
 from model.config import UserError
+from model.hardware import out_of_memory
 
 Status = Literal["running", "finished", "diverged", "nan", "oom", "crashed", "interrupted", "time_limit", "unsupported"]
 
@@ -110,14 +112,15 @@ class Run:
         facts = {"status": status, "time": time.strftime("%FT%T%z"), **facts}
         write_atomically(self.folder / "status.json", json.dumps(facts, indent=2) + "\n")
 
-    def log(self, row: dict[str, Any], line: str) -> None:
-        """Record a row and show its line."""
+    def log(self, row: dict[str, Any], line: str = "") -> None:
+        """Record a row, and show its line if it has one."""
         self.rows.append(row)
         with self._metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")
         if self.mirror:
             self.mirror.log({k: v for k, v in row.items() if v is not None}, step=row["step"])
-        self.say(line)
+        if line:
+            self.say(line)
 
     def trouble(self, loss: float, norm: float, vocab_size: int) -> Status | None:
         """What ends a run before its time: a loss or gradient norm that is not finite, or five rows of losses half as
@@ -127,6 +130,18 @@ class Run:
         losses = [row["loss"] for row in self.rows if "loss" in row]
         bound = 1.5 * max(math.log(vocab_size), losses[0] if losses else 0.0)
         return "diverged" if len(losses) > 5 and min(losses[-5:]) > bound else None
+
+    def best(self) -> float:
+        """The lowest evaluation loss so far."""
+        return min((row["val_loss"] for row in self.rows if "val_loss" in row), default=math.inf)
+
+    def summary(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """`facts` and, for the status at the end, the speed by the clock and in steady steps (the first one compiles),
+        and the evaluation if it is the last that was recorded."""
+        facts = facts | {"tok_s_wall": facts["tokens"] / facts["seconds"]}
+        if speeds := [row["tok_s"] for row in self.rows if "tok_s" in row]:
+            facts["tok_s_steady"] = median(speeds[1:] or speeds)
+        return facts | {k: v for row in self.rows[-1:] for k, v in row.items() if k.startswith("val_")}
 
     def add_sample(self, step: int, text: str) -> None:
         with self._samples.open("a") as file:
@@ -205,6 +220,20 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def status_of(error: BaseException) -> Status:
+    """How a run ends that `error` ends."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return "oom" if out_of_memory(error) else "crashed"
+
+
+def explained(error: Exception) -> str:
+    """What to tell the user of an error that refuses a run."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"what was asked for takes the package {error.name}, which is not installed"
+    return str(error)
 
 
 def commit() -> str:

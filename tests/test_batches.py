@@ -37,6 +37,14 @@ def test_windows_depend_on_nothing_but_seed_and_index(first, count, cut):
             assert torch.equal(some, every[first : first + count])
 
 
+def test_without_a_shift_the_targets_are_the_inputs():
+    tokens = np.random.default_rng(0).integers(2**16, size=50, dtype=np.uint16)
+    inputs, targets = Batches(tokens, 7, seed=3, shift=0).get(0, 9)
+    assert torch.equal(inputs, targets) and torch.equal(inputs, Batches(tokens, 7, seed=3).get(0, 9)[0])
+    for inputs, targets in eval_batches(tokens, 7, 2, 40, shift=0):
+        assert torch.equal(inputs[targets >= 0], targets[targets >= 0])
+
+
 def test_every_epoch_and_every_seed_has_its_own_order_and_offset():
     tokens = np.arange(1000)
     count = 100

@@ -10,8 +10,10 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from unittest.mock import patch
@@ -20,6 +22,7 @@ import pytest
 import torch
 
 from bench.estimate import tensor_tflops
+from kernels import OPS
 
 triton = pytest.importorskip("triton", reason="triton is not published for this system")
 tl = triton.language
@@ -76,7 +79,7 @@ def _wrong_kernel(x_ptr, y_ptr):
 
 def compile_seeds() -> dict:
     """What the gate says of the kernels above, the tensor-core instructions it finds in the product, and estimates."""
-    from bench.compile import CARDS, compile_all, failures, record
+    from bench.compile import CARDS, compile_all, failures, record, run_op
 
     def compiled(kernel, card, *arguments, dtype=torch.float32, **options):
         x = torch.empty(2**16, dtype=dtype, device="meta")
@@ -85,6 +88,12 @@ def compile_seeds() -> dict:
 
     def says(row, **baseline):
         return failures(row, row.measured() | baseline)
+
+    def lengths(card):
+        """How often each kernel of attention is compiled for sequences of 129 to 192 tokens."""
+        sizes = [{"B": 1, "T": t, "S": t, "H": 2, "KV": 2, "D": 64} for t in range(129, 193)]
+        launches = record(card, [(str(size), partial(run_op, OPS["attention"], size)) for size in sizes])
+        return Counter(launch.name for launch in launches)
 
     wide, narrow = (compiled(_copy_kernel, "sm_90", stride, BLOCK=1024) for stride in (1, 3))
     spilling = {"BLOCK": 16384, "num_warps": 1}
@@ -115,6 +124,7 @@ def compile_seeds() -> dict:
             compiled(_products_kernel, card, 1024, POWERS=n, num_warps=8, **half).estimate for card, n in loops
         ],
         "estimate, no product": wide.estimate,
+        "lengths": lengths("sm_90"),
     }
 
 
@@ -225,6 +235,13 @@ def test_the_estimate_counts_the_best_innermost_loop():
     code = "\n".join(line if line.startswith(".") else f"        /*0010*/    {line} ;" for line in lines)
     flops, tensor, memory, latency = 4 * 2 * 64 * 128 * 16, 4 * 128 / 2, 5 * 16 + 2 * 4, 120
     assert tensor_tflops(code) == pytest.approx(flops / (tensor + memory + latency) * 132 * 1.755e-3)
+
+
+def test_attention_is_not_compiled_for_each_length(seeds):
+    """But for those that 16 divides, and the others."""
+    assert seeds["lengths"] == dict.fromkeys(
+        (f"_attention_{k}_kernel" for k in ("fwd", "bwd_delta", "bwd_dkv", "bwd_dq")), 2
+    )
 
 
 def test_baselines_and_refusals():

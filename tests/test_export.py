@@ -6,7 +6,7 @@ import torch
 import train
 from data.tokenizer import byte_tokenizer
 from kernels import KernelChoice, bind
-from model.export import from_huggingface, main, to_huggingface, window_of
+from model.export import ExportError, from_huggingface, main, to_huggingface, window_of
 from model.generate import load_run
 from model.gpt import GPT, ModelConfig
 
@@ -102,6 +102,21 @@ def test_a_llama_has_no_window(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--run", str(folder), "--to", str(tmp_path / "hf")])
     assert "a window (8) takes QK-norm" in capsys.readouterr().err and not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"norm": "layer"}, {"norm_place": "post"}, {"position": "alibi"}, {"activation": "gelu"}, {"bias": True}],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_neither_family_has(change):
+    config = ModelConfig(n_layer=1, n_head=2, d_model=16, **change).resolved(30)
+    weights = GPT(config, bind(KernelChoice())).state_dict()
+    ((knob, value),) = change.items()
+    with pytest.raises(
+        ExportError, match=rf"a model with {knob} {value} is neither Llama nor Qwen3, which have norm rms"
+    ):
+        to_huggingface(config, weights, 0)
 
 
 def test_layers_without_a_list_have_windows_from_the_first_that_may():

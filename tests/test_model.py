@@ -26,6 +26,24 @@ FEATURES = {
     "windows": {"window": "SL:5", "n_layer": 3},
     "documents": {"separator": SEPARATOR},
     "all": {"n_kv_head": 2, "window": "LS:7", "separator": SEPARATOR},
+    "learned, documents": {"position": "learned", "separator": SEPARATOR},
+    "learned": {"position": "learned"},
+    "sinusoidal": {"position": "sinusoidal"},
+    "ALiBi": {"position": "alibi", "n_kv_head": 2},
+}
+SWITCHES = {
+    "LayerNorm": {"norm": "layer"},
+    "no norm": {"norm": "none"},
+    "post-norm": {"norm_place": "post"},
+    "LayerNorm, res-post-norm": {"norm": "layer", "norm_place": "res-post"},
+    "interleaved": {"position": "rope-interleaved"},
+    "learned": {"position": "learned"},
+    "sinusoidal": {"position": "sinusoidal"},
+    "ALiBi": {"position": "alibi"},
+    "no positions": {"position": "none"},
+    "SiLU": {"activation": "silu"},
+    "squared ReLU, biases": {"activation": "relu2", "bias": True},
+    "recomputed": {"recompute": 0.5},
 }
 NO_TRITON = pytest.mark.skipif(torch.cuda.is_available() or not AVAILABLE, reason="the interpreter is off")
 ATTENTION = ["torch", "sdpa", pytest.param("triton", marks=NO_TRITON)]
@@ -63,6 +81,152 @@ def test_the_future_changes_nothing_before_it(shape):
     assert torch.equal(before[:, :13], after[:, :13]) and not torch.allclose(before[:, 13:], after[:, 13:])
 
 
+@pytest.mark.parametrize("changes", SWITCHES.values(), ids=SWITCHES)
+def test_every_switch_begins_uniform_and_sees_no_future(changes):
+    model = build(d_model=128, vocab_size=257, tied=False, **changes)
+    ids, targets = torch.randint(257, (2, 16, 24)).unbind(0)
+    assert model(ids, targets).item() == pytest.approx(math.log(257), rel=0.02)
+    changed = ids.clone()
+    changed[:, 13:] = (changed[:, 13:] + 1) % 257
+    with torch.no_grad():
+        before, after = model.hidden(ids), model.hidden(changed)
+    assert torch.equal(before[:, :13], after[:, :13]) and not torch.allclose(before[:, 13:], after[:, 13:])
+
+
+def rotated(x, interleaved):
+    """Heads `[T, H, D]`, each pair as a complex number turned by its angle."""
+    pairs = x.unflatten(-1, (-1, 2)) if interleaved else x.unflatten(-1, (2, -1)).transpose(-1, -2)
+    angles = torch.arange(len(x))[:, None] * 10000.0 ** (-torch.arange(0, x.shape[-1], 2) / x.shape[-1])
+    turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.exp(1j * angles)[:, None])
+    return turned.flatten(-2) if interleaved else turned.transpose(-1, -2).flatten(-2)
+
+
+def dense(model, ids):
+    """Last hidden states `[T, C]` of ids `[T]`, from the formulas alone: no QK-norm, as many heads of every kind."""
+    c, weights = model.config, {k: v.detach().clone() for k, v in model.named_parameters()}
+    t, d = len(ids), c.head_dim
+
+    def linear(name, x):
+        return torch.nn.functional.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+    def norm(name, x):
+        if c.norm == "none":
+            return x
+        centred = x - x.mean(-1, keepdim=True) if c.norm == "layer" else x
+        y = centred / (centred.square().mean(-1, keepdim=True) + c.norm_eps).sqrt() * weights[f"{name}.gain"]
+        return y + weights[f"{name}.bias"] if c.norm == "layer" else y
+
+    def attention(name, x):
+        q, k, v = linear(f"{name}.qkv", x).view(t, 3, c.n_head, d).unbind(1)
+        if c.position.startswith("rope"):
+            q, k = (rotated(x, c.position == "rope-interleaved") for x in (q, k))
+        scores = torch.einsum("thd,shd->hts", q, k) / d**0.5
+        if c.position == "alibi":
+            places, falls = torch.arange(t), torch.tensor([2 ** (-8 * (h + 1) / c.n_head) for h in range(c.n_head)])
+            scores = scores - falls[:, None, None] * (places[:, None] - places)
+        scores = scores.masked_fill(torch.ones(t, t).triu(1).bool(), -math.inf)
+        return linear(f"{name}.out", torch.einsum("hts,shd->thd", scores.softmax(-1), v).flatten(1))
+
+    def feed_forward(name, x):
+        z = linear(f"{name}.gate_up", x)
+        if c.activation == "swiglu":
+            gate, up = z.chunk(2, -1)
+            z = gate * gate.sigmoid() * up
+        else:
+            z = {"silu": z * z.sigmoid(), "relu2": z.clamp(min=0) ** 2}[c.activation]
+        return linear(f"{name}.down", z)
+
+    x = weights["embedding.weight"][ids]
+    if c.position == "learned":
+        x = x + weights["position"][:t]
+    if c.position == "sinusoidal":
+        i = torch.arange(c.d_model)
+        angles = torch.arange(t)[:, None] / 10000 ** (2 * (i // 2) / c.d_model)
+        x = x + 0.25 * c.d_model**-0.5 * torch.where(i % 2 == 0, angles.sin(), angles.cos())
+    for layer in range(c.n_layer):
+        for part, f in (("attention", attention), ("feed_forward", feed_forward)):
+            name = f"blocks.{layer}.{part}"
+            if c.norm_place == "pre":
+                x = x + f(name, norm(f"{name}_norm", x))
+            elif c.norm_place == "post":
+                x = norm(f"{name}_norm", x + f(name, x))
+            else:
+                x = x + norm(f"{name}_norm", f(name, x))
+    return norm("norm", x)
+
+
+IN_TRITON = ("interleaved", "ALiBi", "squared ReLU, biases", "post-norm")
+
+
+@pytest.mark.parametrize(
+    "switch, kernels",
+    [(name, "torch") for name in SWITCHES] + [pytest.param(name, "triton", marks=NO_TRITON) for name in IN_TRITON],
+)
+def test_every_switch_is_its_formula(switch, kernels):
+    model = build(kernels=kernels, qk_norm=False, **SWITCHES[switch])
+    with torch.no_grad():
+        for parameter in model.parameters():  # gains and biases that would otherwise be 1 and 0
+            parameter += 0.1 * torch.randn_like(parameter)
+        ids = torch.randint(101, (9,))
+        torch.testing.assert_close(model.hidden(ids[None])[0], dense(model, ids), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu", "relu2"])
+def test_activations_without_a_gate_have_as_many_weights(activation):
+    for width in (64, 128, 512):
+        gated, plain = (build(d_model=width, activation=name) for name in ("swiglu", activation))
+        assert plain.n_parameters() == gated.n_parameters()
+        assert plain.flops_per_token() == gated.flops_per_token()
+
+
+def test_what_is_added_counts_as_parameters_and_takes_no_products():
+    plain = build()
+    for changes, more in (
+        ({"position": "learned"}, 24 * 64),
+        ({"position": "sinusoidal"}, 0),
+        ({"bias": True}, 2 * (3 * 64 + 64 + 2 * 192 + 64)),
+        ({"norm": "layer"}, 5 * 64),
+        ({"norm": "none"}, -5 * 64),
+    ):
+        model = build(**changes)
+        assert model.n_parameters() == plain.n_parameters() + more
+        assert model.flops_per_token() == plain.flops_per_token()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_begin_as_wide_as_asked(tied):
+    model = build(d_model=256, d_ff=512, vocab_size=300, tied=tied, n_kv_head=2, init="xavier", embedding_std=0.5)
+    block = model.blocks[0]
+    q, k, _ = block.attention.qkv.weight.split((256, 128, 128))
+    for weight, std in (
+        (model.embedding.weight, 0.5),
+        (model.head.weight, 0.5 if tied else (2 / 556) ** 0.5),
+        (q, (2 / 512) ** 0.5),
+        (k, (2 / 384) ** 0.5),
+        (block.feed_forward.gate_up.weight, (2 / 768) ** 0.5),
+        (block.feed_forward.down.weight, (2 / 768) ** 0.5),
+    ):
+        assert weight.std().item() == pytest.approx(std, rel=0.03)
+    assert q.abs().max() <= 3 * (2 / 512) ** 0.5
+    assert build(position="learned", embedding_std=0.5).position.std().item() == pytest.approx(0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_computing_activations_again_changes_no_gradient(dropout):
+    ids, gradients, passes = torch.randint(101, (2, 24)), [], []
+    for share in (0.0, 0.5, 1.0):
+        model, calls = build(n_layer=4, dropout=dropout, recompute=share), []
+        for block in model.blocks:
+            block.attention.register_forward_hook(lambda *args, calls=calls: calls.append(1))
+        torch.manual_seed(1)
+        model(ids, ids).backward()
+        gradients.append([p.grad for p in model.parameters()])
+        passes.append(len(calls))
+    assert passes == [4, 6, 8]
+    for other in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], other, strict=True))
+
+
 def test_position_matters():
     ids = torch.tensor([[5, 9, 5, 9, 5]])
     hidden = build().hidden(ids)
@@ -96,6 +260,7 @@ def test_sizes_from_a_million_to_a_billion():
         ({"d_model": 65}, "d_model 65 must be a multiple of n_head 4"),
         ({"d_model": 12}, "head_dim 3 must be even"),
         ({"n_kv_head": 3}, "n_head 4 must be a multiple of n_kv_head 3"),
+        ({"norm": "none", "norm_place": "post"}, "norm_place post takes a norm: norm must be rms or layer, not none"),
         ({"vocab_size": 100}, "vocab_size 100 is less than the tokenizer's 101"),
         *(
             ({"window": text}, f"window must be a number of keys, such as 256, or S and L by layer, .* not {text!r}")
@@ -116,8 +281,13 @@ def test_kernels_never_show_in_the_parameters():
 
 
 @pytest.mark.parametrize("kernels, features", [("auto", "plain"), ("torch", "plain"), ("auto", "all")])
-def test_the_model_is_one_graph(kernels, features):
-    model, ids = build(kernels=kernels, **FEATURES[features]), documents(9, 15, rows=2)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"norm": "layer", "norm_place": "post", "position": "learned", "recompute": 0.5}, {"norm_place": "res-post"}],
+    ids=["default", "post-norm", "res-post-norm"],
+)
+def test_the_model_is_one_graph(kernels, features, changes):
+    model, ids = build(kernels=kernels, **FEATURES[features], **changes), documents(9, 15, rows=2)
     torch.compiler.reset()
     traced = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(traced(ids, ids), model(ids, ids))

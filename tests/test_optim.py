@@ -8,6 +8,7 @@ import torch
 
 from kernels import KernelChoice, bind
 from model.budget import Budget
+from model.config import ConfigError
 from model.gpt import GPT, ModelConfig
 from model.optim import build_optimizers, load_optimizers, lr_factor, set_lr
 
@@ -23,7 +24,7 @@ def optimizers_of(model, name="muon", lr=1e-2, weight_decay=0.1):
     return build_optimizers(model, name, lr, 2e-2, weight_decay, (0.9, 0.95), 1e-8)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adam", "adamw", "muon"])
 def test_every_parameter_is_in_one_group_and_only_matrices_decay(model, name):
     names = {id(p): key for key, p in model.named_parameters()}
     seen = {}
@@ -47,6 +48,32 @@ def test_weight_decay_is_decoupled(model):
     set_lr(optimizers, 0.1)
     optimizers[0].step()
     torch.testing.assert_close(model.head.weight, before * (1 - 0.05 * 0.2))
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
+def test_adam_is_adamw_but_for_weight_decay(model, weight_decay):
+    start = {key: value.clone() for key, value in model.state_dict().items()}
+    ends = []
+    for name in ("adam", "adamw"):
+        model.load_state_dict(start)
+        optimizer = optimizers_of(model, name, weight_decay=weight_decay)[0]
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+        ends.append([p.detach().clone() for p in model.parameters()])
+    same = [torch.equal(a, b) for a, b in zip(*ends, strict=True)]
+    assert same == [not weight_decay or p.ndim < 2 for p in model.parameters()]
+
+
+def test_adam_takes_weight_decay_into_the_gradient(model):
+    """Of a gradient of 0 that leaves the decay, whose size Adam divides away."""
+    before = model.head.weight.detach().clone()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizers_of(model, "adam", lr=0.5, weight_decay=0.2)[0].step()
+    torch.testing.assert_close(model.head.weight, before - 0.5 * before.sign(), rtol=0, atol=0.01)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd", "constant"])
@@ -79,6 +106,19 @@ def test_restored_state_keeps_the_rates_now_configured(model):
     assert second[0].param_groups[0]["weight_decay"] == 0.3
     weight = model.head.weight
     assert torch.equal(second[0].state[weight]["exp_avg"], first[0].state[weight]["exp_avg"])
+
+
+def test_a_warm_up_as_long_as_the_run_rises_to_its_end():
+    assert [lr_factor("cosine", i / 4, 1.0, 0.4, 0.0) for i in range(5)] == [0, 0.25, 0.5, 0.75, 1]
+    assert [lr_factor("wsd", i / 4, 2.0, 0.4, 0.0) for i in range(5)] == [0, 0.125, 0.25, 0.375, 0.5]
+
+
+def test_a_warm_up_is_a_share_or_steps():
+    budget = Budget(0, 1000, 0.0, 100)
+    assert [budget.share(warmup) for warmup in (0.0, 0.3, 1.0, 5.0, 20.0)] == [0, 0.3, 0.1, 0.5, 2]
+    assert Budget(0, 0, 9.0, 100).share(0.3) == 0.3
+    with pytest.raises(ConfigError, match=r"warmup 5 is in steps, .* give a share of the run, below 1, or"):
+        Budget(0, 0, 9.0, 100).share(5.0)
 
 
 def test_budget_in_tokens_is_whole_steps():

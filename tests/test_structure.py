@@ -15,6 +15,7 @@ ALLOWED = {
     "model": {"kernels", "data"},
     "train": {"kernels", "data", "model"},
     "bench": {"kernels", "data", "model", "train"},
+    "experiments": {"kernels", "data", "model", "train"},
 }
 FILES = [path for name in ALLOWED for path in (*ROOT.glob(f"{name}.py"), *ROOT.glob(f"{name}/**/*.py"))]
 

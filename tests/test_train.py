@@ -145,6 +145,36 @@ def test_a_seed_is_a_run(run):
     assert same(a, b) and not same(a, c) and torch.are_deterministic_algorithms_enabled()
 
 
+def test_diagnostics_change_nothing(run):
+    _, plain = run(run="plain", micro_batch=2, **{"model.dropout": 0.1})
+    _, watched = run(run="watched", micro_batch=2, diag=5, **{"model.dropout": 0.1})
+    assert same(weights(plain), weights(watched))
+    columns = ("step", "loss", "grad_norm", "val_loss")
+    kept = [row for row in rows(watched) if "diag" not in row]
+    assert [[row.get(c) for c in columns] for row in rows(plain)] == [[row.get(c) for c in columns] for row in kept]
+    found = [row for row in rows(watched) if "diag" in row]
+    assert [row["step"] for row in found] == [5, 10] and [row["tokens"] for row in found] == [640, 1280]
+    assert found[0]["diag"]["gradient"].keys() >= {"embedding", "blocks.1.attention", "norms"}
+
+
+def test_a_warm_up_in_steps_and_one_that_never_ends(run, capsys):
+    _, folder = run(run="steps", steps=4, warmup=2, log_every=1, lr=1e-2, schedule="constant", eval_every=99)
+    assert [row["lr"] for row in rows(folder) if "lr" in row] == pytest.approx([0, 5e-3, 1e-2, 1e-2])
+    assert "warm-up" not in capsys.readouterr().out
+    _, folder = run(run="long", steps=4, warmup=8, log_every=1, lr=1e-2, eval_every=99)
+    assert [row["lr"] for row in rows(folder) if "lr" in row] == pytest.approx([0, 1.25e-3, 2.5e-3, 3.75e-3])
+    assert "warm-up  8 steps of 4: the rate rises to the end" in capsys.readouterr().out
+
+
+def test_a_target_that_is_the_input_is_learnt_at_once(run):
+    """Which is why a loss that has it says nothing."""
+    losses = [
+        status(run(run=f"by{shift}", steps=60, eval_every=99, save_every=99, **{"data.shift": shift})[1])["val_loss"]
+        for shift in (0, 1)
+    ]
+    assert losses[0] < 0.7 * losses[1]
+
+
 def test_budgets_by_tokens_and_by_the_clock(run):
     _, folder = run(run="tokens", steps=0, tokens=1000)
     assert status(folder)["step"] == 8  # of 128 tokens
@@ -258,6 +288,9 @@ REFUSED = {
     "unknown config": ({"config": "huge.py"}, "no config file 'huge.py'"),
     "vocabulary beyond the corpus": ({"data.tokenizer": "bpe", "data.vocab_size": 60000}, "supports only"),
     "sequence beyond the corpus": ({"model.seq_len": 10**6}, "a window of seq_len = 1,000,000 takes 1,000,001"),
+    "a warm-up of steps by the clock": ({"steps": 0, "seconds": 9, "warmup": 5}, "warmup 5 is in steps, and a run of"),
+    "a shift of two": ({"data.shift": 2}, "data.shift must be at most 1, not 2"),
+    "a norm in no place": ({"model.norm": "none", "model.norm_place": "post"}, "norm must be rms or layer, not none"),
     "no run to resume": ({"run": "gone", "resume": "true"}, "no run to resume"),
 }
 

@@ -1,0 +1,367 @@
+"""From a suite to its trials, and from trials to the ledger.
+
+Every trial is a process of train.py, in a session of its own, so that whatever ends it ends nothing else: a run that
+diverged, ran out of memory or was refused is an outcome like any other. An outcome is written when its process has
+ended. A sweep may therefore be killed at any moment and started again: what is in the ledger is not repeated, and what
+was in flight, which dies with the sweep, begins anew.
+"""
+
+import ctypes
+import itertools
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from datetime import datetime, timedelta
+from functools import cache, partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+import train
+from data.prepare import progress_bar
+from experiments import ledger
+from experiments.spec import Axis, Knobs, Outcome, Rule, Scale, Suite, Trial
+from kernels import KernelChoice, bind
+from model import hardware
+from model.config import ConfigError, UserError, merge
+from model.gpt import GPT
+from model.run import Interrupt, commit
+
+TRAIN = (sys.executable, str(Path(train.__file__).resolve()))
+POWERS: dict[Rule, float] = {"fixed": 0.0, "sqrt": 0.5, "linear": 1.0}  # of the batch, in the learning rate
+PATIENCE_S: dict[Scale, float] = {"tiny": 600, "low": 7200, "full": 86400}  # for a trial, or ten times the median
+POLL_S = 0.05
+ERROR_CHARS = 1000  # of the last lines of a failed run
+LIBC = ctypes.CDLL(None)  # loaded here: between fork and exec no lock may be waited for
+
+
+# Trials
+
+
+def trials(
+    suite: Suite,
+    scale: Scale,
+    axis: Axis | None = None,
+    rule: Rule | None = None,
+    seeds: int = 0,
+    extra: Knobs | None = None,
+) -> list[Trial]:
+    """The trials of a suite in the order declared; `axis`, `rule` and `seeds` take the place of the suite's.
+
+    Of knobs, `extra` come last, after those of the base, the variant and the point. Raises `ConfigError` for a scale
+    that the suite does not have, and for a budget that does not convert.
+    """
+    if scale not in suite.base:
+        raise ConfigError(f"suite {suite.name} has no scale {scale}: it has {', '.join(suite.base)}")
+    axis, rule, seeds, extra = axis or suite.axis, rule or suite.rule, seeds or suite.seeds[scale], extra or {}
+    base = merge([suite.base[scale], extra], train.BUDGETS)
+    follow = spend = dict
+    if rule != "fixed":
+        follow = partial(scale_rates, base=configuration(base), power=POWERS[rule])
+    if axis:
+        first = next(iter(suite.variants.values()))
+        spend = budget_on(axis, configuration(merge([suite.base[scale], first, extra], train.BUDGETS)))
+    found = []
+    for (variant, own), point, seed in itertools.product(suite.variants.items(), suite.points(scale), range(seeds)):
+        knobs = follow(merge([suite.base[scale], own, point, extra, {"seed": seed}], train.BUDGETS))
+        if not train.BUDGETS & {*own, *point}:  # a length that is a trial's own is what the trial is about
+            knobs = spend(knobs)
+        found.append(Trial(suite.name, scale, {"variant": variant, **point, "seed": seed}, knobs))
+    return found
+
+
+def configuration(knobs: Knobs) -> train.Config:
+    """What train.py makes of knobs. Raises `ConfigError` where it would refuse them."""
+    return train.configure(flags(knobs))[0]
+
+
+def flags(knobs: Knobs) -> list[str]:
+    return [f"--{key}={value}" for key, value in knobs.items()]
+
+
+def scale_rates(knobs: Knobs, base: train.Config, power: float) -> dict[str, Any]:
+    """Knobs with learning rates that follow the batch, as a power of how many times the base's it is."""
+    factor = (knobs.get("batch_size", base.batch_size) / base.batch_size) ** power
+    rates = {key: factor * knobs.get(key, getattr(base, key)) for key in ("lr", "muon_lr")}
+    return dict(knobs) | (rates if factor != 1 else {})
+
+
+def budget_on(axis: Axis, reference: train.Config) -> Callable[[Knobs], dict[str, Any]]:
+    """What gives knobs the budget of `reference`, in units of `axis`. Raises `ConfigError` where that takes a speed."""
+    unit = next(unit for unit in ("steps", "tokens", "seconds") if getattr(reference, unit))
+    if axis != unit and "seconds" in (axis, unit):
+        raise ConfigError(f"a budget in {unit} is none in {axis} before it has run: --set {axis}=... gives one")
+    step = reference.batch_size * reference.model.seq_len
+    tokens = reference.tokens or reference.steps * step
+    if axis == "flops":
+        return partial(_spend, flops=tokens * flops_per_token(reference), otherwise=tokens)
+    amount = {"steps": math.ceil(tokens / step), "tokens": tokens, "seconds": reference.seconds}[axis]
+    return lambda knobs: merge([knobs, {axis: amount}], train.BUDGETS)
+
+
+def _spend(knobs: Knobs, flops: int, otherwise: int) -> dict[str, Any]:
+    try:
+        tokens = round(flops / flops_per_token(configuration(knobs)))
+    except UserError:
+        tokens = otherwise  # the run will be refused, and its outcome says why
+    return merge([knobs, {"tokens": tokens}], train.BUDGETS)
+
+
+def flops_per_token(config: train.Config) -> int:
+    """FLOPs that training takes a token, whatever the kernels."""
+    shape = config.model.resolved(config.data.expected_vocab_size, config.data.separator)
+    with torch.device("meta"):
+        return GPT(shape, bind(KernelChoice(every="torch"), torch.device("cpu"))).flops_per_token()
+
+
+# One trial
+
+
+class Job:
+    """A trial in flight."""
+
+    def __init__(
+        self,
+        trial: Trial,
+        out: Path,
+        machine: str,
+        version: str,
+        environment: Mapping[str, str] | None = None,
+        limit: float = math.inf,
+        wandb: str = "off",
+        command: Sequence[str] = TRAIN,
+    ):
+        """Start it: under `out`/scale/suite, in a folder named by its key, emptied first. `version` is the commit;
+        after `limit` seconds it is killed. Its checkpoints serve no one, so only the last is asked for."""
+        self.trial, self.machine, self.version, self.limit = trial, machine, version, limit
+        self.environment = dict(environment or {})
+        self.folder = out.absolute() / trial.scale / trial.suite / trial.key
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        own = {"out": self.folder.parent, "run": self.folder.name, "wandb": wandb}
+        self.started, self._begin, self._ooms = datetime.now().astimezone(), time.perf_counter(), kernel_ooms()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - `ended` closes it
+        with self.folder.with_suffix(".log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [*command, *flags({"save_every": 10**9} | dict(trial.knobs) | own)],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=self._errors, start_new_session=True,
+                env=os.environ | {"WANDB_RUN_GROUP": trial.suite} | self.environment,
+                preexec_fn=partial(_die_with, os.getpid()) if sys.platform == "linux" else None,
+            )  # fmt: skip
+
+    def ended(self) -> Outcome | None:
+        """What came of it, None while it runs."""
+        running = self._process.poll() is None
+        late = running and time.perf_counter() - self._begin > self.limit
+        if running and not late:
+            return None
+        self.kill()
+        kept, code = ledger.condense(self.folder), self._process.returncode
+        status = kept["final"].get("status", "running")
+        if late:
+            status = "time_limit"
+        elif code == 2 and status == "running":
+            status = "unsupported"
+        elif status == "running":
+            status = "oom" if code == -signal.SIGKILL and kernel_ooms() > self._ooms else "crashed"
+        for checkpoint in self.folder.glob("*.pt*"):
+            checkpoint.unlink()
+        error = "" if status == "finished" else self._last_words(code)
+        self._errors.close()
+        return Outcome(
+            key=self.trial.key, suite=self.trial.suite, scale=self.trial.scale, labels=dict(self.trial.labels),
+            knobs=dict(self.trial.knobs), status=status, seconds=time.perf_counter() - self._begin,
+            started=self.started.isoformat(), commit=self.version, machine=self.machine, error=error, **kept,
+        )  # fmt: skip
+
+    def kill(self) -> None:
+        """End it and what it started, if it has not ended, and wait."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def _last_words(self, code: int) -> str:
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        killed = [f"killed by {signal.Signals(-code).name}"] if code < 0 else []
+        return "\n".join([*lines[-5:], *killed])[-ERROR_CHARS:]
+
+
+def _die_with(parent: int) -> None:
+    """Have this process, forked from `parent`, killed when that one dies: Linux's prctl PR_SET_PDEATHSIG."""
+    LIBC.prctl(1, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def kernel_ooms() -> int:
+    """How many processes Linux has killed for want of memory, in any control group; 0 where it does not say."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/vmstat").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("oom_kill ")))
+    return 0
+
+
+# A sweep
+
+
+def places(jobs: int = 0) -> list[dict[str, str]]:
+    """The environments of the trials that run at once: as many as GPUs, or else as cores, unless `jobs` says how many.
+    On a CPU they share the cores."""
+    cards, cores = torch.cuda.device_count(), os.cpu_count() or 1
+    jobs = jobs or cards or cores
+    if cards:
+        names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(cards)))).split(",")
+        return [{"CUDA_VISIBLE_DEVICES": names[i % cards]} for i in range(jobs)]
+    return [{"OMP_NUM_THREADS": str(max(1, cores // jobs))}] * jobs
+
+
+def machine(trial: Trial, jobs: int) -> str:
+    """What a trial runs on, `jobs` of them at once."""
+    return f"{_device_name(trial.knobs.get('device', 'auto'))}, torch {torch.__version__}, {jobs} at once"
+
+
+@cache
+def _device_name(device: str) -> str:
+    try:
+        return hardware.device_name(hardware.pick_device(device))
+    except UserError:
+        return _device_name("auto")  # the run will be refused on this machine
+
+
+class Plan:
+    """What there is to do for trials, given what the ledgers under `results` have.
+
+    `runs` are those to start: trials of equal knobs, by key, which one process serves. `copies` are outcomes to enter
+    at another place: of a run that was done under other labels, or that another has superseded there since.
+    """
+
+    def __init__(self, trials: Sequence[Trial], results: Path, rerun: bool = False):
+        self.trials, self.results = trials, results
+        self.ledgers = list(dict.fromkeys(map(self.ledger, trials)))
+        self.past = [outcome for path in self.ledgers for outcome in ledger.history(path)]
+        done = {} if rerun else {outcome.key: outcome for outcome in self.past if outcome.status != "interrupted"}
+        holds = {(outcome.suite, outcome.scale, ledger.name(outcome.labels)): outcome for outcome in self.past}
+        self.runs: dict[str, list[Trial]] = {}
+        self.copies: list[Outcome] = []
+        self.done: dict[int, Outcome] = {}  # by the trial's index
+        for index, trial in enumerate(trials):
+            if outcome := done.get(trial.key):
+                self.done[index] = outcome
+                there = holds.get((trial.suite, trial.scale, ledger.name(trial.labels)))
+                if there is None or (there.key, there.started) != (outcome.key, outcome.started):
+                    self.copies.append(replace(outcome, labels=dict(trial.labels)))
+            else:
+                self.runs.setdefault(trial.key, []).append(trial)
+
+    def ledger(self, of: Trial | Outcome) -> Path:
+        return ledger.place(self.results, of.scale, of.suite)
+
+    def enter(self, outcome: Outcome) -> None:
+        """Put the outcome of a run in the ledger at each of its places."""
+        for trial in self.runs[outcome.key]:
+            ledger.append(self.ledger(trial), replace(outcome, labels=dict(trial.labels)))
+
+    def table(self) -> list[str]:
+        """A table for each suite: of every trial its labels and, where it is done, its outcome."""
+        lines = []
+        for path in self.ledgers:
+            found = [(i, trial) for i, trial in enumerate(self.trials) if self.ledger(trial) == path]
+            rows = [["suite", *found[0][1].labels, "outcome"]]
+            for i, trial in found:
+                done = summary(self.done[i]) if i in self.done else ""
+                rows.append([trial.suite, *map(shown, trial.labels.values()), done])
+            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+            lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows] + [""]
+        return lines
+
+
+def forecast(trials: Sequence[Trial], past: Sequence[Outcome], jobs: int) -> float | None:
+    """Seconds that trials take, `jobs` at once: each as much as the same did last on its machine, or the median of its
+    suite there, or of all. None where there is no past."""
+    if not trials:
+        return 0.0
+    machines = {machine(trial, jobs) for trial in trials}
+    past = [outcome for outcome in past if outcome.machine in machines]
+    if not past:
+        return None
+    same = {outcome.key: outcome.seconds for outcome in past}
+    suites = {suite: median(o.seconds for o in past if o.suite == suite) for suite in {o.suite for o in past}}
+    overall = median(outcome.seconds for outcome in past)
+    return sum(same.get(trial.key, suites.get(trial.suite, overall)) for trial in trials) / jobs
+
+
+def clock(seconds: float | None) -> str:
+    return "unknown" if seconds is None else str(timedelta(seconds=round(seconds)))
+
+
+def shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def summary(outcome: Outcome) -> str:
+    loss = f", val loss {outcome.val_loss:.4f}" if math.isfinite(outcome.val_loss) else ""
+    return f"{outcome.status}{loss}"
+
+
+def sweep(
+    plan: Plan,
+    out: Path,
+    environments: Sequence[Mapping[str, str]],
+    wandb: str = "off",
+    time_limit: float = math.inf,
+    command: Sequence[str] = TRAIN,
+    say: Callable[[str], None] = print,
+) -> bool:
+    """Run what a plan has to run, one trial in each of the environments at a time. Returns whether it came to its end,
+    as against a signal; after `time_limit` seconds it starts no more trials and ends with those in flight.
+
+    Raises `LedgerError` where another sweep of one of the suites is under way."""
+    past, version, begin = list(plan.past), commit(), time.monotonic()
+    waiting, free, jobs = [run[0] for run in plan.runs.values()], list(environments), []
+    with ExitStack() as held:
+        for path in plan.ledgers:
+            held.enter_context(ledger.locked(path))
+        for outcome in plan.copies:
+            ledger.append(plan.ledger(outcome), outcome)
+        interrupt = held.enter_context(Interrupt())
+        held.callback(lambda: [job.kill() for job in jobs])
+        if (bar := progress_bar(say, total=len(waiting), unit="trial")) is not None:
+            say = held.enter_context(bar).write
+        while jobs or (waiting and time.monotonic() - begin < time_limit):
+            if interrupt.signal:
+                return False
+            while waiting and free and time.monotonic() - begin < time_limit:
+                trial = waiting.pop(0)
+                here = machine(trial, len(environments))
+                usual = [o.seconds for o in past if (o.suite, o.machine) == (trial.suite, here)]
+                limit = max(PATIENCE_S[trial.scale], 10 * median(usual or [0]))
+                jobs.append(Job(trial, out, here, version, free.pop(0), limit, wandb, command))
+            for job in list(jobs):
+                if (outcome := job.ended()) is None:
+                    continue
+                plan.enter(outcome)
+                jobs.remove(job)
+                free.append(job.environment)
+                past.append(outcome)
+                left = forecast([*waiting, *(job.trial for job in jobs)], past, len(environments))
+                n_ended, labels = len(plan.runs) - len(waiting) - len(jobs), outcome.labels.items()
+                which = " ".join([outcome.suite, *(f"{key}={shown(value)}" for key, value in labels)])
+                times = f"{outcome.seconds:.1f} s, ETA {clock(left)}"
+                say(f"{n_ended}/{len(plan.runs)}  {which}  {summary(outcome)}, {times}")
+                if bar is not None:
+                    bar.update()
+            time.sleep(POLL_S)
+    if waiting:
+        say(f"{len(waiting)} trials are left, for want of time: the same command goes on")
+    return True

@@ -1,0 +1,579 @@
+"""The experiments of five public logs, each a sweep that can be repeated at three scales.
+
+A preset is a recipe as it was published, `full`; its tenth in steps, `low`; and `tiny`, the recipe on a model, a text
+and a budget that a CPU core is done with in seconds. What a log does not say is ours to choose, and is marked so.
+Learning rates are what size changes most, so a tiny grid has its own.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from experiments import judges, memory
+from experiments.spec import Claim, Knobs, Scale, Suite
+
+# Presets
+
+RECORD = {"sample_every": 0, "log_every": 10, "eval_every": 250, "eval_tokens": 524_288, "save_every": 1_000_000}
+
+# On bytes, so that every machine has the text and a trial begins at once.
+SMALL = {
+    "data.corpus": "docstrings", "data.tokenizer": "bytes", "model.n_layer": 2, "model.n_head": 4, "model.n_kv_head": 0,
+    "model.d_model": 48, "model.d_ff": 0, "model.seq_len": 64, "batch_size": 16, "micro_batch": 0, "steps": 150,
+    "warmup": 0.04, "log_every": 5, "eval_every": 25, "eval_tokens": 16_384,
+    "device": "cpu", "precision": "fp32", "compile": "off",
+}  # fmt: skip
+
+
+def preset(published: Knobs, low: Knobs | None = None, tiny: Knobs | None = None) -> dict[Scale, dict[str, Any]]:
+    """A recipe at every scale; `low` and `tiny` are what else differs there."""
+    tenth = {key: max(1, published[key] // 10) for key in ("steps", "warmup") if published.get(key, 0) >= 1}
+    full = RECORD | dict(published)
+    return {"tiny": full | SMALL | (tiny or {}), "low": full | {"eval_every": 50} | tenth | (low or {}), "full": full}
+
+
+def adapt(base: Mapping[Scale, Knobs], every: Knobs | None = None, **at: Knobs) -> dict[Scale, dict[str, Any]]:
+    """A preset with `every` changed at all scales, and others at some."""
+    return {scale: {**knobs, **(every or {}), **at.get(scale, {})} for scale, knobs in base.items()}
+
+
+# Stanford's CS336. Its rates of Adam's moments are M1's too; the cosine and the warm-up of M1 are M0's too.
+CS336 = {
+    "data.tokenizer": "bpe", "model.seq_len": 256, "model.tied": False, "model.qk_norm": False, "model.init": "xavier",
+    "model.embedding_std": 1.0, "optimizer": "adamw", "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "clip": 1.0,
+    "schedule": "cosine", "final_lr": 0.1, "warmup": 200, "steps": 5000,
+}  # fmt: skip
+M0 = preset(
+    CS336 | {
+        "data.corpus": "tinystories", "data.vocab_size": 10_000, "model.n_layer": 4, "model.n_head": 16,
+        "model.d_model": 512, "model.d_ff": 1344, "batch_size": 32, "lr": 3e-3, "weight_decay": 0.1,
+    },
+    tiny={"lr": 1e-2},
+)  # fmt: skip
+M1 = preset(
+    CS336 | {
+        "data.corpus": "tinystories", "data.vocab_size": 10_000, "model.n_layer": 8, "model.n_head": 8,
+        "model.d_model": 512, "model.d_ff": 1408, "batch_size": 128, "lr": 2e-3, "weight_decay": 0.01,
+    },
+    tiny={"lr": 1e-2},
+)  # fmt: skip
+OPENWEBTEXT = {"data.corpus": "openwebtext", "data.vocab_size": 32_000}
+M1_OWT = {scale: knobs if scale == "tiny" else knobs | OPENWEBTEXT for scale, knobs in M1.items()}
+# Corpus, budget and rate are ours; a feed-forward layer of four times the width is taken to have no gate.
+M2 = preset(
+    {
+        "data.corpus": "wikitext-103", "data.tokenizer": "bpe", "data.vocab_size": 33_283, "model.n_layer": 12,
+        "model.n_head": 8, "model.d_model": 768, "model.d_ff": 3072, "model.seq_len": 1024, "model.activation": "gelu",
+        "model.qk_norm": False, "precision": "bf16", "optimizer": "adamw", "lr": 3e-4, "weight_decay": 0.1,
+        "schedule": "cosine", "final_lr": 0.1, "warmup": 200, "batch_size": 32, "micro_batch": 16, "steps": 5000,
+    },
+    low={"batch_size": 32, "micro_batch": 4},
+    tiny={"lr": 1e-2},
+)  # fmt: skip
+# The budget is ours.
+M3 = preset(
+    {
+        "data.corpus": "pile", "data.tokenizer": "gpt2", "data.max_tokens": 200_000_000, "model.n_layer": 12,
+        "model.n_head": 12, "model.d_model": 768, "model.d_ff": 0, "model.seq_len": 512, "model.activation": "gelu",
+        "model.norm": "layer", "model.position": "learned", "model.bias": True, "model.tied": True,
+        "model.qk_norm": False, "batch_size": 16, "lr": 5e-6, "optimizer": "adamw", "beta1": 0.9, "beta2": 0.95,
+        "weight_decay": 0.1, "schedule": "constant", "warmup": 0.0, "steps": 10_000,
+    },
+    tiny={"data.max_tokens": 0, "lr": 1e-2},
+)  # fmt: skip
+M4 = preset(
+    {
+        "data.corpus": "tinystories", "data.tokenizer": "gpt2", "model.n_layer": 12, "model.n_head": 12,
+        "model.n_kv_head": 3, "model.d_model": 768, "model.d_ff": 2048, "model.seq_len": 128, "model.tied": True,
+        "model.qk_norm": False, "precision": "bf16", "batch_size": 1024, "micro_batch": 64, "optimizer": "adamw",
+        "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.1, "lr": 1e-4, "final_lr": 0.5, "schedule": "cosine",
+        "warmup": 1000, "steps": 1000,
+    },
+    low={"micro_batch": 32},
+    tiny={"model.n_kv_head": 1, "lr": 1e-2, "final_lr": 0.1},
+)  # fmt: skip
+
+# Norms: what it is, and where
+
+RMS_PRE = {"model.norm": "rms", "model.norm_place": "pre"}
+NORMS = {
+    "pre": RMS_PRE,
+    "post": {"model.norm": "rms", "model.norm_place": "post"},
+    "res-post": {"model.norm": "rms", "model.norm_place": "res-post"},
+    "layer": {"model.norm": "layer", "model.norm_place": "pre"},
+    "none": {"model.norm": "none", "model.norm_place": "pre"},
+}
+
+# Shapes of the leaderboard, and of M4's sizes; the first of each is the base's.
+
+SHAPE = "model.n_layer,model.n_head,model.d_model,model.d_ff,model.tied"
+LEADERBOARD = (
+    (8, 8, 512, 1408, True), (8, 8, 512, 1408, False), (4, 4, 256, 704, False), (6, 6, 384, 1024, False),
+    (10, 10, 640, 1728, False), (12, 12, 768, 2048, False), (16, 16, 1024, 2752, False),
+)  # fmt: skip
+SMALL_SHAPES = (
+    (2, 4, 48, 128, True), (2, 4, 48, 128, False), (1, 2, 24, 64, False), (1, 4, 48, 128, False),
+    (3, 4, 48, 128, False), (2, 4, 64, 192, False), (3, 4, 96, 256, False),
+)  # fmt: skip
+M4_SHAPE = "model.n_layer,model.n_head,model.n_kv_head,model.d_model,model.d_ff"
+M4_SIZES = {  # parameters: 48M, 113M, 206M, 342M
+    "full": ((8, 8, 2, 512, 1408), (12, 12, 3, 768, 2048), (14, 16, 4, 1024, 2752), (16, 20, 5, 1280, 3456)),
+    "low": ((8, 8, 2, 512, 1408), (12, 12, 3, 768, 2048), (14, 16, 4, 1024, 2752)),
+    "tiny": ((1, 2, 1, 24, 64), (2, 4, 1, 48, 128), (2, 4, 1, 64, 192), (3, 4, 1, 96, 256)),
+}
+
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+SEEDS = {"tiny": 2, "low": 3, "full": 3}
+
+
+def by_rule(base: int, lr: float, batches: tuple[int, ...]) -> tuple[tuple[int, float], ...]:
+    """Batches and their rates where `lr` is `base`'s: unchanged, by the square root of the batch, in proportion."""
+    points = [(batch, lr * (batch / base) ** power) for power in (0.0, 0.5, 1.0) for batch in batches]
+    return tuple(dict.fromkeys(points))
+
+
+def evaluated(batches: tuple[int, ...], tokens: int, window: int, count: int) -> tuple[tuple[int, int], ...]:
+    """Batches, each with an evaluation set of `tokens`, and with one of so many batches of its own size."""
+    return tuple((batch, size) for batch in batches for size in (tokens, count * batch * window))
+
+
+DECLARED = (
+    Suite(
+        "lr",
+        "Learning rates of M0, up to divergence",
+        (1,),
+        M0,
+        (
+            Claim(
+                1,
+                "a best rate, and an edge of stability above it",
+                "1.615 at 3e-3; 3e-2",
+                judges.learning_rates(theirs=1.615, points=9),
+            ),
+            Claim(1, "M0 trains at 23.6k tokens a second", "23,600 tok/s", judges.throughput(23_600, lr=3e-3)),
+        ),
+        grid={"lr": RATES},
+        plots=("lr", "curves"),
+    ),
+    Suite(
+        "lr-36m",
+        "Learning rates of M1",
+        (10,),
+        M1,
+        (
+            Claim(
+                10,
+                "a best rate, and an edge of stability above it",
+                "1.349 at 2e-3; 5e-3",
+                judges.learning_rates(theirs=1.349, points=7),
+            ),
+            Claim(10, "M1 trains at 461k tokens a second", "461,000 tok/s", judges.throughput(461_000, lr=2e-3)),
+        ),
+        grid={"lr": (3e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2)},
+        grids={"tiny": {"lr": (2e-3, 5e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)}},
+        plots=("lr", "curves"),
+    ),
+    Suite(
+        "batch",
+        "Batches of M0 at equal tokens, evaluated on the same set and on one that grows with the batch",
+        (2,),
+        M0,
+        (
+            Claim(2, "at equal tokens the loss saturates", "1.59 to 1.74; at 4", judges.equal_tokens(theirs=0.15)),
+            Claim(2, "small batches end lower", "lowest at 4", judges.evaluation_artefact),
+        ),
+        grid={"batch_size,eval_tokens": evaluated((1, 2, 4, 8, 16, 32, 64), 524_288, 256, 100)},
+        grids={"tiny": {"batch_size,eval_tokens": evaluated((4, 8, 16, 32, 64), 16_384, 64, 3)}},
+        axis="tokens",
+        plots=("batch", "curves"),
+    ),
+    Suite(
+        "batch-rules",
+        "Batches of M1 at equal steps, with rates that stay or follow the batch",
+        (11, 12, 18),
+        M1,
+        (
+            Claim(11, "at equal steps a larger batch ends lower", "3.597 at 1 to 1.228 at 512", judges.equal_steps),
+            Claim(11, "1024 do not fit", "out of memory", judges.fits(batch_size=1024)),
+            Claim(
+                12,
+                "small batches end lower with the square-root rule",
+                "2.638 for 3.597 at batch 1",
+                judges.rule_helps(0.5),
+            ),
+            Claim(18, "and with the linear rule", "scale them together", judges.rule_helps(1.0)),
+        ),
+        grid={"batch_size,lr": by_rule(128, 2e-3, (1, 4, 16, 64, 128, 256, 512, 768, 1024))},
+        grids={"tiny": {"batch_size,lr": by_rule(16, 3e-2, (1, 4, 16, 64))}},
+        plots=("batch", "curves"),
+    ),
+    Suite(
+        "lr-batch",
+        "Learning rates of M2 by batch",
+        (18,),
+        adapt(M2, full={"steps": 2000, "warmup": 80}, low={"steps": 200, "warmup": 8}),
+        (Claim(18, "the best rate grows with the batch", "scale them together", judges.co_scaling),),
+        grid={"batch_size": (8, 32, 128), "micro_batch": (8,), "lr": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)},
+        grids={
+            "low": {"micro_batch": (4,)},
+            "tiny": {"batch_size": (4, 16, 64), "micro_batch": (0,), "lr": (3e-3, 1e-2, 3e-2, 1e-1)},
+        },
+        plots=("lr", "batch"),
+    ),
+    Suite(
+        "choose-batch",
+        "Choosing a batch: the machine's limit, saturation, the critical batch",
+        (3, 19),
+        adapt(
+            M2,
+            {"diag": 50},
+            full={"batch_size": 32, "steps": 2000, "warmup": 80},
+            low={"steps": 200, "warmup": 8},
+            tiny={"batch_size": 32, "diag": 10},
+        ),
+        (
+            Claim(3, "the machine's limit, saturation and the critical batch", "in prose", judges.three_steps),
+            Claim(19, "gradients of micro-batches agree", "over .999, near the start", judges.coherence(0.999)),
+        ),
+        grid={"batch_size,micro_batch": ((32, 1), (32, 2), (32, 4), (32, 8), (32, 16), (8, 4), (128, 16))},
+        grids={"tiny": {"batch_size,micro_batch": ((32, 1), (32, 4), (32, 8), (32, 16), (8, 4), (128, 16))}},
+        axis="tokens",
+        plots=("batch", "coherence"),
+    ),
+    Suite(
+        "norms",
+        "No norm, post-norm of both kinds and LayerNorm, by learning rate",
+        (4, 5),
+        adapt(M1, {"warmup": 0.0}, tiny={"model.n_layer": 4, "steps": 100}),
+        (
+            Claim(
+                4,
+                "without norms training fails where it works with them",
+                "diverges, NaN from 1e-4 on",
+                judges.fails_earlier("none", "pre"),
+            ),
+            Claim(5, "norm(x + f(x)) ends higher", "1.972, 46% more", judges.higher_at_best("post", "pre", 1.46)),
+            Claim(5, "norm(x + f(x)) takes lower rates", "a lower best rate", judges.lower_edge("post", "pre")),
+            Claim(5, "x + norm(f(x)) bears high rates", "post-norm too", judges.bears_high_rates("res-post", "post")),
+        ),
+        variants=NORMS,
+        grid={"lr": (1e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)},
+        grids={"tiny": {"lr": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)}},
+        plots=("lr", "curves"),
+    ),
+    Suite(
+        "depth",
+        "Gradients by layer: pre- and post-norm, with and without warm-up, 4 and 12 layers",
+        (16,),
+        adapt(
+            M2,
+            {"model.norm": "layer", "diag": 25},
+            full={"lr": 1e-3, "steps": 500},
+            low={"lr": 1e-3, "steps": 100},
+            tiny={"lr": 1e-2, "steps": 60, "eval_every": 20, "diag": 10},
+        ),
+        (
+            Claim(
+                16,
+                "in post-norm gradients differ by orders of magnitude across 12 layers",
+                "1e10 across layers",
+                judges.gradient_spread(1e3),
+            ),
+        ),
+        grid={"model.norm_place": ("pre", "post"), "warmup": (0.0, 0.1), "model.n_layer": (4, 12)},
+        plots=("layers", "curves"),
+    ),
+    Suite(
+        "position",
+        "Positions, and fewer heads of keys and values",
+        (6, 34),
+        adapt(M1, tiny={"steps": 200}),
+        (
+            Claim(6, "without positions the loss is higher", "1.390, 3% more", judges.worse("none", "rope")),
+            Claim(6, "the gap to rotary positions grows over training", "grows", judges.gap_grows("none", "rope")),
+            Claim(34, "ALiBi in place of RoPE", "planned", judges.costs_at_most(0.02, "alibi", "rope")),
+            Claim(34, "two heads of keys and values", "planned", judges.costs_at_most(0.02, "gqa", "rope")),
+            Claim(
+                34, "RoPE of neighbours is RoPE of halves", "planned", judges.alike("rope-interleaved", "rope", 0.02)
+            ),
+        ),
+        variants={
+            "rope": {},
+            "none": {"model.position": "none"},
+            "alibi": {"model.position": "alibi"},
+            "rope-interleaved": {"model.position": "rope-interleaved"},
+            "learned": {"model.position": "learned"},
+            "sinusoidal": {"model.position": "sinusoidal"},
+            "gqa": {"model.n_kv_head": 2},
+        },
+        seeds=SEEDS,
+        plots=("gap", "curves"),
+    ),
+    Suite(
+        "activation",
+        "Activations of the feed-forward layer at equal parameters",
+        (7,),
+        adapt(M1, {"model.d_ff": 0}, tiny={"steps": 200}),
+        (Claim(7, "SiLU without a gate is worse than SwiGLU", "1.359, .7% more", judges.worse("silu", "swiglu")),),
+        variants={name: {"model.activation": name} for name in ("swiglu", "silu", "gelu", "relu", "relu2")},
+        seeds=SEEDS,
+        plots=("gap", "curves"),
+    ),
+    Suite(
+        "corpus",
+        "Another text, by one flag",
+        (8,),
+        M1,
+        (Claim(8, "the same model on OpenWebText", "3.799 nats a token", judges.corpora(3.799)),),
+        grid={"data.corpus,data.vocab_size": (("tinystories", 10_000), ("openwebtext", 32_000))},
+        grids={"tiny": {"data.corpus,data.vocab_size": (("docstrings", 10_000), ("stdlib", 10_000))}},
+    ),
+    Suite(
+        "samples",
+        "Samples during and after training",
+        (9,),
+        adapt(M1, {"sample_every": 500}, low={"sample_every": 100}, tiny={"sample_every": 50}),
+        (Claim(9, "a model writes during and after training", "text", judges.samples),),
+    ),
+    Suite(
+        "precision",
+        "float32 against bf16, at equal steps",
+        (13,),
+        M1_OWT,
+        (
+            Claim(13, "bf16 ends where float32 does", "3.799 and 3.795", judges.alike("bf16", "fp32", 0.02)),
+            Claim(13, "bf16 is faster", "10.7 for 16.1 minutes", judges.faster("bf16", "fp32", 16.1 / 10.7)),
+            Claim(13, "M1 on OpenWebText in bf16", "491,000 tok/s", judges.throughput(491_000, variant="bf16")),
+        ),
+        variants={"fp32": {"precision": "fp32"}, "bf16": {"precision": "bf16"}},
+        seeds=SEEDS,
+        plots=("gap", "curves"),
+    ),
+    Suite(
+        "low-precision",
+        "M4 in FP8 and FP4",
+        (27, 28),
+        M4,
+        (
+            Claim(27, "FP8 on an RTX 5090", "planned", judges.throughput(230_000, variant="fp8")),
+            Claim(28, "FP4 on an RTX 5090", "planned", judges.throughput(450_000, variant="nvfp4")),
+        ),
+        variants={"bf16": {"precision": "bf16"}, "fp8": {"precision": "fp8"}, "nvfp4": {"precision": "nvfp4"}},
+    ),
+    Suite(
+        "leaderboard",
+        "Seven sizes of M1 on OpenWebText, at equal FLOPs (or steps, tokens, seconds: --axis)",
+        (14,),
+        adapt(M1_OWT, {"model.tied": True}, full={"steps": 40_000}, low={"steps": 4000, "warmup": 20}),
+        (
+            Claim(14, "3.738 within 39 minutes", "3.738: 42M, tied, 40,000 steps", judges.within(3.738, 39 * 60)),
+            Claim(14, "a size is best at a budget", "42M of 7 sizes", judges.best_size),
+            Claim(14, "42M, tied", "556,000 tok/s", judges.throughput(556_000, **{"model.tied": True})),
+            *(
+                Claim(
+                    14,
+                    f"{width} wide, {layers} layers",
+                    f"{speed:,} tok/s",
+                    judges.throughput(speed, **{"model.d_model": width, "model.n_layer": layers}),
+                )
+                for width, layers, speed in ((640, 10, 417_000), (768, 12, 326_000), (1024, 16, 187_000))
+            ),
+        ),
+        grid={SHAPE: LEADERBOARD},
+        grids={"tiny": {SHAPE: SMALL_SHAPES}},
+        axis="flops",
+        plots=("pareto", "curves"),
+    ),
+    Suite(
+        "start",
+        "The first loss, by how embedding and head begin",
+        (14, 26),
+        adapt(M1_OWT, {"model.tied": True, "steps": 20, "warmup": 0.0, "eval_every": 10}),
+        (
+            Claim(
+                14, "a tied head of standard deviation 1 starts far above ln V", "35", judges.starts_high("std 1", 35)
+            ),
+            Claim(26, "the first loss is ln V", "10.82 = ln 50,257", judges.starts_at_chance("default")),
+        ),
+        variants={
+            "default": {"model.init": "fan-in", "model.embedding_std": 0.0},
+            "std 1": {"model.init": "xavier", "model.embedding_std": 1.0},
+        },
+    ),
+    Suite(
+        "bars",
+        "CS336's bar on TinyStories",
+        (15,),
+        adapt(M1, full={"steps": 10_000}, low={"steps": 1000}),
+        (Claim(15, "TinyStories at 327.68M tokens", "at most 1.45", judges.bar(1.45)),),
+    ),
+    Suite(
+        "overfit",
+        "One batch, learnt by heart",
+        (15,),
+        adapt(
+            M0,
+            {"data.max_tokens": 8192, "weight_decay": 0.0, "steps": 500, "warmup": 20},
+            tiny={"data.max_tokens": 256, "batch_size": 4, "steps": 400},
+        ),
+        (Claim(15, "a single batch is learnt by heart", "loss near 0", judges.overfits(0.1)),),
+    ),
+    Suite(
+        "optimizer",
+        "Adam and AdamW by weight decay",
+        (17,),
+        adapt(M2, full={"steps": 2000, "warmup": 80}),
+        (
+            Claim(17, "without weight decay Adam is AdamW", "the same", judges.adam_is_adamw),
+            Claim(17, "AdamW without weight decay is best", "AdamW, 0", judges.best_decay),
+        ),
+        variants={"adamw": {"optimizer": "adamw"}, "adam": {"optimizer": "adam"}},
+        grid={"weight_decay": (0.0, 0.01, 0.1)},
+    ),
+    # Searched, not swept: experiments/memory.py has its configurations.
+    Suite(
+        "memory",
+        "The largest micro-batch of M2 that fits, what recomputing saves, and the speed there",
+        (20, 21, 22),
+        {scale: setting.base for scale, setting in memory.SETTINGS.items()},
+        (
+            Claim(20, "micro-batches up to 28 fit 40 GB, 32 do not", "22.5 GiB at 16, 38.1 at 28", judges.frontier(28)),
+            Claim(
+                21, "the smaller the activation budget, the less memory", "25.7, 30.2, 34.2 GiB", judges.recompute_saves
+            ),
+            Claim(22, "the speed at the chosen point repeats", "fastest at .75", judges.repeats(0.02)),
+        ),
+        plots=("frontier",),
+    ),
+    Suite(
+        "diagnostics",
+        "Norms of gradients, weights and updates, Adam's signal, attention's entropy, and what watching costs",
+        (23,),
+        adapt(M1, full={"steps": 1000, "warmup": 40}, tiny={"batch_size": 16, "micro_batch": 8}),
+        (
+            Claim(23, "every layer's norms, Adam's signal to noise, activations and entropy", "plots", judges.watched),
+            Claim(23, "watching changes nothing and costs at most 1%", "plots", judges.free("every 100", "none")),
+        ),
+        variants={"none": {"diag": 0}, "every 100": {"diag": 100}, "every 10": {"diag": 10}},
+        plots=("layers",),
+    ),
+    Suite(
+        "leak",
+        "Seven changes to GPT-2 on the Pile, with targets that are the inputs and with ones that follow",
+        (24,),
+        M3,
+        (
+            Claim(24, "each change by itself, and all of them", ".580 .530 .638 .580 .578 .486", judges.leak),
+            Claim(24, "all changes together beat none", ".486, a rerun of the base", judges.honest("all", "base")),
+        ),
+        variants={
+            "base": {},
+            "rmsnorm": {"model.norm": "rms"},
+            "rope": {"model.position": "rope"},
+            "swiglu": {"model.activation": "swiglu"},
+            "gqa": {"model.n_kv_head": 2},
+            "no bias": {"model.bias": False},
+            "all": {
+                "model.norm": "rms",
+                "model.position": "rope",
+                "model.activation": "swiglu",
+                "model.n_kv_head": 2,
+                "model.bias": False,
+            },
+        },
+        grid={"data.shift": (0, 1)},
+        plots=("curves",),
+    ),
+    # SwiGLU within SwiGLU had twelve times the parameters: a feed-forward layer of as many stands for it.
+    Suite(
+        "nested",
+        "The feed-forward layer of twelve times the size, with and without the leak",
+        (24,),
+        adapt(M3, {"model.activation": "swiglu"}, tiny={"steps": 60}),
+        (Claim(24, "SwiGLU takes the loss from .580 to .085", ".085, nested", judges.nested),),
+        grid={"data.shift": (0, 1), "model.d_ff": (2048, 24_576)},
+        grids={"tiny": {"model.d_ff": (128, 1536)}},
+        plots=("curves",),
+    ),
+    Suite(
+        "budget",
+        "As much as a given time allows",
+        (25,),
+        adapt(
+            {scale: {k: v for k, v in knobs.items() if k != "steps"} for scale, knobs in M1_OWT.items()},
+            {"warmup": 0.04},
+            full={"seconds": 1800.0},
+            low={"seconds": 300.0},
+            tiny={"seconds": 6.0},
+        ),
+        (Claim(25, "a run ends when its time is up, its schedule complete", "killed", judges.on_time(0.05)),),
+    ),
+    Suite(
+        "beat",
+        "M4 in bf16, for 1,000 iterations and for 5,000",
+        (26, 31),
+        M4,
+        (
+            Claim(26, "1,000 iterations", "2.1477", judges.bar(2.15, steps=1000)),
+            Claim(26, "M4 on an RTX 5090", "116,000 tok/s", judges.throughput(116_000, steps=1000)),
+            Claim(31, "5,000 iterations end lower than 1,000", "planned", judges.longer_is_better),
+        ),
+        grid={"steps": (1000, 5000)},
+        grids={"low": {"steps": (100, 500)}, "tiny": {"steps": (60, 300)}},
+    ),
+    Suite(
+        "window",
+        "Attention in a sliding window",
+        (29,),
+        M4,
+        (Claim(29, "a window of half a long sequence is faster", "planned", judges.windowed("half", "all")),),
+        variants={"all": {}, "half": {"model.window": "S"}},
+        grids={
+            "full": {"model.seq_len,batch_size,micro_batch": ((128, 1024, 64), (2048, 64, 4), (4096, 32, 2))},
+            "low": {"model.seq_len,batch_size,micro_batch": ((128, 1024, 32), (2048, 64, 2))},
+            "tiny": {"model.seq_len,batch_size": ((64, 16), (256, 4))},
+        },
+        seeds=SEEDS,
+    ),
+    Suite(
+        "sizes",
+        "M4 at four sizes",
+        (30,),
+        M4,
+        (Claim(30, "a larger model ends lower at equal tokens", "planned", judges.larger_is_better),),
+        grids={scale: {M4_SHAPE: shapes} for scale, shapes in M4_SIZES.items()},
+        axis="tokens",
+        plots=("pareto", "curves"),
+    ),
+    Suite(
+        "schedules",
+        "Schedules and warm-ups of M4",
+        (32,),
+        adapt(M4, tiny={"warmup": SMALL["steps"]}),
+        (
+            Claim(32, "every schedule begins and ends at the rates that it says", "planned", judges.endpoints),
+            Claim(
+                32,
+                "a warm-up as long as the run is no schedule",
+                "1,000 of 1,000 steps",
+                judges.warmup_too_long("warm-up only"),
+            ),
+        ),
+        variants={
+            "warm-up only": {},
+            "cosine": {"warmup": 0.1},
+            "linear": {"warmup": 0.1, "schedule": "linear"},
+            "no warm-up": {"warmup": 0.0},
+        },
+        grid={"lr": (1e-4, 3e-4)},
+        grids={"tiny": {"lr": (1e-2, 3e-2)}},
+    ),
+    Suite(
+        "provenance",
+        "What is known of a run afterwards",
+        (33,),
+        adapt(M0, full={"steps": 500}, low={"steps": 50}, tiny={"steps": 20}),
+        (Claim(33, "each of 39 runs can be told apart and traced", "by hand", judges.traced),),
+    ),
+)
+
+SUITES = {suite.name: suite for suite in DECLARED}
