@@ -88,9 +88,9 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
 def check_fits(state: dict[str, Any], config: ModelConfig, optimizer: str) -> None:
     """Raise `CheckpointError` when the model or optimizer to resume with is another than the state is of.
 
-    What a checkpoint does not name has its default, and dropout may change."""
+    What a checkpoint does not name has its default; dropout and what is computed again may change."""
     then = asdict(ModelConfig(**state["model_config"])) | {"optimizer": state["config"]["optimizer"]}
-    now = asdict(config) | {"optimizer": optimizer, "dropout": then["dropout"]}
+    now = asdict(config) | {"optimizer": optimizer} | {key: then[key] for key in ("dropout", "recompute")}
     known_as = {"separator": "the separator that data.packing sets"}
     changed = [f"{known_as.get(k, k)} {then[k]} where this run has {now[k]}" for k in now if now[k] != then[k]]
     if changed:

@@ -368,9 +368,9 @@ def test_what_cannot_change_on_resuming(run, capsys, change):
     assert (folder / "last.pt").read_bytes() == before and status(folder)["status"] == "finished"
 
 
-def test_kernels_and_dropout_may_change_on_resuming(run):
+def test_kernels_dropout_and_recomputing_may_change_on_resuming(run):
     run(run="mine", **{"kernels.attention": "sdpa"})
-    changes = {"kernels.attention": "torch", "model.dropout": 0.1}
+    changes = {"kernels.attention": "torch", "model.dropout": 0.1, "model.recompute": 1}
     assert run("--resume", run="mine", steps=14, **changes)[0] == 0
 
 
