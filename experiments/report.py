@@ -298,7 +298,8 @@ def draw(part: Section, folder: Path) -> None:
         except LookupError:
             path.unlink(missing_ok=True)
             continue
-        figure.suptitle(part.suite.title, fontsize=10)
+        width = round(11 * (figure.get_figwidth() - 1.6))  # characters, of a line beside the legend
+        figure.suptitle(textwrap.fill(part.suite.title, width), fontsize=10)
         for dpi in (100, 80, 60):  # these files are committed: a palette takes a third of the bytes, unseen
             drawn = io.BytesIO()
             figure.savefig(drawn, dpi=dpi)
