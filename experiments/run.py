@@ -77,7 +77,17 @@ def trials(
         if not train.BUDGETS & {*own, *point}:  # a length that is a trial's own is what the trial is about
             knobs = spend(knobs)
         found.append(Trial(suite.name, scale, {"variant": variant, **point, "seed": seed}, knobs))
+    if suite.matched:
+        check_matched(found)
     return found
+
+
+def check_matched(trials: Sequence[Trial]) -> None:
+    """Raise `ConfigError` where the models of trials differ by more than 3% in parameters."""
+    sizes = {trial.labels["variant"]: meta_model(configuration(trial.knobs)).n_parameters() for trial in trials}
+    if max(sizes.values()) > 1.03 * min(sizes.values()):
+        counts = ", ".join(f"{variant} {size:,}" for variant, size in sizes.items())
+        raise ConfigError(f"suite {trials[0].suite} compares models of as many parameters, and has {counts}")
 
 
 def configuration(knobs: Knobs) -> train.Config:
@@ -104,24 +114,24 @@ def budget_on(axis: Axis, reference: train.Config) -> Callable[[Knobs], dict[str
     step = reference.batch_size * reference.model.seq_len
     tokens = reference.tokens or reference.steps * step
     if axis == "flops":
-        return partial(_spend, flops=tokens * flops_per_token(reference), otherwise=tokens)
+        return partial(_spend, flops=tokens * meta_model(reference).flops_per_token(), otherwise=tokens)
     amount = {"steps": math.ceil(tokens / step), "tokens": tokens, "seconds": reference.seconds}[axis]
     return lambda knobs: merge([knobs, {axis: amount}], train.BUDGETS)
 
 
 def _spend(knobs: Knobs, flops: int, otherwise: int) -> dict[str, Any]:
     try:
-        tokens = round(flops / flops_per_token(configuration(knobs)))
+        tokens = round(flops / meta_model(configuration(knobs)).flops_per_token())
     except UserError:
         tokens = otherwise  # the run will be refused, and its outcome says why
     return merge([knobs, {"tokens": tokens}], train.BUDGETS)
 
 
-def flops_per_token(config: train.Config) -> int:
-    """FLOPs that training takes a token, whatever the kernels."""
+def meta_model(config: train.Config) -> GPT:
+    """The model on the meta device, with kernels that any machine has: what counts its parameters and FLOPs."""
     shape = config.model.resolved(config.data.expected_vocab_size, config.data.separator)
     with torch.device("meta"):
-        return GPT(shape, bind(KernelChoice(every="torch"), torch.device("cpu"))).flops_per_token()
+        return GPT(shape, bind(KernelChoice(every="torch"), torch.device("cpu")))
 
 
 # One trial

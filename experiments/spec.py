@@ -123,7 +123,8 @@ class Suite:
     `base` gives knobs for each scale that the suite can run at, and `grids` other values of the grid for a scale. The
     learning rates of trials with another batch than the base's follow `rule`. `axis` is what all trials have equal: the
     base's budget, in its own unit or as the tokens, or FLOPs, that it comes to for the first variant. `plots` names
-    figures of the report (experiments/report.py).
+    figures of the report (experiments/report.py). Variants that are `matched` have as many parameters, within 3%, or
+    the runner starts none of them.
     """
 
     name: str
@@ -137,6 +138,7 @@ class Suite:
     seeds: Mapping[Scale, int] = field(default_factory=lambda: {"tiny": 1, "low": 1, "full": 1})
     rule: Rule = "fixed"
     axis: Axis | None = None
+    matched: bool = False
     plots: tuple[str, ...] = ("curves",)
 
     def points(self, scale: Scale) -> list[dict[str, Any]]:

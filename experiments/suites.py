@@ -316,6 +316,7 @@ DECLARED = (
         (Claim(7, "SiLU without a gate is worse than SwiGLU", "1.359, .7% more", judges.worse("silu", "swiglu")),),
         variants={name: {"model.activation": name} for name in ("swiglu", "silu", "gelu", "relu", "relu2")},
         seeds=SEEDS,
+        matched=True,
         plots=("gap", "curves"),
     ),
     Suite(

@@ -17,7 +17,7 @@ import pytest
 import train
 from experiments import __main__ as cli
 from experiments import ledger
-from experiments.run import Plan, flops_per_token, forecast, kernel_ooms, machine, sweep, trials
+from experiments.run import Plan, forecast, kernel_ooms, machine, meta_model, sweep, trials
 from experiments.run import configuration as configured
 from experiments.spec import Outcome, Results, Suite
 from model.config import ConfigError
@@ -166,10 +166,21 @@ def test_a_length_of_its_own_stays_with_a_trial():
     assert budgets("tokens", {"steps": 10}, variants=variants)[2:] == [{"steps": 3}] * 2
 
 
+def test_variants_that_are_to_match_have_as_many_parameters():
+    variants = {"gated": {}, "plain": {"model.activation": "relu"}, "larger": {"model.d_ff": 200}}
+    base = SHAPE | {"steps": 1}
+    assert len(trials(suite(base=base, variants=variants), "tiny")) == 3
+    with pytest.raises(ConfigError, match=r"as many parameters, and has gated [\d,]+, plain [\d,]+, larger"):
+        trials(suite(base=base, variants=variants, matched=True), "tiny")
+    del variants["larger"]
+    assert len(trials(suite(base=base, variants=variants, matched=True), "tiny")) == 2
+
+
 def test_equal_flops_are_fewer_tokens_for_a_larger_model():
     variants = {"small": {}, "large": {"model.n_layer": 8}, "bad": {"model.n_head": 5}}
     small, _, large, _, bad, _ = budgets("flops", {"steps": 100}, variants=variants)
-    per_token = [flops_per_token(configured(SHAPE | {"steps": 1} | variants[v])) for v in ("small", "large")]
+    models = [meta_model(configured(SHAPE | {"steps": 1} | variants[v])) for v in ("small", "large")]
+    per_token = [model.flops_per_token() for model in models]
     assert small["tokens"] == 100 * 8 * 64
     assert large["tokens"] * per_token[1] == pytest.approx(small["tokens"] * per_token[0], rel=1e-3)
     assert large["tokens"] < small["tokens"] / 2

@@ -3,25 +3,19 @@
 import math
 
 import pytest
-import torch
 
 from experiments import analysis, judges
-from experiments.run import configuration, trials
+from experiments.run import configuration, meta_model, trials
 from experiments.spec import Outcome, Results, Suite
 from experiments.suites import LEADERBOARD, M0, M1, M1_OWT, M2, M3, M4, M4_SHAPE, M4_SIZES, RATES, SUITES, by_rule
-from kernels import KernelChoice, bind
 from model.config import ConfigError
-from model.gpt import GPT
 
 SCALES = ("tiny", "low", "full")
 ABSENT = {"fp8", "nvfp4"}  # precisions that the trainer refuses, which is what their trials record
 
 
 def parameters(knobs) -> int:
-    config = configuration(knobs)
-    shape = config.model.resolved(config.data.expected_vocab_size)
-    with torch.device("meta"):
-        return GPT(shape, bind(KernelChoice(every="torch"), torch.device("cpu"))).n_parameters()
+    return meta_model(configuration(knobs)).n_parameters()
 
 
 # What is declared
