@@ -24,7 +24,7 @@ import torch
 from bench import records
 from bench.cases import relative_error
 from bench.timing import measure, reason
-from kernels.attention import CONFIGS, ONE_PASS
+from kernels.attention import CONFIGS, ONE_PASS, tiles_of
 from kernels.launch import IMPLEMENTATIONS, card, triton
 
 Tiles = tuple[int, int, int, int]  # as in CONFIGS: rows of queries, rows of keys, warps, stages
@@ -98,7 +98,7 @@ def tune(kernel: str, width: int, most: int, device: torch.device, shared: int) 
     """Try up to `most` tiles. Returns the row to record: `own` tiles, the table's, None where this card takes two
     passes; then the results, best first, each with seconds by length and their mean ratio to `own`, or `failed`."""
     table, name, lengths = CONFIGS[kernel, width], card(device), (ONE_PASS,) if kernel == "one pass" else (1024, 4096)
-    own = table.get(name, table.get(""))
+    own = tiles_of(kernel, width, device)
     tried = candidates(kernel, width, own or next(iter(table.values())), shared, most)
     found = {}
     for t in lengths:

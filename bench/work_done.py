@@ -15,9 +15,8 @@ import torch
 
 from bench.cases import Case
 from kernels import OPS
-from kernels.attention import CONFIGS
+from kernels.attention import tiles_of
 from kernels.interpreter import sanitize
-from kernels.launch import card
 
 OP = OPS["attention"]
 DEVICE = torch.device("cpu")
@@ -50,8 +49,7 @@ def most(shape: dict[str, int], config: str, of_keys: bool) -> float:
     many. An end of the range of keys that moves with the query leaves a query, on average, half a tile of queries less
     one short of it: the later end under a causal mask, both in a window. For a tile of keys it is the other way round.
     """
-    by_card = CONFIGS[config, shape["D"]]
-    own, other = by_card.get(card(DEVICE), by_card[""])[:2]
+    own, other = tiles_of(config, shape["D"], DEVICE)[:2]
     if of_keys:
         own, other = other, own
     moving = 2 if shape.get("W") else 1

@@ -62,6 +62,32 @@ def visible(t: int, s: int, causal: bool, window: int, documents: Tensor | None,
     return seen
 
 
+def scores(
+    q: Tensor,
+    k: Tensor,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int = 0,
+    documents: Tensor | None = None,
+    softcap: float = 0.0,
+    slopes: Tensor | None = None,
+) -> Tensor:
+    """What the softmax is taken of, `[B, KV, H / KV, T, S]`, -inf where a query does not see a key; arguments as of
+    `attention_torch`."""
+    (_, t, h, d), (_, s, kv, _) = q.shape, k.shape
+    grouped = q.unflatten(2, (kv, h // kv))
+    found = torch.einsum("btkgd,bskd->bkgts", grouped, k).to(accumulation_dtype(q))
+    found = found * (d**-0.5 if scale is None else scale)
+    if softcap:
+        found = softcap * torch.tanh(found / softcap)
+    if slopes is not None:
+        found = found + slopes.to(found.dtype).view(kv, h // kv, 1, 1) * _distance(t, s, q.device)
+    if causal or window or documents is not None:
+        hidden = ~visible(t, s, causal, window, documents, q.device)
+        found = found.masked_fill(hidden if hidden.ndim == 2 else hidden[:, None, None], float("-inf"))
+    return found
+
+
 def attention_torch(
     q: Tensor,
     k: Tensor,
@@ -95,23 +121,13 @@ def attention_torch(
         its range.
     """
     _check(q, k, v, scale, window, documents, softcap, sink, slopes)
-    (_, t, h, d), (_, s, kv, _) = q.shape, k.shape
-    grouped = q.unflatten(2, (kv, h // kv))
-    scores = torch.einsum("btkgd,bskd->bkgts", grouped, k).to(accumulation_dtype(q))
-    scores = scores * (d**-0.5 if scale is None else scale)
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    if slopes is not None:
-        scores = scores + slopes.to(scores.dtype).view(kv, h // kv, 1, 1) * _distance(t, s, q.device)
-    if causal or window or documents is not None:
-        hidden = ~visible(t, s, causal, window, documents, q.device)
-        scores = scores.masked_fill(hidden if hidden.ndim == 2 else hidden[:, None, None], float("-inf"))
-    if sink is None and t <= s:
-        weights = scores.softmax(-1)
+    logits = scores(q, k, scale, causal, window, documents, softcap, slopes)
+    if sink is None and q.shape[1] <= k.shape[1]:
+        weights = logits.softmax(-1)
     else:
-        logit = torch.full((h,), LOWEST, device=q.device) if sink is None else sink
-        logit = logit.to(scores.dtype).view(kv, h // kv, 1, 1).expand(*scores.shape[:-1], 1)
-        weights = torch.cat((scores, logit), -1).softmax(-1)[..., :-1]
+        last = torch.full(q.shape[2:3], LOWEST, device=q.device) if sink is None else sink
+        last = last.to(logits.dtype).view(*logits.shape[1:3], 1, 1).expand(*logits.shape[:-1], 1)
+        weights = torch.cat((logits, last), -1).softmax(-1)[..., :-1]
     if dropout:
         weights = F.dropout(weights, dropout)
     return torch.einsum("bkgts,bskd->btkgd", weights.to(v.dtype), v).flatten(2, 3)
@@ -120,8 +136,8 @@ def attention_torch(
 def _check(q, k, v, scale, window, documents, softcap, sink, slopes):
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[::3] != k.shape[::3] or q.shape[2] % k.shape[2]:
         raise ValueError(f"q {list(q.shape)} cannot attend to k {list(k.shape)} and v {list(v.shape)}")
-    for name, value, least in (("window", window, 0), ("softcap", softcap, 0)):
-        if value < least:
+    for name, value in (("window", window), ("softcap", softcap)):
+        if value < 0:
             raise ValueError(f"{name} must be 0, for none, or more, not {value}")
     if scale is not None and scale <= 0:
         raise ValueError(f"scale must be more than 0, not {scale}")
@@ -479,16 +495,21 @@ CONFIGS = {
 ONE_PASS = 128  # keys that a tile of the one-pass backward holds
 
 
+def tiles_of(kernel: str, width: int, device: torch.device) -> tuple[int, int, int, int] | None:
+    """A kernel's entry in the table for the card; None where that card does not run it at this width."""
+    by_card = CONFIGS.get((kernel, width), {})
+    return by_card.get(card(device), by_card.get(""))
+
+
 def _config(kernel: str, q: Tensor, t: int, s: int, **constants) -> dict | None:
     """Keyword arguments of a launch, tiles no longer than the sequences and no shorter than a matrix unit takes; None
     for a kernel that this card does not run at this width."""
     d = q.shape[-1]
     width = 64 if d <= 64 else 128 if d <= 128 else 256
-    by_card = CONFIGS.get((kernel, width), {})
-    config = by_card.get(card(q.device), by_card.get(""))
-    if config is None:
+    tiles = tiles_of(kernel, width, q.device)
+    if tiles is None:
         return None
-    block_t, block_s, warps, stages = config
+    block_t, block_s, warps, stages = tiles
     if q.element_size() > 2:
         block_t, block_s, warps, stages = min(block_t, 32), min(block_s, 32), 4, 2
     block_t, block_s = (min(b, max(16, triton.next_power_of_2(n))) for b, n in ((block_t, t), (block_s, s)))

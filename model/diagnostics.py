@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kernels import Kernels
-from kernels.attention import visible
+from kernels.attention import scores
 from model.evaluate import evaluating
 from model.gpt import GPT
 
@@ -194,20 +194,13 @@ def entropy(
 ) -> Tensor:
     """Mean entropy, a scalar in nats, of the weights of causal attention of `q` `[B, T, H, D]` to `k` `[B, T, KV, D]`;
     the rest is as `kernels.attention` has it."""
-    (b, t, h, d), kv = q.shape, k.shape[2]
+    b, t, h, _ = q.shape
     total = torch.zeros((), device=q.device)
     with torch.autocast(q.device.type, enabled=False):
         for start in range(0, t, QUERIES):
             end = min(start + QUERIES, t)
-            queries, keys = q[:, start:end].float().unflatten(2, (kv, h // kv)), k[:, :end].float()
-            scores = torch.einsum("btkgd,bskd->bkgts", queries, keys) * (d**-0.5 if scale is None else scale)
-            if softcap:
-                scores = softcap * torch.tanh(scores / softcap)
-            if slopes is not None:
-                places = torch.arange(end, device=q.device)
-                scores += slopes.float().view(kv, h // kv, 1, 1) * (places - places[start:, None])
             known = None if documents is None else documents[..., :end]
-            hidden = ~visible(end - start, end, True, window, known, q.device)
-            scores.masked_fill_(hidden if hidden.ndim == 2 else hidden[:, None, None], float("-inf"))
-            total += torch.special.entr(scores.softmax(-1)).sum()
+            of = q[:, start:end].float(), k[:, :end].float()
+            logits = scores(*of, scale, window=window, documents=known, softcap=softcap, slopes=slopes)
+            total += torch.special.entr(logits.softmax(-1)).sum()
     return total / (b * h * t)
