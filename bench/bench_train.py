@@ -108,7 +108,7 @@ def test_equal_shape(tmp_path, record, rates, capsys):
     layers, heads, width, block, batch = nanogpt.LAYERS, nanogpt.HEADS, nanogpt.WIDTH, nanogpt.BLOCK, nanogpt.BATCH
     shape = f"--model.n_layer={layers} --model.n_head={heads} --model.d_model={width} --model.d_ff=344"
     data = f"--data.tokenizer=bytes --model.seq_len={block} --batch_size={batch}"
-    flags = f"--out={tmp_path} --steps=1 --optimizer=adamw --model.qk_norm=false {shape} {data}"
+    flags = f"--out={tmp_path} --steps=1 --optimizer=adamw --model.qk_norm=false --model.init=fan-in {shape} {data}"
     trainer = train.Trainer(*train.configure(flags.split()))
     model = nanogpt.NanoGPT(trainer.tokenizer.vocab_size)
     optimizer = nanogpt.build_optimizer(model)

@@ -14,7 +14,7 @@ from typing import Any
 import train
 from experiments import analysis, memory
 from experiments.analysis import best, curve, difference, loss
-from experiments.spec import Finding, Outcome, Results, Verdict
+from experiments.spec import Finding, Outcome, Results, Verdict, flags
 
 Judge = Callable[[Results], Finding]
 
@@ -66,7 +66,7 @@ def speed(outcomes: Sequence[Outcome]) -> float:
 
 def configured(outcome: Outcome) -> train.Config:
     """The configuration of its run, knobs that are not its own included."""
-    return train.configure([f"--{key}={value}" for key, value in outcome.knobs.items()])[0]
+    return train.configure(flags(outcome.knobs))[0]
 
 
 # Losses and speeds of the original

@@ -168,7 +168,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 def _base(config: train.Config) -> int:
     """What a run of the smallest model has come to after a step, on the same data: on a GPU all that the card holds
     outside torch's allocator, on a CPU resident memory. Measured, in a process of its own."""
-    kept = ("device", "precision", "compile", "optimizer", *(f"data.{key}" for key in vars(config.data)))
+    kept = ("config", "device", "precision", "compile", "optimizer", *(f"data.{key}" for key in vars(config.data)))
     values = flatten(train.Config, as_dict(config))
     return _measured_base(*(f"--{key}={values[key]}" for key in kept))
 

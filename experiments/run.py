@@ -30,7 +30,7 @@ import torch
 import train
 from data.prepare import progress_bar
 from experiments import ledger
-from experiments.spec import Axis, Knobs, Outcome, Rule, Scale, Suite, Trial
+from experiments.spec import Axis, Knobs, Outcome, Rule, Scale, Suite, Trial, flags
 from kernels import KernelChoice, bind
 from model import hardware
 from model.config import ConfigError, UserError, merge
@@ -93,10 +93,6 @@ def check_matched(trials: Sequence[Trial]) -> None:
 def configuration(knobs: Knobs) -> train.Config:
     """What train.py makes of knobs. Raises `ConfigError` where it would refuse them."""
     return train.configure(flags(knobs))[0]
-
-
-def flags(knobs: Knobs) -> list[str]:
-    return [f"--{key}={value}" for key, value in knobs.items()]
 
 
 def scale_rates(knobs: Knobs, base: train.Config, power: float) -> dict[str, Any]:

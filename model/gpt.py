@@ -72,9 +72,10 @@ class ModelConfig:
     ] = "swiglu"
     bias: Annotated[bool, "biases in the blocks' projections"] = False
     init: Annotated[
-        Literal["fan-in", "xavier"],
+        Literal["fan-in", "xavier", "look-back"],
         "standard deviation of weights: 1/sqrt(in), and less with depth where they write to the stream; or "
-        "sqrt(2/(in+out)), cut off at three",
+        "sqrt(2/(in+out)), cut off at three; look-back is fan-in but for heads of the first layer that attend to the "
+        "token before",
     ] = "fan-in"
     embedding_std: Annotated[
         float, "[0, inf)", "standard deviation of the embedding, and of a head tied to it (0: 0.25/sqrt(d_model))"
@@ -94,6 +95,10 @@ class ModelConfig:
             raise ConfigError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
         if self.norm == "none" and self.norm_place != "pre":
             raise ConfigError(f"norm_place {self.norm_place} takes a norm: norm must be rms or layer, not none")
+        needed = {"position": "rope", "norm_place": "pre", "qk_norm": True} if self.init == "look-back" else {}
+        for knob, value in needed.items():
+            if getattr(self, knob) != value:
+                raise ConfigError(f"init look-back takes {knob} {value}, not {getattr(self, knob)}: give init fan-in")
         _ = self.windows  # which raises where it cannot be read
 
     @property
@@ -333,7 +338,31 @@ def xavier(name: str, weight: Tensor, config: ModelConfig) -> None:
         nn.init.trunc_normal_(part, std=std, a=-3 * std, b=3 * std)
 
 
-INITS = {"fan-in": fan_in, "xavier": xavier}
+INITS = {"fan-in": fan_in, "xavier": xavier, "look-back": fan_in}
+
+
+def look_back(model: "GPT", std: float) -> None:
+    """Make the heads of the first layer attend to the token before. Copying from the context ("induction heads": Olsson
+    et al., 2022) takes such a head and one above it, of which neither helps without the other, so that plain weights
+    find the pair late.
+
+    A vector three times as wide as the embedding's `std` is added to all its rows, which the softmax of a tied head
+    does not see. It is all that q and k of the layer read. Both lie in the fastest quarter of the rotated pairs, k as
+    if rotated by one place more, so that they meet one place apart; q's gain makes that more than nine tenths of the
+    weight. Training is free to undo it.
+    """
+    config, attention = model.config, model.blocks[0].attention
+    shared = torch.randn(config.d_model, device=model.embedding.weight.device).sign()
+    model.embedding.weight.add_(3 * std * shared)
+    heads = attention.qkv.weight.unflatten(0, (-1, config.head_dim))
+    q, k, _ = heads.split((config.n_head, config.n_kv_head, config.n_kv_head))
+    read, half, fast = shared * config.d_model**-0.5, config.head_dim // 2, math.ceil(config.head_dim / 8)
+    cos, sin = (table[1, :fast, None] for table in rope_tables(2, config.head_dim, config.rope_theta, q.device))
+    nn.init.zeros_(q)
+    nn.init.zeros_(k)
+    q[:, :fast] = read
+    k[:, :fast], k[:, half : half + fast] = cos * read, sin * read
+    nn.init.constant_(attention.q_gain, 3.0)
 
 
 class GPT(nn.Module):
@@ -373,6 +402,8 @@ class GPT(nn.Module):
                 INITS[self.config.init](name, parameter, self.config)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+        if self.config.init == "look-back":
+            look_back(self, std)
 
     def hidden(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """`[B, T]` ids to the normalised last hidden states `[B, T, C]`; with a cache, of ids that follow those in it.

@@ -1,14 +1,60 @@
 """Optimisers and the learning-rate schedule."""
 
 import math
+from collections import defaultdict
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 Schedule = Literal["constant", "linear", "cosine", "wsd"]
 OptimizerName = Literal["adam", "adamw", "muon"]
+
+
+def orthogonalised(x: Tensor) -> Tensor:
+    """Matrices `[..., rows, columns]`, rows <= columns, with their singular values taken to about 1 (0.7 to 1.2): five
+    Newton-Schulz steps of the quintic of Jordan et al., "Muon", 2024, in the dtype of `x`."""
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x
+
+
+class Muon(Optimizer):
+    """Momentum of Nesterov whose update is orthogonalised, on matrices: `torch.optim.Muon`, and as that with
+    `adjust_lr_fn="match_rms_adamw"`, but with all matrices of a size, transposed or not, orthogonalised as one stack.
+
+    Its rate is scaled by 0.2 sqrt(max(rows, columns)), which gives its update AdamW's usual RMS, so that the two rates
+    are alike in size (Liu et al., "Muon is Scalable for LLM Training", 2025).
+    """
+
+    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            grads = [p.grad for p in params]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            momenta = [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+            updates = torch._foreach_lerp(grads, momenta, group["momentum"])
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            alike = defaultdict(list)
+            for p, update in zip(params, updates, strict=True):
+                rows, columns = sorted(p.shape)
+                wide = (p, update) if p.shape[0] == rows else (p.mT, update.mT)
+                alike[rows, columns].append(wide)
+            for (_, columns), pairs in alike.items():
+                wide, updates = zip(*pairs, strict=True)
+                stack = orthogonalised(torch.stack(updates).bfloat16())
+                torch._foreach_add_(wide, stack.unbind(), alpha=-group["lr"] * 0.2 * columns**0.5)
 
 
 def build_optimizers(
@@ -25,9 +71,6 @@ def build_optimizers(
 
     Weight decay is on matrices only: on a gain it would pull towards 0, which is not where a gain starts. Each
     parameter group keeps its peak in `peak_lr`, which `set_lr` scales.
-
-    Muon's rate is scaled by 0.2 sqrt(max(rows, columns)), which gives its update AdamW's usual RMS, so that the two
-    rates are alike in size (Liu et al., "Muon is Scalable for LLM Training", 2025).
     """
     named = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
     hidden = [p for key, p in named if p.ndim == 2 and key.startswith("blocks.")] if name == "muon" else []
@@ -40,8 +83,7 @@ def build_optimizers(
     adam = torch.optim.Adam if name == "adam" else torch.optim.AdamW
     optimizers: list[Optimizer] = [adam(groups, lr=lr, betas=betas, eps=eps, fused=True)]
     if hidden:
-        muon = torch.optim.Muon(hidden, lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        optimizers.append(muon)
+        optimizers.append(Muon(hidden, muon_lr, weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

@@ -211,6 +211,21 @@ def test_weights_begin_as_wide_as_asked(tied):
     assert build(position="learned", embedding_std=0.5).position.std().item() == pytest.approx(0.5, rel=0.1)
 
 
+@pytest.mark.parametrize("sizes", [{"head_dim": 32}, {"n_head": 2, "n_kv_head": 1, "head_dim": 64}, {"head_dim": 128}])
+def test_heads_that_look_back_attend_to_the_token_before(sizes):
+    model = build(vocab_size=1000, init="look-back", **sizes)
+    config, block, ids = model.config, model.blocks[0], torch.randint(1000, (4, 24))
+    packed = block.attention.qkv(block.attention_norm(model.embedding(ids), None)[0])
+    gains = block.attention.q_gain, block.attention.k_gain
+    q, k, _ = model.kernels.rope(packed, model.cos, model.sin, config.n_head, config.n_kv_head, *gains)
+    k = k.repeat_interleave(config.n_head // config.n_kv_head, dim=2)
+    scores = torch.einsum("bthd,bshd->bhts", q, k) / config.head_dim**0.5
+    hidden = torch.ones(24, 24, dtype=torch.bool).triu(1)
+    before = scores.masked_fill(hidden, -math.inf).softmax(-1).diagonal(-1, 2, 3)
+    assert before.min() > 0.8 and before.mean() > 0.9
+    assert model(ids[:, :-1], ids[:, 1:]).item() == pytest.approx(math.log(1000), rel=0.02)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_computing_activations_again_changes_no_gradient(dropout):
     ids, gradients, passes = torch.randint(101, (2, 24)), [], []
@@ -261,6 +276,8 @@ def test_sizes_from_a_million_to_a_billion():
         ({"d_model": 12}, "head_dim 3 must be even"),
         ({"n_kv_head": 3}, "n_head 4 must be a multiple of n_kv_head 3"),
         ({"norm": "none", "norm_place": "post"}, "norm_place post takes a norm: norm must be rms or layer, not none"),
+        ({"init": "look-back", "position": "alibi"}, "init look-back takes position rope, not alibi: give init fan-in"),
+        ({"init": "look-back", "qk_norm": False}, "init look-back takes qk_norm True, not False"),
         ({"vocab_size": 100}, "vocab_size 100 is less than the tokenizer's 101"),
         *(
             ({"window": text}, f"window must be a number of keys, such as 256, or S and L by layer, .* not {text!r}")

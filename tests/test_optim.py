@@ -10,7 +10,7 @@ from kernels import KernelChoice, bind
 from model.budget import Budget
 from model.config import ConfigError
 from model.gpt import GPT, ModelConfig
-from model.optim import build_optimizers, load_optimizers, lr_factor, set_lr
+from model.optim import Muon, build_optimizers, load_optimizers, lr_factor, orthogonalised, set_lr
 
 
 @pytest.fixture
@@ -74,6 +74,30 @@ def test_adam_takes_weight_decay_into_the_gradient(model):
         p.grad = torch.zeros_like(p)
     optimizers_of(model, "adam", lr=0.5, weight_decay=0.2)[0].step()
     torch.testing.assert_close(model.head.weight, before - 0.5 * before.sign(), rtol=0, atol=0.01)
+
+
+def test_muon_is_torchs():
+    """Step by step, of wide, tall and square matrices, of which some share a stack."""
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in [(24, 16), (16, 24), (16, 16), (16, 16), (8, 40)]]
+    ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
+    mine = Muon(ours, lr=0.05, weight_decay=0.1)
+    oracle = torch.optim.Muon(theirs, lr=0.05, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(4):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        mine.step()
+        oracle.step()
+    for p, q, begun in zip(ours, theirs, start, strict=True):
+        assert (p - q).norm() < 0.01 * (q - begun).norm()
+
+
+def test_orthogonalised_matrices_have_singular_values_about_one():
+    x = torch.randn(3, 16, 40, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalised(x))
+    assert values.min() > 0.6 and values.max() < 1.3
+    assert torch.equal(orthogonalised(torch.zeros(1, 4, 8)), torch.zeros(1, 4, 8))
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd", "constant"])
