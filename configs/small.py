@@ -1,7 +1,7 @@
 # The default: about a million parameters, on the documentation inside the Python around it, in four minutes on two
 # cores. bench/LOG.md says what else was tried.
 data = dict(corpus="docstrings", tokenizer="bpe", vocab_size=4096)
-model = dict(n_layer=2, n_head=2, head_dim=64, d_model=192, d_ff=192, seq_len=512, init="look-back")
+model = dict(n_layer=2, n_head=3, d_model=192, d_ff=192, seq_len=512, init="look-back")
 seconds = 240
 batch_size = 4
 lr = 1e-2

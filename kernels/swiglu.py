@@ -37,8 +37,8 @@ def swiglu_torch(x: Tensor, activation: Activation = "silu", gated: bool = True)
         `[..., F]` in the dtype of `x`. Raises `ValueError` for an unknown activation or an odd packed width.
     """
     _check(x, activation, gated)
-    # Widened only once cut, so that the gradients of the halves are packed as narrow as they leave.
-    gate, *up = (half.to(accumulation_dtype(x)) for half in x.chunk(1 + gated, dim=-1))
+    wide = x.to(accumulation_dtype(x))
+    gate, up = wide.chunk(2, dim=-1) if gated else (wide, None)
     if activation == "silu":
         y = F.silu(gate)
     elif activation == "gelu":
@@ -46,7 +46,7 @@ def swiglu_torch(x: Tensor, activation: Activation = "silu", gated: bool = True)
     else:
         y = F.relu(gate)
         y = y.square() if activation == "relu2" else y
-    return (y * up[0] if gated else y).to(x.dtype)
+    return (y if up is None else y * up).to(x.dtype)
 
 
 def _check(x: Tensor, activation: str, gated: bool) -> None:

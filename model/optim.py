@@ -24,8 +24,8 @@ def orthogonalised(x: Tensor) -> Tensor:
 
 
 class Muon(Optimizer):
-    """Momentum of Nesterov whose update is orthogonalised, on matrices: `torch.optim.Muon`, and as that with
-    `adjust_lr_fn="match_rms_adamw"`, but with all matrices of a size, transposed or not, orthogonalised as one stack.
+    """Nesterov's momentum, orthogonalised, on matrices: `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, but
+    that matrices of one size, transposed or not, are orthogonalised as one stack, in fewer and larger products.
 
     Its rate is scaled by 0.2 sqrt(max(rows, columns)), which gives its update AdamW's usual RMS, so that the two rates
     are alike in size (Liu et al., "Muon is Scalable for LLM Training", 2025).

@@ -40,7 +40,8 @@ def tiny(corpus, tmp_path_factory):
     def flags(out: Path, **changes) -> list[str]:
         values = {
             "data.corpus": corpus, "data.tokenizer": "bytes", "data.val_fraction": 0.1, "data.cache": cache, "out": out,
-            "model.n_layer": 2, "model.n_head": 2, "model.d_model": 32, "model.seq_len": 32, "batch_size": 4,
+            "model.n_layer": 2, "model.n_head": 2, "model.d_model": 32, "model.d_ff": 0, "model.seq_len": 32,
+            "model.init": "fan-in", "batch_size": 4,
             "steps": 12, "log_every": 4, "eval_every": 6, "save_every": 3, "eval_tokens": 256, "sample_every": 0,
             "precision": "fp32", "compile": "off", "device": "cpu", "lr": 1e-2,
         }  # fmt: skip
