@@ -14,7 +14,8 @@ from typing import Any
 import train
 from experiments import analysis, memory
 from experiments.analysis import best, curve, difference, loss
-from experiments.spec import Finding, Outcome, Results, Verdict, flags
+from experiments.run import configuration
+from experiments.spec import Finding, Outcome, Results, Verdict
 
 Judge = Callable[[Results], Finding]
 
@@ -62,11 +63,6 @@ def speed(outcomes: Sequence[Outcome]) -> float:
     if not all(speeds):
         raise LookupError(f"no speed, of runs that ended as {', '.join(o.status for o in outcomes)}")
     return mean(speeds)
-
-
-def configured(outcome: Outcome) -> train.Config:
-    """The configuration of its run, knobs that are not its own included."""
-    return train.configure(flags(outcome.knobs))[0]
 
 
 # Losses and speeds of the original
@@ -257,7 +253,7 @@ def three_steps(results: Results) -> Finding:
     limit = analysis.knee(curve(results, "micro_batch", y=analysis.throughput, batch_size=batch))
     saturates = analysis.largest_within(curve(results, "batch_size"), 0.02)
     finest = results.one(batch_size=batch, micro_batch=min(o.labels["micro_batch"] for o in results.outcomes))
-    critical = analysis.critical_batch(finest) / configured(finest).model.seq_len
+    critical = analysis.critical_batch(finest) / configuration(finest.knobs).model.seq_len
     ours = (
         f"speed is level from micro-batch {limit:g} on, loss up to batch {saturates:g}; critical batch {critical:.3g}"
     )
@@ -464,7 +460,7 @@ def first_loss(results: Results, variant: str) -> tuple[float, float]:
     outcome = some(results, variant=variant)[0]
     if not outcome.steps:
         raise LookupError(f"{variant} ended as {outcome.status} before its first row")
-    config = configured(outcome)
+    config = configuration(outcome.knobs)
     return outcome.steps[0]["loss"], math.log(config.model.vocab_size or config.data.expected_vocab_size)
 
 
@@ -507,7 +503,7 @@ def samples(results: Results) -> Finding:
     outcome = some(results)[0]
     if outcome.status != "finished":
         return Finding(outcome.status, "refuted")
-    count = outcome.final["step"] // configured(outcome).sample_every
+    count = outcome.final["step"] // configuration(outcome.knobs).sample_every
     return Finding(f"{count} times during training, and after it: samples.txt of its folder", verdict(count > 0))
 
 
@@ -516,7 +512,8 @@ def on_time(tolerance: float) -> Judge:
 
     def judge(results: Results) -> Finding:
         outcome = some(results)[0]
-        given, took = configured(outcome).seconds, max((row["seconds"] for row in outcome.steps), default=math.inf)
+        given = configuration(outcome.knobs).seconds
+        took = max((row["seconds"] for row in outcome.steps), default=math.inf)
         ours = f"{outcome.status}, training for {took:.1f} s of {given:g}"
         return Finding(ours, verdict(outcome.status == "finished" and took <= given * (1 + tolerance)), took - given)
 
@@ -572,7 +569,7 @@ def endpoints(results: Results) -> Finding:
     for outcome in some(results):
         if outcome.status != "finished":
             continue
-        config = configured(outcome)
+        config = configuration(outcome.knobs)
         for row in (outcome.steps[0], outcome.steps[-1]):
             checked += 1
             if not math.isclose(row["lr"], rate_at(config, row["step"] - 1), rel_tol=1e-9, abs_tol=1e-15):

@@ -30,7 +30,7 @@ import torch
 import train
 from data.prepare import progress_bar
 from experiments import ledger
-from experiments.spec import Axis, Knobs, Outcome, Rule, Scale, Suite, Trial, flags
+from experiments.spec import Axis, Knobs, Outcome, Rule, Scale, Suite, Trial
 from kernels import KernelChoice, bind
 from model import hardware
 from model.config import ConfigError, UserError, merge
@@ -93,6 +93,11 @@ def check_matched(trials: Sequence[Trial]) -> None:
 def configuration(knobs: Knobs) -> train.Config:
     """What train.py makes of knobs. Raises `ConfigError` where it would refuse them."""
     return train.configure(flags(knobs))[0]
+
+
+def flags(knobs: Knobs) -> list[str]:
+    """What train.py is called with for knobs, beneath which lies configs/trial.py."""
+    return [f"--{key}={value}" for key, value in ({"config": "trial.py"} | dict(knobs)).items()]
 
 
 def scale_rates(knobs: Knobs, base: train.Config, power: float) -> dict[str, Any]:

@@ -19,11 +19,6 @@ Verdict = Literal["reproduced", "refuted", "artefact", "not comparable at this s
 Knobs = Mapping[str, Any]  # dotted keys of train.py's knobs
 
 
-def flags(knobs: Knobs) -> list[str]:
-    """What train.py is called with for knobs, beneath which lies configs/trial.py."""
-    return [f"--{key}={value}" for key, value in ({"config": "trial.py"} | dict(knobs)).items()]
-
-
 @dataclass(frozen=True)
 class Trial:
     """One run: its knobs, and by which `labels` (variant, coordinates of the grid, seed) the report knows it."""
