@@ -7,7 +7,6 @@
 """
 
 import math
-import os
 import shutil
 import sys
 import time
@@ -154,8 +153,7 @@ class Trainer:
         self.byte_lengths = torch.from_numpy(self.tokenizer.byte_lengths())
 
         torch.manual_seed(config.seed)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without
-        torch.use_deterministic_algorithms(config.deterministic)
+        hardware.set_up(self.device, config.deterministic)
         with self.device:
             self.model = GPT(shape, kernels)
         self.loss_of = torch.compile(self.model) if compiled else self.model

@@ -1,11 +1,13 @@
 """What the machine can do: the device, the precisions it computes in, its rated peak."""
 
+import ctypes
 import os
 import platform
 import re
 import resource
 import shutil
 import sysconfig
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +30,9 @@ PEAK_TFLOPS = {
     "RTX 3090 Ti": 80, "RTX 3090": 71, "RTX 3080": 59.5, "RTX 3070": 40.6, "RTX 3060": 25.6,
     "MI355X": 2300, "MI325X": 1307, "MI300X": 1307, "MI250X": 383,
 }  # fmt: skip
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 class HardwareError(UserError):
@@ -90,6 +95,21 @@ def pick_compile(name: str, device: torch.device) -> tuple[bool, str]:
     if name == "off" or lacking:
         return False, "no" + (f": {lacking}" if lacking else "")
     return True, "yes: the first step takes up to a minute, a few seconds when it finds its code in the cache"
+
+
+def set_up(device: torch.device, deterministic: bool) -> None:
+    """What the process needs before it computes: deterministic operations if asked for, and memory that is kept.
+
+    On a CPU a step allocates what the last one freed. Taken from the system each time, page by page, that is a sixth of
+    a small model's step, so glibc is told to keep what is freed, and torch to ask for huge pages."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without
+    torch.use_deterministic_algorithms(deterministic)
+    if device.type == "cpu":
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+        with suppress(AttributeError):  # another C library
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(_M_MMAP_THRESHOLD, 2**30)
+            mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def device_name(device: torch.device) -> str:
