@@ -11,7 +11,7 @@ train: .venv/ready
 	$(BIN)/python train.py --config small.py
 
 test: .venv/ready-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 bench: .venv/ready-test
 	$(BIN)/python -m pytest bench

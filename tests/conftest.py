@@ -4,6 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
+
+# Workers side by side (pytest -n) share the cores, and so do the processes that tests start. torch reads it on import.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 
 # Kernels run compiled where there is a GPU and in the interpreter elsewhere: read when triton is first imported.
@@ -13,7 +18,7 @@ if not torch.cuda.is_available():
 import train
 
 # Operators as small as these are slower on more threads.
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(min(2, torch.get_num_threads()))
 
 SENTENCES = [
     f"The {adjective} {noun} {verb} the {other}." for adjective in ("quick", "lazy", "old", "red", "small")
