@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from model.hardware import HardwareError, pick_compile, rated_flops, set_up
+from model.hardware import HardwareError, pick_compile, rated_flops
 from model.run import Interrupt, Run, RunError, choose_folder, find
 
 
