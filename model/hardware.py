@@ -31,7 +31,6 @@ PEAK_TFLOPS = {
     "MI355X": 2300, "MI325X": 1307, "MI300X": 1307, "MI250X": 383,
 }  # fmt: skip
 
-
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -101,11 +100,10 @@ def set_up(device: torch.device, deterministic: bool) -> None:
     """What the process needs before it computes: deterministic operations if asked for, and memory that is kept.
 
     On a CPU a step allocates what the last one freed. Taken from the system each time, page by page, that is a sixth of
-    a small model's step, so glibc is told to keep what is freed, and torch to ask for huge pages."""
+    a small model's step, so glibc is told to keep what is freed."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without
     torch.use_deterministic_algorithms(deterministic)
     if device.type == "cpu":
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         with suppress(AttributeError):  # another C library
             mallopt = ctypes.CDLL(None).mallopt
             mallopt(_M_MMAP_THRESHOLD, 2**30)

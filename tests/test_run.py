@@ -12,6 +12,7 @@ import torch
 
 from model.hardware import HardwareError, pick_compile, rated_flops
 from model.run import Interrupt, Run, RunError, choose_folder, find
+from train import ROOT
 
 
 def choose(out, name="", config="small", resume=False, overwrite=False):
@@ -123,5 +124,5 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_memory_that_is_freed_is_kept():
     """Allocating it again takes no page from the system, where glibc gives back all of more than 32 MB at once. In a
     process of its own: the settings are for life, and of its main thread's memory."""
-    done = subprocess.run([sys.executable, "-c", ALLOCATING], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", ALLOCATING], cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 100
