@@ -79,9 +79,14 @@ class Tokenizer:
         )
 
     @property
+    def ids(self) -> list[int]:
+        """Every id that stands for something, `eot` last; there may be gaps."""
+        return [*self.ranks.values(), self.eot]
+
+    @property
     def vocab_size(self) -> int:
         """One more than the greatest id."""
-        return max(self.eot, *self.ranks.values()) + 1
+        return max(self.ids) + 1
 
     @property
     def dtype(self) -> np.dtype:
@@ -132,7 +137,7 @@ class Tokenizer:
             fields = json.loads(path.read_text())
             ranks = {token.encode("latin-1"): int(rank) for token, rank in fields.pop("ranks").items()}
             return cls(ranks=ranks, **fields)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(f"{path} is not a tokenizer that nanofuse saved: {error}") from error
 
     def to_huggingface(self) -> tokenizers.Tokenizer:
@@ -173,7 +178,7 @@ class Tokenizer:
             merges = (m.split(" ") if isinstance(m, str) else m for m in fields["model"]["merges"])
             order = [ranks[_bytes("".join(merge))] for merge in merges]
             pattern = _pattern_of(fields["pre_tokenizer"])
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(f"{path} is not the tokenizer.json of a byte-level BPE tokenizer: {error!r}") from error
         if order != sorted(order):
             raise DataError(f"{path} merges tokens in another order than that of their ids: tiktoken cannot")

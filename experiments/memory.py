@@ -115,7 +115,8 @@ class _Tally(TorchDispatchMode):
 def predict(config: train.Config) -> Plan:
     """What a run of this configuration takes on this machine. Raises what `train.py` would of device and kernels."""
     device = hardware.pick_device(config.device)
-    dtype = hardware.DTYPES[hardware.pick_precision(config.precision, device)]
+    precision = hardware.pick_precision(config.precision, device)
+    dtype = hardware.DTYPES[precision]
     kernels = bind(config.kernels, device)
     shape = config.model.resolved(config.data.expected_vocab_size, config.data.separator)
     rows = config.micro_batch or config.batch_size
@@ -143,7 +144,7 @@ def predict(config: train.Config) -> Plan:
             for _ in range(1 if rows == config.batch_size else 2):  # the second finds gradients there
                 before = tally.live
                 ids = torch.zeros(rows, shape.seq_len, dtype=torch.int64)
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                with hardware.autocast(device, precision):
                     loss = model(ids, ids, "sum")
                 loss.backward()
                 del loss

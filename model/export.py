@@ -163,6 +163,7 @@ def export_run(run: Path, folder: Path) -> None:
 
 def import_run(folder: Path, run: Path) -> None:
     """Make the run folder `run`, to generate from, of a model in Hugging Face's format."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if run.exists():
@@ -170,9 +171,17 @@ def import_run(folder: Path, run: Path) -> None:
     files = sorted(folder.glob("*.safetensors"))
     if not files or not (folder / "config.json").is_file():
         raise ExportError(f"{folder} has no {'model.safetensors' if not files else 'config.json'}")
-    theirs = json.loads((folder / "config.json").read_text())
-    config, weights = from_huggingface(theirs, {k: v for file in files for k, v in load_file(file).items()})
     tokenizer = Tokenizer.from_huggingface(folder / "tokenizer.json")
+    try:
+        theirs = json.loads((folder / "config.json").read_text())
+        tensors = {k: v for file in files for k, v in load_file(file).items()}
+    except (ValueError, SafetensorError) as error:
+        raise ExportError(f"{folder} cannot be read: {error}") from error
+    config, weights = from_huggingface(theirs, tensors)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ExportError(
+            f"{folder} has {tokenizer.vocab_size} tokens in tokenizer.json, {config.vocab_size} in its weights"
+        )
     run.mkdir(parents=True)
     tokenizer.save(run / "tokenizer.json")
     checkpoint.save(run, {"model_config": asdict(config), "model": weights, "step": 0})
@@ -191,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
             export_run(find(str(args.run)), args.to)
         else:
             import_run(args.source, args.run)
-    except (UserError, DataError) as error:
+    except (UserError, DataError, OSError) as error:
         parser.error(str(error))
     print(f"wrote {args.to or args.run}")
     return 0

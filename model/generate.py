@@ -3,9 +3,9 @@
 import argparse
 import codecs
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from model import checkpoint
 from model.config import ConfigError, UserError
 from model.evaluate import evaluating
 from model.gpt import GPT, Cache, ModelConfig
-from model.hardware import DTYPES, pick_device, pick_precision
+from model.hardware import DTYPES, autocast, pick_device, pick_precision
 from model.run import find
 
 
@@ -45,6 +45,7 @@ def generate(
     model: GPT,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
+    ids: Sequence[int] | None = None,
     *,
     temperature: float = 0.8,
     top_k: int = 0,
@@ -55,11 +56,17 @@ def generate(
 ) -> list[list[int]]:
     """Continue each prompt (at least one id) by up to `max_new_tokens`, ending a row early at the id `stop`.
 
+    Only `ids` are drawn (None: all that the model has, which may be more than its tokenizer: a padded vocabulary).
+
     The model sees at most its last `seq_len` tokens; until the longest row has more, each is computed once and cached.
     `on_token(row, id)` is called as tokens are drawn; `generator` lives on the CPU, so that a seed gives the same text
     on every device. Returns each row's new ids without `stop`.
     """
     device, seq_len = model.embedding.weight.device, model.config.seq_len
+    barred = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+    if ids is not None:
+        barred[:] = True
+        barred[list(ids)] = False
     rows, new = [list(p) for p in prompts], [[] for _ in prompts]
     live, cache = list(range(len(rows))), None
     with evaluating(model):
@@ -68,12 +75,12 @@ def generate(
                 texts = [rows[i][-seq_len:] for i in live]
                 longest = max(map(len, texts))
                 padding = [longest - len(text) for text in texts]
-                ids = [[0] * n + text for n, text in zip(padding, texts, strict=True)]
+                inputs = [[0] * n + text for n, text in zip(padding, texts, strict=True)]
                 cache = Cache(model.config, torch.tensor(padding, device=device))
             else:
-                ids = [rows[i][-1:] for i in live]
-            logits = model.logits(torch.tensor(ids, device=device), cache).cpu()
-            drawn = next_tokens(logits, temperature, top_k, top_p, generator).tolist()
+                inputs = [rows[i][-1:] for i in live]
+            logits = model.logits(torch.tensor(inputs, device=device), cache).cpu()
+            drawn = next_tokens(logits.masked_fill(barred, -math.inf), temperature, top_k, top_p, generator).tolist()
             going = [n for n, token in enumerate(drawn) if token != stop]
             for n in going:
                 i, token = live[n], drawn[n]
@@ -115,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--seed", type=int, default=0, help="same seed, same text (default 0)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default auto)")
     add("--precision", default="fp32", choices=("auto", *DTYPES), help="of the matrix products (default fp32)")
-    add("--kernels", default="auto", help="auto, or the implementation of every op (default auto)")
+    add("--kernels", default="auto", choices=("auto", "torch", "triton"), help="of every op (default auto)")
     args = parser.parse_args(argv)
     for flag, good, rule in (
         ("temperature", args.temperature >= 0, "0 or more"),
@@ -142,10 +149,9 @@ def main(argv: list[str] | None = None) -> int:
     single = len(texts) == 1
     if single:
         print(texts[0], end="", flush=True)
-    autocast = nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])
-    with autocast:
+    with autocast(device, precision):
         rows = generate(
-            model, prompts, args.tokens,
+            model, prompts, args.tokens, tokenizer.ids,
             temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, stop=stop,
             generator=torch.Generator().manual_seed(args.seed),
             on_token=stream if single else lambda row, token: None,

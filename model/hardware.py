@@ -65,6 +65,12 @@ def pick_precision(name: str, device: torch.device) -> Precision:
     return name
 
 
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """What matrix products are computed in `precision` under."""
+    dtype = DTYPES[precision]
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 def peak_flops(device: torch.device, precision: Precision) -> float | None:
     """Rated FLOP/s of the device's matrix units, None where this table does not know it."""
     if device.type != "cuda" or precision == "fp32":

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import train
-from data.tokenizer import byte_tokenizer
+from data.tokenizer import byte_tokenizer, train_bpe
 from kernels import KernelChoice, bind
+from model import generate
 from model.export import ExportError, from_huggingface, main, to_huggingface, window_of
 from model.generate import load_run
 from model.gpt import GPT, ModelConfig
@@ -137,3 +138,43 @@ def test_nothing_is_overwritten(run, tmp_path, capsys):
             main(flags)
         assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_special_tokens_that_are_left_out_are_not_written(run, tmp_path, capsys):
+    """Published models have ids for them, and weights."""
+    _, folder = run(steps=1, **{"model.vocab_size": 4096})
+    assert main(["--run", str(folder), "--to", str(tmp_path / "hf")]) == 0
+    assert main(["--run", str(tmp_path / "in"), "--from", str(tmp_path / "hf")]) == 0
+    assert generate.main(["--run", str(tmp_path / "in"), "--tokens=60", "--temperature=3"]) == 0
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("tokenizer.json", None, "tokenizer.json is not the tokenizer.json of a byte-level BPE tokenizer: "),
+        ("config.json", b"{", "cannot be read: Expecting property name"),
+        ("model.safetensors", b"cut", "cannot be read: Error while deserializing header"),
+    ],
+)
+def test_a_folder_that_is_not_whole(run, tmp_path, capsys, name, content, message):
+    folder = tmp_path / "hf"
+    assert main(["--run", str(run(steps=1)[1]), "--to", str(folder)]) == 0
+    (folder / name).write_bytes(content) if content else (folder / name).unlink()
+    with pytest.raises(SystemExit):
+        main(["--run", str(tmp_path / "in"), "--from", str(folder)])
+    assert message in capsys.readouterr().err and not (tmp_path / "in").exists()
+
+
+def test_more_tokens_than_weights(run, tmp_path, capsys):
+    folder = tmp_path / "hf"
+    assert main(["--run", str(run(steps=1)[1]), "--to", str(folder)]) == 0
+    train_bpe(["one two one two"] * 9, 260).to_huggingface().save(str(folder / "tokenizer.json"))
+    with pytest.raises(SystemExit):
+        main(["--run", str(tmp_path / "in"), "--from", str(folder)])
+    assert "has 260 tokens in tokenizer.json, 257 in its weights" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be(run, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--run", str(run(steps=1)[1]), "--to", f"{train.__file__}/hf"])
+    assert "Not a directory" in capsys.readouterr().err

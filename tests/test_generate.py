@@ -45,7 +45,7 @@ def test_it_ends_at_the_stop_token(folder, capsys):
         (["--tokens=0"], "--tokens must be at least 1"),
         (["--stop=ab"], "--stop 'ab' is 2 tokens in this run's vocabulary"),
         (["--device=tpu"], "device 'tpu' is not on this machine"),
-        (["--kernels=fast"], "has no 'fast' kernel"),
+        (["--kernels=sdpa"], "choose from 'auto', 'torch', 'triton'"),
         (["--run=out/nowhere"], "out/nowhere is not a run"),
     ],
 )
@@ -53,3 +53,10 @@ def test_refusals(folder, capsys, flags, message):
     with pytest.raises(SystemExit) as error:
         main(["--run", str(folder), *flags])
     assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_run_that_lacks_its_tokenizer(folder, capsys):
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(SystemExit):
+        main(["--run", str(folder)])
+    assert "tokenizer.json is not a tokenizer that nanofuse saved: " in capsys.readouterr().err

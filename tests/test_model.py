@@ -500,6 +500,13 @@ def test_a_token_passes_once_until_the_model_is_outgrown():
     assert passed == [20, 1, 1, 1, 1, 24, 24, 24, 24, 24]
 
 
+def test_only_ids_that_are_asked_for_are_drawn():
+    model = build()
+    for temperature in (0, 5.0):
+        (row,) = generate(model, [[1]], 60, [3, 5, 100], temperature=temperature, generator=torch.Generator())
+        assert {3, 5, 100} >= set(row)
+
+
 def test_generation_repeats_with_its_seed_and_ends_at_the_stop_token():
     model = build()
 
