@@ -28,7 +28,7 @@ from data.tokenizer import Tokenizer
 from kernels import KernelChoice, KernelError, bind
 from model import checkpoint, hardware
 from model.budget import Budget
-from model.config import ConfigError, UserError, as_dict, build, flatten, merge, read_file, read_flags
+from model.config import ConfigError, UserError, as_dict, build, flatten, merge, read, read_file, read_flags
 from model.diagnostics import Probe
 from model.evaluate import evaluate
 from model.generate import generate
@@ -49,7 +49,7 @@ class Config:
     out: Annotated[str, "folder of the runs"] = "out"
     resume: Annotated[bool, "go on from the run's last checkpoint"] = False
     overwrite: Annotated[bool, "discard the run of that name first"] = False
-    seed: Annotated[int, "[0, inf)", "of the initial weights and the order of the data"] = 0
+    seed: Annotated[int, "[0, 18446744073709551616)", "of the initial weights and the order of the data"] = 0
     # what is trained, on what, with what
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -112,14 +112,14 @@ def configure(argv: list[str]) -> tuple[Config, Path, dict]:
     flags = read_flags(Config, argv, __doc__.partition("\n")[0])
     name = flags.get("config", Config.config)
     layers = [flatten(Config, read_file(name, ROOT / "configs")), flags]
-    config = build(Config, merge(layers, BUDGETS))
-    folder = choose_folder(Path(config.out), config.run, Path(name).stem, config.resume, config.overwrite)
-    state = checkpoint.load(folder / "last.pt") if config.resume else {}
+    out, run, resume, overwrite = read(Config, merge(layers, BUDGETS), "out", "run", "resume", "overwrite")
+    folder = choose_folder(Path(out), run, Path(name).stem, resume, overwrite)
+    state = checkpoint.load(folder / "last.pt") if resume else {}
     if state:
         if "config" not in state:
             raise ConfigError(f"{folder} holds imported weights, which come without what resuming takes")
         layers = [flatten(Config, state["config"]), *(layers if "config" in flags else [flags])]
-        config = build(Config, merge(layers, BUDGETS))
+    config = build(Config, merge(layers, BUDGETS))
     return replace(config, run=folder.name), folder, state
 
 
@@ -134,7 +134,8 @@ class Trainer:
         kernels = bind(config.kernels, self.device)
         compiled, compiling = hardware.pick_compile(config.compile, self.device)
         shape = config.model.resolved(config.data.expected_vocab_size, config.data.separator)
-        self.budget = Budget(config.steps, config.tokens, config.seconds, config.batch_size * shape.seq_len)
+        lengths = config.steps, config.tokens, config.seconds
+        self.budget = Budget(*lengths, config.batch_size * shape.seq_len, state.get("budget", {}))
         self.warmup = self.budget.share(config.warmup)
         with torch.device("meta"):
             n_parameters = GPT(shape, kernels).n_parameters()
@@ -148,8 +149,7 @@ class Trainer:
             raise ConfigError(f"{config.data.corpus} has other tokens now than when {folder} was trained on it")
         self.micro_batch = config.micro_batch or config.batch_size
         self.batches = Batches(data.train, shape.seq_len, config.seed, config.data.shift)
-        evaluated = eval_batches(data.val, shape.seq_len, self.micro_batch, config.eval_tokens, config.data.shift)
-        self.eval_set = list(evaluated)
+        self.eval_set = eval_batches(data.val, shape.seq_len, self.micro_batch, config.eval_tokens, config.data.shift)
         self.byte_lengths = torch.from_numpy(self.tokenizer.byte_lengths())
 
         torch.manual_seed(config.seed)
@@ -160,17 +160,16 @@ class Trainer:
         rates, betas = (config.lr, config.muon_lr, config.weight_decay), (config.beta1, config.beta2)
         self.optimizers = build_optimizers(self.model, config.optimizer, *rates, betas, config.eps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        dtype = hardware.DTYPES[self.precision]
-        self.autocast = partial(torch.autocast, self.device.type, dtype, enabled=dtype != torch.float32)
+        self.autocast = partial(hardware.autocast, self.device, self.precision)
 
-        self.step = self.sequences = 0  # done so far
+        self.step, self.sequences, self.saved = 0, 0, -1  # done so far; the step of the last checkpoint
         self.probe: Probe | None = None  # of a step whose diagnostics are due
         if state:
             self.restore(state)
         elif config.overwrite and folder.exists():
             shutil.rmtree(folder)
         self.logged, self.busy, self.waited = self.step, 0.0, 0.0  # the last row's step, and seconds since
-        self.run = Run(folder, as_dict(replace(config, resume=False, overwrite=False)), self.step)
+        self.run = Run(folder, as_dict(replace(config, resume=False, overwrite=False)), self.step if state else None)
         self.tokenizer.save(folder / "tokenizer.json")
         self.run.start_mirror(config.wandb, as_dict(config))
         self.peak, self.flops = hardware.peak_flops(self.device, self.precision), self.model.flops_per_token()
@@ -186,11 +185,11 @@ class Trainer:
     def restore(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
         load_optimizers(self.optimizers, state["optimizers"])
-        self.scaler.load_state_dict(state["scaler"])
+        self.scaler.load_state_dict(state["scaler"] or self.scaler.state_dict())  # empty: it had another precision
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and state.get("cuda_rng") is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-        self.step, self.sequences, self.budget.before = state["step"], state["sequences"], state["budget"]
+        self.step, self.sequences, self.saved = state["step"], state["sequences"], state["step"]
 
     def save(self) -> None:
         state = {
@@ -208,6 +207,7 @@ class Trainer:
             "commit": commit(),
         }
         checkpoint.save(self.run.folder, state)
+        self.saved = self.step
 
     def loop(self) -> Status:
         """Train until the budget is used up or something ends the run early."""
@@ -270,15 +270,15 @@ class Trainer:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
-        if self.scaler.is_enabled():
-            norm = norm.nan_to_num(0.0, 0.0, 0.0)  # an overflow, which the scaler answers by skipping the step
+        overflow = self.scaler.is_enabled() and not norm.isfinite()  # the scale falls, and no optimizer steps
         if self.probe:
             self.probe.before()
         for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
+            if not overflow:
+                self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
-        return total, norm
+        return total, torch.zeros_like(norm) if overflow else norm
 
     def log(self, loss: float, norm: float, progress: float) -> None:
         """Record a row. Speed is over the steps since the last one, without evaluating, saving and sampling."""
@@ -308,31 +308,33 @@ class Trainer:
         ids = [self.tokenizer.eot, *self.tokenizer.encode(self.config.sample_prompt)]
         with self.autocast():
             seeded = torch.Generator().manual_seed(self.config.seed)
-            new = generate(self.model, [ids], 200, stop=self.tokenizer.eot, generator=seeded)[0]
+            new = generate(self.model, [ids], 200, self.tokenizer.ids, stop=self.tokenizer.eot, generator=seeded)[0]
         self.run.add_sample(self.step, self.config.sample_prompt + self.tokenizer.decode(new))
 
-    def finish(self, status: Status) -> None:
-        """Save what is worth saving, say how it went, and close the record."""
-        if status in ("finished", "interrupted", "time_limit"):
+    def finish(self, status: Status) -> Status:
+        """Save what is worth saving, close the record, and return how it went."""
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            status = "nan"  # since the last step whose loss was looked at
+        if status in ("finished", "interrupted", "time_limit") and self.saved < self.step:
             self.save()
         if status == "finished":
             self.evaluate()
-            self.sample()
+            if self.run.sampled < self.step:
+                self.sample()
         self.run.plot()
         self.run.close(status, **self.run.summary(self.budget.position(self.step) | {"flops_per_token": self.flops}))
+        return status
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train as the flags say. Returns the exit code: 0 finished, 1 ended early, 2 refused with nothing written."""
+    """Train as the flags say. Returns the exit code: 0 finished or out of time, 1 ended early, 2 refused."""
     try:
         trainer = Trainer(*configure(sys.argv[1:] if argv is None else argv))
     except (UserError, DataError, KernelError, ModuleNotFoundError) as error:
         print(f"error: {explained(error)}", file=sys.stderr)
         return 2
     try:
-        status = trainer.loop()
-        trainer.finish(status)
-        return 0 if status in ("finished", "time_limit") else 1
+        return 0 if trainer.finish(trainer.loop()) in ("finished", "time_limit") else 1
     except BaseException as error:
         status = status_of(error)
         with suppress(OSError):  # a full disk, say, which is then the error to show

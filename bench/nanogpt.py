@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--corpus", default="docstrings")
     args = parser.parse_args()
     data = prepare(DataConfig(corpus=args.corpus, tokenizer="bytes"), say=lambda line: None)
-    eval_set = list(eval_batches(data.val, BLOCK, 256, len(data.val)))
+    eval_set = eval_batches(data.val, BLOCK, 256, len(data.val))
     lengths = torch.from_numpy(data.tokenizer.byte_lengths())
     torch.manual_seed(0)
     model, batches = NanoGPT(data.tokenizer.vocab_size), Batches(data.train, BLOCK, seed=0)

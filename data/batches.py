@@ -6,8 +6,6 @@ whose low loss takes no model to reach.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 
@@ -55,20 +53,20 @@ class Batches:
 
 def eval_batches(
     tokens: np.ndarray, seq_len: int, batch_size: int, max_tokens: int, shift: int = 1
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Inputs and targets, int64 [batch_size, seq_len], of consecutive windows over the first `max_tokens` targets.
 
-    Every batch has the same shape, so that compiled code sees one: the last is padded, its targets with -1, which the
-    loss ignores. DataError if `tokens` has no target at all.
+    The last batch is padded, its targets with -1, which the loss ignores. DataError if `tokens` has no target at all.
     """
     targets_left = min(max_tokens, len(tokens) - 1)
     if targets_left < 1:
         raise DataError(f"the validation text is {len(tokens)} tokens long: evaluating takes at least 2")
-    size = batch_size * seq_len
+    size, batches = batch_size * seq_len, []
     for start in range(0, targets_left, size):
         end = min(start + size, targets_left)
         inputs = torch.zeros(size, dtype=torch.int64)
         targets = torch.full((size,), -1)
         inputs[: end - start] = torch.from_numpy(tokens[start:end].astype(np.int64))
         targets[: end - start] = torch.from_numpy(tokens[start + shift : end + shift].astype(np.int64))
-        yield inputs.view(batch_size, seq_len), targets.view(batch_size, seq_len)
+        batches.append((inputs.view(batch_size, seq_len), targets.view(batch_size, seq_len)))
+    return batches

@@ -107,7 +107,6 @@ def prepare(config: DataConfig, say: Callable[[str], None] = print) -> Dataset:
     key = hashlib.sha256(repr((*parts, config.val_fraction, config.max_tokens)).encode()).hexdigest()[:12]
     folder = Path(config.cache) / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', corpus.name)}-{config.tokenizer}-{key}"
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_name(folder.name + ".lock"), say):
             if not folder.exists():
                 _Preparation(corpus, config, folder, say).run()
@@ -117,7 +116,14 @@ def prepare(config: DataConfig, say: Callable[[str], None] = print) -> Dataset:
 @contextmanager
 def _locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Hold the lock on `path`, which the system releases should the process be killed."""
-    with path.open("w") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise DataError(
+            f"cannot write to {path.parent}: {error.strerror}; --data.cache names another folder"
+        ) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -2,8 +2,11 @@
 
 import math
 import time
+from collections.abc import Mapping
 
 from model.config import ConfigError
+
+NOTHING = {"step": 0, "tokens": 0, "seconds": 0.0, "progress": 0.0}  # the state of a run before its first step
 
 
 class Budget:
@@ -13,11 +16,17 @@ class Budget:
     step is done, since that may spend half a minute compiling at what would be the start of the warm-up.
     """
 
-    def __init__(self, steps: int, tokens: int, seconds: float, tokens_per_step: int):
-        """All but one of the lengths are 0; tokens are rounded up to whole steps."""
-        self.tokens_per_step = tokens_per_step
-        self.steps, self.seconds = steps or math.ceil(tokens / tokens_per_step), seconds
-        self.before = {"seconds": 0.0, "progress": 0.0}  # what earlier processes used: their `state`
+    def __init__(
+        self, steps: int, tokens: int, seconds: float, tokens_per_step: int, before: Mapping[str, float] = NOTHING
+    ):
+        """All but one of the lengths are 0; tokens are rounded up to whole steps. `before` is the `state` in which an
+        earlier process left the run, whose length and whose steps' tokens may have been others."""
+        self.tokens_per_step, self.seconds = tokens_per_step, seconds
+        self.before = {**NOTHING, "length": seconds, **before}
+        if seconds and self.before["length"] != seconds:
+            self.before["progress"] = min(1.0, self.before["seconds"] / seconds)
+        left = max(0, tokens - self.before["tokens"])
+        self.steps = steps or self.before["step"] + math.ceil(left / tokens_per_step)
         self.start()
 
     def share(self, warmup: float) -> float:
@@ -39,7 +48,7 @@ class Budget:
 
     def state(self, step: int) -> dict[str, float]:
         """What another process needs as its `before` to go on from here."""
-        return {"seconds": self.elapsed(), "progress": self.progress(step)}
+        return self.position(step) | {"progress": self.progress(step), "length": self.seconds}
 
     def step_ended(self) -> None:
         self._first_step_ended = self._first_step_ended or time.perf_counter()
@@ -50,7 +59,8 @@ class Budget:
 
     def position(self, step: int) -> dict[str, float]:
         """How far the run is after `step` steps, as every row of its record says."""
-        return {"step": step, "tokens": step * self.tokens_per_step, "seconds": self.elapsed()}
+        tokens = self.before["tokens"] + (step - self.before["step"]) * self.tokens_per_step
+        return {"step": step, "tokens": tokens, "seconds": self.elapsed()}
 
     def progress(self, step: int) -> float:
         """Share of the run that is done after `step` steps, 0 to 1."""

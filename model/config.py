@@ -158,6 +158,12 @@ def as_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def read(cls: type, flat: Mapping[str, Any], *keys: str) -> list[Any]:
+    """The values of some knobs, whatever the others are. Raises `ConfigError`."""
+    known = knobs(cls)
+    return [known[key].read(flat.get(key, known[key].default)) for key in keys]
+
+
 def read_file(name: str, folder: Path) -> dict[str, Any]:
     """The assignments of a config file, looked for as given and then in `folder`. Raises `ConfigError`."""
     path = next((p for p in (Path(name), folder / name) if p.is_file()), None)
@@ -176,8 +182,8 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
-def read_flags(cls: type, argv: list[str], description: str) -> dict[str, str]:
-    """The flags given, as text by dotted key. `-h` prints every knob and exits. Raises `ConfigError`."""
+def read_flags(cls: type, argv: list[str], description: str) -> dict[str, Any]:
+    """The values of the flags given, by dotted key. `-h` prints every knob and exits. Raises `ConfigError`."""
     parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for key, knob in knobs(cls).items():
         bare = "true" if knob.type is bool else "on" if "on" in knob.choices else None  # what the flag alone means
@@ -196,4 +202,5 @@ def read_flags(cls: type, argv: list[str], description: str) -> dict[str, str]:
         name = unknown[0].split("=")[0]
         what = "no flag called" if name.startswith("-") else "unexpected argument"
         raise ConfigError(f"{what} {name}{_nearest(name, flags)}; -h lists every flag")
-    return flatten(cls, vars(given))
+    flat = flatten(cls, vars(given))
+    return dict(zip(flat, read(cls, flat, *flat), strict=True))

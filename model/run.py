@@ -37,6 +37,8 @@ def choose_folder(out: Path, name: str, config_name: str, resume: bool, overwrit
 
     A run without a name is called after its config, with a number when that is taken: small, small-2, small-3.
     """
+    if name and (name != Path(name).name or name == ".."):
+        raise RunError(f"run must be a name, not the path {name!r}: --out names the folder that runs are in")
     if resume and overwrite:
         raise RunError("--resume goes on with a run and --overwrite discards it: give one of them")
     folder = out / (name or config_name)
@@ -45,11 +47,21 @@ def choose_folder(out: Path, name: str, config_name: str, resume: bool, overwrit
         if not found.is_dir():
             raise RunError(f"no run to resume at {found}{_runs_in(out)}")
         return found
+    if overwrite and folder.exists() and not (_is_run(folder) or _is_empty(folder)):
+        raise RunError(f"{folder} is not a run (no config.json), so --overwrite leaves it alone: take another name")
     if folder.exists() and not overwrite:
         if name:
             raise RunError(f"run {folder} exists: --resume goes on with it, --overwrite discards it")
         folder = out / f"{config_name}-{_number(max(_numbered(out, config_name), key=_number)) + 1}"
     return folder
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
 
 
 def _numbered(out: Path, name: str) -> list[Path]:
@@ -84,7 +96,7 @@ def check_writable(folder: Path, size: int) -> None:
 def find(path: str) -> Path:
     """The folder of a finished or running run, for those who read it. Raises `RunError`."""
     folder = Path(path)
-    if not (folder / "config.json").is_file():
+    if not _is_run(folder):
         raise RunError(f"{folder} is not a run (no config.json){_runs_in(folder.parent)}")
     return folder
 
@@ -92,11 +104,16 @@ def find(path: str) -> Path:
 class Run:
     """The record of one run: rows, samples, status, and the lines or the bar a person sees."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], at_step: int = 0):
-        """Open `folder`, resuming at `at_step`: rows and samples that a lost stretch of training had written after
-        that step are dropped, since they are about to be written again."""
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, config: dict[str, Any], at_step: int | None = None):
+        """Make `folder`, or open it to resume at `at_step`: rows and samples that a lost stretch of training had
+        written after that step are dropped, since they are about to be written again. Raises `RunError` when another
+        process has made the folder since it was chosen."""
+        try:
+            folder.mkdir(parents=True, exist_ok=at_step is not None)
+        except FileExistsError:
+            raise RunError(f"another run has just begun in {folder}: start again, or give this one a --run") from None
         self.folder, self.rows, self.bar, self.mirror = folder, [], None, None
+        self.sampled = -1  # the step of the last sample
         self._bar_opened = False
         self._metrics, self._samples = folder / "metrics.jsonl", folder / "samples.txt"
         if self._metrics.exists():
@@ -104,7 +121,9 @@ class Run:
             write_atomically(self._metrics, "".join(json.dumps(row) + "\n" for row in self.rows))
         if self._samples.exists():
             samples = re.split(r"(?m)^(?=--- step \d+ ---$)", self._samples.read_text())
-            write_atomically(self._samples, "".join(s for s in samples if s and int(s.split()[2]) <= at_step))
+            kept = {int(s.split()[2]): s for s in samples if s and int(s.split()[2]) <= at_step}
+            write_atomically(self._samples, "".join(kept.values()))
+            self.sampled = max(kept, default=-1)
         write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
         self.set_status("running")
 
@@ -144,6 +163,7 @@ class Run:
         return facts | {k: v for row in self.rows[-1:] for k, v in row.items() if k.startswith("val_")}
 
     def add_sample(self, step: int, text: str) -> None:
+        self.sampled = step
         with self._samples.open("a") as file:
             file.write(f"--- step {step} ---\n{text}\n\n")
 
@@ -162,7 +182,8 @@ class Run:
             self.bar.update(progress - self.bar.n)
 
     def start_mirror(self, mode: Literal["off", "offline", "online"], config: dict[str, Any]) -> None:
-        """Mirror rows to W&B. Never asks anything and never fails a run: what keeps it from starting is said."""
+        """Mirror rows to W&B, a resumed run's to the run that they began in. Never asks anything and never fails a run:
+        what keeps it from starting is said."""
         if mode == "off":
             return
         try:
@@ -170,8 +191,10 @@ class Run:
 
             if mode == "online":
                 wandb.Api()  # raises where there is no key, for which `init` would ask
+            earlier = sorted(self.folder.glob("wandb/*run-*-*"))  # by date; each name ends in the run's id
             self.mirror = wandb.init(
-                project="nanofuse", name=self.folder.name, dir=self.folder, config=config, mode=mode, resume="allow",
+                project="nanofuse", name=self.folder.name, dir=self.folder, config=config, mode=mode,
+                id=earlier[-1].name.rpartition("-")[2] if earlier else None, resume="allow",
                 settings=wandb.Settings(silent=True, init_timeout=30),
             )  # fmt: skip
         except Exception as error:

@@ -148,6 +148,10 @@ def test_a_warm_up_is_a_share_or_steps():
 def test_budget_in_tokens_is_whole_steps():
     budget = Budget(0, 1000, 0.0, 300)
     assert [budget.progress(step) for step in (0, 2, 4, 5)] == [0, 0.5, 1, 1]
+    resumed = Budget(0, 1000, 0.0, 100, budget.state(2))
+    assert [resumed.position(step)["tokens"] for step in (2, 4)] == [600, 800]
+    assert [resumed.progress(step) for step in (3, 6)] == [0.5, 1]
+    assert Budget(0, 10, 0.0, 100, budget.state(2)).progress(2) == 1
 
 
 def test_budget_by_the_clock_begins_after_the_first_step(monkeypatch):
@@ -160,11 +164,11 @@ def test_budget_by_the_clock_begins_after_the_first_step(monkeypatch):
     now[0] = 130.0
     assert budget.progress(9) == pytest.approx(0.5)
     saved = budget.state(9)
-    assert saved == {"seconds": 30.0, "progress": pytest.approx(0.5)}
+    assert saved == {"step": 9, "tokens": 9, "seconds": 30.0, "progress": pytest.approx(0.5), "length": 50.0}
 
     now[0] = 1000.0
-    resumed = Budget(0, 0, 50.0, 1)
-    resumed.before = saved
+    assert Budget(0, 0, 120.0, 1, saved).progress(9) == 0.25  # the same seconds are less of a longer run
+    resumed = Budget(0, 0, 50.0, 1, saved)
     assert resumed.elapsed() == 30 and resumed.progress(9) == pytest.approx(0.5)
     now[0] = 1010.0
     resumed.step_ended()

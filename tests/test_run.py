@@ -50,21 +50,23 @@ def test_names_that_are_refused(tmp_path):
 
 
 def test_reopening_drops_what_came_after_the_checkpoint(tmp_path):
-    run = Run(tmp_path, {})
+    folder = tmp_path / "mine"
+    run = Run(folder, {})
     for step in (1, 2, 3):
         run.log({"step": step, "loss": 1.0}, "")
         run.add_sample(step, f"--- not a heading\ntext {step}")
-    with (tmp_path / "metrics.jsonl").open("a") as file:
+    with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # killed in the middle of a row
-    again = Run(tmp_path, {}, at_step=2)
+    again = Run(folder, {}, at_step=2)
     assert [row["step"] for row in again.rows] == [1, 2]
     again.log({"step": 3}, "")
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
-    assert "text 2" in (tmp_path / "samples.txt").read_text() and "text 3" not in (tmp_path / "samples.txt").read_text()
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+    samples = (folder / "samples.txt").read_text()
+    assert "text 2" in samples and "text 3" not in samples and again.sampled == 2
 
 
 def test_trouble(tmp_path):
-    run = Run(tmp_path, {})
+    run = Run(tmp_path / "mine", {})
     run.log({"step": 1, "loss": 3.0}, "")
     assert run.trouble(2.0, 1.0, 100) is None
     assert run.trouble(float("nan"), 1.0, 100) == run.trouble(2.0, float("inf"), 100) == "nan"

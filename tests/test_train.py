@@ -1,6 +1,7 @@
 """The trainer as a person runs it: what it leaves, how it ends, what it refuses."""
 
 import json
+import math
 import os
 import signal
 from types import SimpleNamespace
@@ -41,7 +42,7 @@ def test_a_run_leaves_its_record(run):
     assert all(row["tokens"] == row["step"] * 4 * 32 and row["tok_s"] > 0 for row in training)
     assert training[-1]["loss"] < training[0]["loss"] - 1
     assert [row["step"] for row in rows(folder) if "val_loss" in row] == [6, 12]
-    assert (folder / "samples.txt").read_text().count("---\nThe old ") == 3
+    assert (folder / "samples.txt").read_text().count("---\nThe old ") == 2
     assert json.loads((folder / "config.json").read_text())["model"]["d_model"] == 32
 
 
@@ -133,6 +134,24 @@ def test_half_precisions_follow_float32(run, precision):
     assert all(w.dtype == torch.float32 for w in weights(half).values())
 
 
+@pytest.mark.parametrize("clip", [0, 1])
+def test_an_overflow_in_one_gradient_stops_every_optimizer(run, monkeypatch, clip):
+    """Muon's gradients are finite when the embedding's, AdamW's, overflow."""
+    trainers, take = [], train.Trainer.train_step
+
+    def overflowing(self, *args):
+        hook = self.model.embedding.weight.register_hook(lambda grad: grad * math.inf)
+        trainers.append((self, {name: p.clone() for name, p in self.model.named_parameters()}))
+        loss, norm = take(self, *args)
+        hook.remove()
+        assert norm == 0 and same(trainers[-1][1], dict(self.model.named_parameters()))
+        return loss, norm
+
+    monkeypatch.setattr(train.Trainer, "train_step", overflowing)
+    assert run(precision="fp16", optimizer="muon", clip=clip, steps=2)[0] == 0
+    assert len(trainers) == 2 and trainers[0][0].scaler.get_scale() == 2.0**14  # 2^16 halved twice
+
+
 def test_compiled_follows_eager(run):
     _, eager = run(run="eager", steps=4)
     _, compiled = run(run="compiled", steps=4, compile="on")
@@ -211,6 +230,12 @@ def test_nan_is_reported_at_once(run, monkeypatch):
     assert checkpoint.load(folder / "last.pt")["step"] == 3
 
 
+def test_weights_that_the_last_steps_broke_are_not_saved(run):
+    wild = {"optimizer": "adamw", "lr": 1e30, "warmup": 0, "log_every": 99, "save_every": 99, "eval_every": 99}
+    code, folder = run(**wild, steps=5)
+    assert code == 1 and status(folder)["status"] == "nan" and not list(folder.glob("*.pt"))
+
+
 def test_out_of_memory_is_a_status(run, monkeypatch):
     def exhausted(*args):
         raise torch.OutOfMemoryError("tried to allocate 80 GB")
@@ -238,6 +263,9 @@ def test_wandb_offline_mirrors_the_rows(run):
     pytest.importorskip("wandb")
     code, folder = run(wandb="offline")
     assert code == 0 and list(folder.glob("wandb/offline-run-*/*.wandb"))
+    assert run("--resume", run="small", steps=14)[0] == 0
+    ids = [path.name.rpartition("-")[2] for path in folder.glob("wandb/offline-run-*")]
+    assert ids[0] and len(set(ids)) == 1
 
 
 def test_wandb_without_a_key_is_no_reason_to_fail(run, monkeypatch, capsys):
@@ -261,6 +289,38 @@ def test_overwriting_discards_the_run(run):
     (folder / "samples-of-mine.txt").touch()
     code, folder = run("--overwrite", run="mine", steps=3, eval_every=10)
     assert code == 0 and rows(folder)[-1]["step"] == 3 and not (folder / "samples-of-mine.txt").exists()
+
+
+def test_only_a_run_is_overwritten(run, tmp_path, capsys):
+    (tmp_path / "out" / "mine").mkdir(parents=True)
+    assert run("--overwrite", run="mine", steps=1)[0] == 0  # an empty folder holds nothing to lose
+    thesis = tmp_path / "out" / "notes" / "thesis.txt"
+    thesis.parent.mkdir()
+    thesis.touch()
+    for name, message in (("notes", "notes is not a run (no config.json)"), ("..", "not the path '..'")):
+        assert run("--overwrite", run=name, steps=1)[0] == 2
+        assert message in capsys.readouterr().err and thesis.exists()
+
+
+def test_of_two_runs_that_begin_at_once_one_is_refused(run, tmp_path, capsys, monkeypatch):
+    name = tmp_path / "out" / "small"
+    monkeypatch.setattr(train, "choose_folder", lambda *args: name)  # both looked before either had made it
+    assert run(steps=3)[0] == 0
+    before = {path: path.read_bytes() for path in name.iterdir()}
+    assert run(steps=5)[0] == 2 and "another run has just begun in" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in name.iterdir()} == before
+
+
+def test_a_step_is_sampled_and_saved_once(run):
+    _, folder = run(sample_every=6)
+    assert run("--resume", run="small")[0] == 0  # there is nothing left to do
+    assert (folder / "samples.txt").read_text().count("--- step 12 ---") == 1
+    assert checkpoint.load(folder / "previous.pt")["step"] == 9
+
+
+def test_a_padded_vocabulary_writes_only_what_the_tokenizer_has(run):
+    code, folder = run(steps=1, sample_every=1, **{"model.vocab_size": 4096})
+    assert code == 0 and (folder / "samples.txt").stat().st_size > 100
 
 
 def text(path, content):
@@ -291,6 +351,9 @@ REFUSED = {
     "a warm-up of steps by the clock": ({"steps": 0, "seconds": 9, "warmup": 5}, "warmup 5 is in steps, and a run of"),
     "a shift of two": ({"data.shift": 2}, "data.shift must be at most 1, not 2"),
     "a norm in no place": ({"model.norm": "none", "model.norm_place": "post"}, "norm must be rms or layer, not none"),
+    "a path for a name": ({"run": "out/mine"}, "run must be a name, not the path 'out/mine'"),
+    "a seed beyond 64 bits": ({"seed": 2**64}, "seed must be less than 18446744073709551616"),
+    "a cache that is a file": ({"data.cache": train.__file__}, "--data.cache names another folder"),
     "no run to resume": ({"run": "gone", "resume": "true"}, "no run to resume"),
 }
 
@@ -382,6 +445,31 @@ def test_what_a_checkpoint_does_not_name_has_its_default(run, capsys):
     assert run("--resume", run="mine", steps=14, **{"model.window": 8})[0] == 2
     assert "window  where this run has 8" in capsys.readouterr().err
     assert run("--resume", run="mine", steps=14)[0] == 0
+
+
+def test_a_resumed_run_has_its_own_configuration_under_the_flags(run, tmp_path):
+    """Here three sequences a pass, which divide its batch of six and not that of small.py."""
+    _, folder = run(run="mine", batch_size=6)
+    assert train.main(["--resume", "--run=mine", f"--out={tmp_path / 'out'}", "--micro_batch=3", "--steps=13"]) == 0
+    assert json.loads((folder / "config.json").read_text())["micro_batch"] == 3 and status(folder)["step"] == 13
+
+
+def test_another_batch_on_resuming_counts_the_tokens_that_were(run):
+    _, folder = run(steps=0, tokens=1280)  # ten steps of 128
+    assert run("--resume", run="small", steps=0, tokens=3328, batch_size=8)[0] == 0  # and eight of 256
+    assert [status(folder)[key] for key in ("step", "tokens")] == [18, 3328]
+
+
+def test_a_run_by_the_clock_is_prolonged(run):
+    _, folder = run(steps=0, seconds=0.5, eval_every=10**6)
+    step = status(folder)["step"]
+    assert run("--resume", run="small", steps=0, seconds=30.0, time_limit=0.5, eval_every=10**6)[0] == 0
+    assert status(folder)["status"] == "time_limit" and status(folder)["step"] > step
+
+
+def test_fp16_may_follow_another_precision(run):
+    run(run="mine")
+    assert run("--resume", run="mine", steps=14, precision="fp16")[0] == 0
 
 
 def test_a_truncated_checkpoint_is_refused(run, capsys):
