@@ -159,16 +159,6 @@ def first_below(outcome: Outcome, bound: float, axis: str = "seconds") -> float 
     return next((x for x, y in evaluations(outcome, axis) if y < bound), None)
 
 
-def loss_at(outcome: Outcome, at: float, axis: str = "step") -> float:
-    """The validation loss at a place on `axis`, interpolated between the evaluations around it. Raises `LookupError`
-    outside of them."""
-    points = evaluations(outcome, axis)
-    for (x0, y0), (x1, y1) in zip(points, points[1:] or points, strict=False):
-        if x0 <= at <= x1:
-            return y0 + (y1 - y0) * ((at - x0) / (x1 - x0) if x1 > x0 else 0.0)
-    raise LookupError(f"no evaluations around {axis} {at:g}")
-
-
 def gap_against_step(a: Outcome, b: Outcome) -> list[tuple[int, float]]:
     """Validation loss of `a` less that of `b`, at the steps at which both were evaluated."""
     other = dict(evaluations(b))
@@ -207,12 +197,6 @@ def critical_batch(outcome: Outcome) -> float:
     if not points:
         raise LookupError("no gradient noise scale was measured")
     return median(value for step, value in points if step >= points[-1][0] / 2)
-
-
-def efficiency(batch: float, critical: float) -> float:
-    """The share of its tokens that a batch puts to use, 1 / (1 + batch / critical batch): a half at the critical batch,
-    from which on tokens buy time (McCandlish et al. 2018, equation 2.11)."""
-    return 1 / (1 + batch / critical)
 
 
 def pareto(points: Curve) -> Curve:

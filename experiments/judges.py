@@ -375,10 +375,11 @@ def faster(a: str, b: str, theirs: float) -> Judge:
 
 
 def states(results: Results, variant: str) -> dict[float, str]:
-    """By rate, how a variant's runs ended; the first failure of several seeds."""
+    """By rate, how a variant's runs ended that finished or failed; the first failure of several seeds."""
     ends: dict[float, str] = {}
     for outcome in sorted(some(results, variant=variant), key=lambda o: (o.labels["lr"], o.status == "finished")):
-        ends.setdefault(outcome.labels["lr"], words(outcome))
+        if outcome.status in {"finished", *FAILED}:
+            ends.setdefault(outcome.labels["lr"], words(outcome))
     return ends
 
 
@@ -387,10 +388,11 @@ def fails_earlier(a: str, b: str) -> Judge:
 
     def judge(results: Results) -> Finding:
         ends, sound = states(results, a), states(results, b)
-        failing = [rate for rate, end in ends.items() if end in FAILED]
-        alone = [rate for rate in failing if sound.get(rate, "") not in FAILED]
         ours = ", ".join(f"{end} at {rate:g}" for rate, end in ends.items())
-        return Finding(f"{ours}; {b} trains at {alone[0]:g}" if alone else ours, verdict(bool(alone)))
+        apart = [rate for rate in ends if rate in sound and (ends[rate] in FAILED) != (sound[rate] in FAILED)]
+        for rate in apart:
+            ours += f"; {b} {'trains' if ends[rate] in FAILED else 'fails'} at {rate:g}"
+        return Finding(ours, verdict(bool(apart) and all(ends[rate] in FAILED for rate in apart)))
 
     return judge
 
@@ -426,7 +428,7 @@ def bears_high_rates(a: str, b: str) -> Judge:
             return Finding(f"{b} is stable at every rate of the grid", "refuted")
         above = [(rate, points[rate], y) for rate, y in other if rate >= limit and rate in points]
         ours = ", ".join(f"{nats(y)} for {nats(y_b)} at {rate:g}" for rate, y, y_b in above)
-        return Finding(ours, verdict(all(y < y_b for _, y, y_b in above)))
+        return Finding(ours, verdict(bool(above) and all(y < y_b for _, y, y_b in above)))
 
     return judge
 
@@ -722,12 +724,16 @@ def repeats(tolerance: float) -> Judge:
 KINDS = ("gradient", "parameter", "update", "ratio", "snr", "activation", "entropy")
 
 
+def _finite(diag: dict[str, float | None]) -> bool:
+    return all(value is not None and math.isfinite(value) for value in diag.values())
+
+
 def watched(results: Results) -> Finding:
     """The record has every kind of diagnostics, and a finite number for each of its groups or layers."""
     recorded = [outcome.diag for outcome in some(results) if outcome.diag]
     if not recorded:
         raise LookupError("no run recorded diagnostics")
-    lacking = [kind for kind in KINDS if not all(diag.get(kind) for diag in recorded)]
+    lacking = [kind for kind in KINDS if not all(diag.get(kind) and _finite(diag[kind]) for diag in recorded)]
     ours = f"lacks {', '.join(lacking)}" if lacking else ", ".join(f"{len(recorded[0][k])} {k}" for k in KINDS)
     return Finding(ours, verdict(not lacking))
 

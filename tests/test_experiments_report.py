@@ -133,13 +133,6 @@ def test_evaluations_on_the_way():
     assert analysis.first_below(run, 3.0, axis="step") == 40
     assert analysis.first_below(run, 3.5, axis="flops") == 128 * 20 * 1000
     assert analysis.first_below(run, 1.0) is None
-    assert analysis.loss_at(run, 20) == 3.0
-    assert analysis.loss_at(run, 30) == 2.5
-    assert analysis.loss_at(run, 128 * 15, axis="tokens") == 3.5
-    for outside in (5, 41):
-        with pytest.raises(LookupError, match=f"step {outside}"):
-            analysis.loss_at(run, outside)
-    assert analysis.loss_at(outcome(evals=[(10, 4.0)]), 10) == 4.0
 
 
 def test_the_gap_is_taken_where_both_were_evaluated():
@@ -168,11 +161,6 @@ def test_the_critical_batch_is_of_the_later_half():
     for diag in ({}, {"noise_scale": None}, {"noise_scale": -1.0}):
         with pytest.raises(LookupError):
             analysis.critical_batch(outcome(diag=diag))
-
-
-def test_efficiency_is_a_half_at_the_critical_batch():
-    assert analysis.efficiency(64, 64) == 0.5
-    assert analysis.efficiency(16, 64) == 0.8
 
 
 def test_the_front_holds_what_nothing_beats():
