@@ -86,7 +86,10 @@ def check(calls: Calls, compiled: dict[Tiles | None, list], width: int) -> dict[
     truth, allowed = tuple(x.float() for x in own()), torch.finfo(DTYPE).eps
     for tiles, call in others:
         try:
-            error, spilled = relative_error(call(), truth), 4 * sum(kernel.n_spills for kernel in compiled[tiles])
+            error, spilled = (
+                relative_error(call(), truth),
+                4 * sum(kernel.result().n_spills for kernel in compiled[tiles]),
+            )
             if not error <= allowed or (spilled and width <= 128):
                 found[tiles] = {"failed": f"{error:.1e} from the table's results, spills {spilled} bytes a thread"}
         except Exception as error:  # whatever one raises, the others are timed

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launch import adjacent, card, library_op, multiprocessors, tl, triton
+from kernels.launch import card, heads_of, library_op, multiprocessors, tanh, tl, triton
 from kernels.spec import Cost, Op, accumulation_dtype
 
 LOWEST = -1e38  # the logit of no sink: finite, so that the difference of two is no NaN
@@ -242,11 +242,12 @@ def _tile_of(i, left, whole, EDGE: tl.constexpr):
 
 
 @triton.jit
-def _squeezed(products, scale, softcap, SOFTCAP: tl.constexpr):
-    """What times `_factor` gives the scores to base 2: products of queries and keys, or their tanh under a softcap."""
+def _products(a, b, scale, softcap, SOFTCAP: tl.constexpr):
+    """What times `_factor` gives the scores to base 2: the rows of `a` times those of `b`, a softcap's tanh of that."""
+    x = tl.dot(a, tl.trans(b), input_precision="ieee")
     if SOFTCAP:
-        products = 2 * tl.sigmoid(products * (2 * scale / softcap)) - 1
-    return products
+        x = tanh(x * (scale / softcap), a.dtype != tl.float32)
+    return x
 
 
 @triton.jit
@@ -272,7 +273,7 @@ def _attend(
     for i in range(0, n_tiles - whole if EDGE else whole):
         keys = first + _tile_of(i, left, whole, EDGE) * BLOCK_S + tl.arange(0, BLOCK_S)
         k = _load_tile(k_ptr, keys, stride_ks, S, D, BLOCK_D, not EDGE)
-        x = _squeezed(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, SOFTCAP)
+        x = _products(q, k, scale, softcap, SOFTCAP)
         if TILTED:
             x += tilt * (keys.to(tl.float32)[None, :] - places[:, None])
         if EDGE:
@@ -354,7 +355,7 @@ def _accumulate_dkv(
             delta = tl.load(delta_ptr + rows, mask=rows < T, other=0.0)
         else:
             lse, delta = tl.load(lse_ptr + rows), tl.load(delta_ptr + rows)
-        x = _squeezed(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, softcap, SOFTCAP)
+        x = _products(k, q, scale, softcap, SOFTCAP)
         places = (rows + S - T).to(tl.float32)
         y = x + tilt * (keys.to(tl.float32)[:, None] - places[None, :]) if TILTED else x
         weights = tl.exp2(y * factor - lse[None, :])
@@ -424,7 +425,7 @@ def _accumulate_dq(
         keys = first + _tile_of(i, left, whole, EDGE) * BLOCK_S + tl.arange(0, BLOCK_S)
         k = _load_tile(k_ptr, keys, stride_ks, S, D, BLOCK_D, not EDGE)
         v = _load_tile(v_ptr, keys, stride_vs, S, D, BLOCK_D, not EDGE)
-        x = _squeezed(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, SOFTCAP)
+        x = _products(q, k, scale, softcap, SOFTCAP)
         y = x + tilt * (keys.to(tl.float32)[None, :] - places[:, None]) if TILTED else x
         weights = tl.exp2(y * factor - lse[:, None])
         if EDGE:
@@ -471,8 +472,8 @@ def _attention_bwd_dq_kernel(
 
 
 # Rows of queries and of keys a tile, warps, and stages of loads: by kernel and width of a head, then by card, in half
-# precision. Chosen from machine code, by spills, which there are none of up to 128, and the estimate for sm_90:
-# `python -m bench.compile --kernel attention`.
+# precision. Chosen from machine code, by spills, which there are none of up to 128 with Triton 3.7.1, and the estimate
+# for sm_90: `python -m bench.compile --kernel attention`.
 CONFIGS = {
     ("fwd", 64): {"": (128, 64, 8, 2), "sm_90": (64, 128, 4, 2), "sm_100": (128, 64, 8, 3)},
     ("fwd", 128): {
@@ -539,7 +540,7 @@ def _attention_fwd(
     """The output, and the log-sum-exp of each row's scores to base 2."""
     o, lse = _allocate_fwd(q, k, v, documents, sink, slopes, scale, causal, window, softcap)
     (b, t, h, _), (s, kv) = q.shape, k.shape[1:3]
-    q, k, v = map(adjacent, (q, k, v))
+    q, k, v = map(heads_of, (q, k, v))
     config = _config("fwd", q, t, s, SOFTCAP=softcap != 0, LOWEST=LOWEST)
     if o.numel():
         _attention_fwd_kernel[(b * h, triton.cdiv(t, config["BLOCK_T"]))](
@@ -563,7 +564,7 @@ def _attention_bwd(
     (b, t, h, d), (s, kv) = q.shape, k.shape[1:3]
     if dq.numel() == 0 or dk.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), delta.zero_()
-    do, q, k, v = map(adjacent, (do, q, k, v))
+    do, q, k, v = map(heads_of, (do, q, k, v))
     block_d = max(16, triton.next_power_of_2(d))
     _attention_bwd_delta_kernel[(b * h, triton.cdiv(t, 32))](
         o, do, delta, t, h, *do.stride()[:3], D=d, BLOCK_T=32, BLOCK_D=block_d, num_warps=4
@@ -627,6 +628,7 @@ def attention_triton(
     if dropout:
         raise ValueError("the triton kernel of attention has no dropout: take --kernels.attention=sdpa")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    sink, slopes = (None if x is None else x.contiguous() for x in (sink, slopes))
     return _Attention.apply(q, k, v, documents, sink, slopes, scale, causal, window, softcap)
 
 

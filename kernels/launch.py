@@ -30,6 +30,16 @@ IMPLEMENTATIONS: dict[str, Callable] = {}
 _library = torch.library.Library("nanofuse", "DEF")
 
 
+def _on_its_gpu(function: Callable) -> Callable:
+    """`function`, on the GPU of its first argument: Triton launches on the current one, wherever tensors are."""
+
+    def launch(first: torch.Tensor, *rest):
+        with torch.cuda.device_of(first):
+            return function(first, *rest)
+
+    return launch
+
+
 def library_op(fake: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
     """Register the decorated host function, which allocates outputs and launches kernels, as `nanofuse::<its name>`.
 
@@ -42,13 +52,24 @@ def library_op(fake: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Calla
         name = function.__name__.removeprefix("_")
         schema = torch.library.infer_schema(function, mutates_args=mutates)
         _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        for device in ("CPU", "CUDA"):
-            _library.impl(name, function, device)
+        _library.impl(name, function, "CPU")
+        _library.impl(name, _on_its_gpu(function), "CUDA")
         torch.library.register_fake(f"nanofuse::{name}", fake, lib=_library)
         IMPLEMENTATIONS[name] = function
         return getattr(torch.ops.nanofuse, name).default
 
     return register
+
+
+@triton.jit
+def tanh(x, HALF: tl.constexpr):
+    """The hyperbolic tangent of a float32. The closed form is off by a roundoff of 1, more than small values have to
+    lose, which take the series: unless x comes of values in `HALF` precision, whose own rounding is coarser."""
+    y = 2 * tl.sigmoid(2 * x) - 1
+    if not HALF:
+        square = x * x
+        y = tl.where(square < 0.04, x * (1 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315)))), y)
+    return y
 
 
 @cache
@@ -74,6 +95,11 @@ def card(device: torch.device) -> str:
 def adjacent(x: torch.Tensor) -> torch.Tensor:
     """`x` with the values of its last dimension adjacent: itself where its strides allow, else a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def heads_of(x: torch.Tensor) -> torch.Tensor:
+    """`x` `[B, T, H, D]` with adjacent values, and heads apart by what 32 bits hold: itself or a copy."""
+    return adjacent(x) if x.shape[2] * x.stride(2) < 2**31 else x.contiguous()
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
-from kernels.launch import library_op, rows_of, tl, triton
+from kernels.launch import library_op, rows_of, tanh, tl, triton
 from kernels.spec import Cost, Op, accumulation_dtype
 
 IGNORE = -1  # what this project's targets hold where there is none
@@ -97,10 +97,10 @@ def _n_counted(targets: Tensor, ignore_index: int) -> Tensor:
 @triton.jit
 def _squeeze(z, softcap, SOFTCAP: tl.constexpr):
     """Logits as the loss takes them, float32."""
-    z = z.to(tl.float32)
+    wide = z.to(tl.float32)
     if SOFTCAP:
-        z = softcap * (2 * tl.sigmoid(2 * z / softcap) - 1)
-    return z
+        wide = softcap * tanh(wide / softcap, z.dtype != tl.float32)
+    return wide
 
 
 @triton.jit
@@ -324,16 +324,20 @@ def cross_entropy_triton(
     """The same, reading the logits once, where a row fits registers, and writing the gradient once: over the logits,
     which are then lost, with `inplace`. One backward only, which scales that gradient unless by 1."""
     _check(targets, logits.shape[:-1], reduction)
-    flat, flat_targets, weight = logits.flatten(0, -2), targets.flatten(), None
+    flat, flat_targets, weight = logits.flatten(0, -2), targets.flatten().contiguous(), None
     if inplace and (flat.data_ptr() != logits.data_ptr() or flat.stride(-1) != 1):
         raise ValueError(f"logits of strides {logits.stride()} cannot be flattened in place; give contiguous ones")
-    if reduction == "mean":
+    # A mean's gradient in float16 would underflow before a loss scale reaches it: there it is a sum's, divided by N.
+    divided = reduction == "mean" and logits.dtype == torch.float16
+    if reduction == "mean" and not divided:
         weight = 1 / _n_counted(targets, ignore_index)
-    elif reduction == "sum":
+    elif reduction != "none":
         weight = torch.ones((), device=logits.device)
     with_gradient = torch.is_grad_enabled() and logits.requires_grad
     options = (label_smoothing, z_loss, softcap, ignore_index)
     loss = _CrossEntropy.apply(flat, flat_targets, weight, options, with_gradient, inplace)
+    if divided:
+        loss = loss / _n_counted(targets, ignore_index)
     return loss.view(targets.shape) if reduction == "none" else loss
 
 
@@ -443,7 +447,8 @@ def linear_cross_entropy_triton(
     _check(targets, x.shape[:-1], reduction)
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    flat, flat_targets, options = rows_of(x), targets.reshape(-1), (label_smoothing, z_loss, softcap, ignore_index)
+    flat, flat_targets = rows_of(x), targets.flatten().contiguous()
+    options = (label_smoothing, z_loss, softcap, ignore_index)
     if reduction == "none":
         rows = _RowsLinearCrossEntropy.apply(flat, head_weight, flat_targets, dtype, options)
         return rows.view(targets.shape)

@@ -35,14 +35,22 @@ def rmsnorm_torch(
 
     Returns:
         The normalised value in the dtype of `x`, and the new residual stream in that of `residual` (`x` itself when
-        there is none), both `[..., D]`.
+        there is none), both `[..., D]`. Raises `ValueError` when shapes do not fit together.
     """
+    _check(x, gain, residual)
     stream = x if residual is None else residual + x.to(residual.dtype)
     wide = stream.to(accumulation_dtype(stream))
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if gain is not None:
         y = y * gain.to(y.dtype)
     return y.to(x.dtype), stream
+
+
+def _check(x, gain, residual):
+    if gain is not None and gain.shape != x.shape[-1:]:
+        raise ValueError(f"gain {list(gain.shape)} is not [{x.shape[-1]}], as wide as x")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual {list(residual.shape)} is not {list(x.shape)}, the shape of x")
 
 
 @triton.jit
@@ -232,7 +240,8 @@ def rmsnorm_triton(
     x: Tensor, gain: Tensor | None = None, residual: Tensor | None = None, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
     """The same in one pass over memory forward and one backward; the gain's gradient is summed in a fixed order."""
-    y, stream = _RMSNorm.apply(x, gain, residual, eps)
+    _check(x, gain, residual)
+    y, stream = _RMSNorm.apply(x, None if gain is None else gain.contiguous(), residual, eps)
     return y, x if residual is None else stream
 
 

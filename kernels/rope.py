@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launch import adjacent, library_op, multiprocessors, rows_of, tl, triton
+from kernels.launch import heads_of, library_op, multiprocessors, rows_of, tl, triton
 from kernels.spec import Cost, Op, accumulation_dtype
 
 
@@ -96,6 +96,8 @@ def _check(qkv, cos, sin, n_head, n_kv_head, q_gain, k_gain, positions):
         raise ValueError(f"positions {list(positions.shape)} are not one for each token of {list(qkv.shape[:2])}")
     if (q_gain is None) != (k_gain is None):
         raise ValueError("QK-norm takes a gain for q and one for k")
+    if q_gain is not None and not q_gain.shape == k_gain.shape == (d,):
+        raise ValueError(f"gains {list(q_gain.shape)} and {list(k_gain.shape)} are not [{d}], as wide as a head")
 
 
 @triton.jit
@@ -291,7 +293,7 @@ def _rope_bwd(
     dqkv, dgains = _allocate_bwd(dq, dk, dv, qkv, cos, sin, q_gain, k_gain, positions, eps, interleaved)
     _, t, n_head, d = dq.shape
     n_tokens, n_kv_head = dqkv.shape[0] * t, dk.shape[2]
-    dq, dk, dv = map(adjacent, (dq, dk, dv))
+    dq, dk, dv = map(heads_of, (dq, dk, dv))
     qkv = None if qkv is None else rows_of(qkv)
     blocks = _blocks(d // 2)
     # As many as are resident at once, at 128 registers.
@@ -340,7 +342,7 @@ def rope_triton(
     """The same in one pass over q and k forward, and one over the packed gradient backward; v is a view of `qkv`."""
     _check(qkv, cos, sin, n_head, n_kv_head, q_gain, k_gain, positions)
     cos, sin = cos.contiguous(), sin.contiguous()
-    positions = None if positions is None else positions.contiguous()
+    q_gain, k_gain, positions = (None if x is None else x.contiguous() for x in (q_gain, k_gain, positions))
     return _RoPE.apply(qkv, cos, sin, q_gain, k_gain, positions, n_head, n_kv_head, eps, interleaved)
 
 

@@ -79,8 +79,7 @@ def test_pairs_are_all_there():
 
 @pytest.mark.parametrize("case", pairwise(AXES), ids=lambda case: "-".join(map(str, case.values())))
 def test_parity_of_features_together(case, monkeypatch):
-    if not case["one_pass"]:
-        monkeypatch.setattr(room, "ONE_PASS", 0)
+    allow_one_pass(monkeypatch, case["one_pass"])
     (t, s), (h, kv), dtype = case["lengths"], case["heads"], case["dtype"]
     inputs = inputs_of(t, s, h, kv, case["d"], b=9 if t == 1 else 2 if s <= 100 else 1, dtype=dtype)
     inputs |= {name: case[name] for name in ("causal", "window", "softcap", "scale")}
@@ -88,6 +87,13 @@ def test_parity_of_features_together(case, monkeypatch):
     inputs["sink"] = torch.linspace(-2, 2, h, device=DEVICE) if case["sink"] else None
     inputs["slopes"] = 2.0 ** -torch.arange(1, h + 1, device=DEVICE) if case["slopes"] else None
     assert_as_right_as_the_reference(WITH_SINK if case["sink"] else OP, "triton", inputs, dtype)
+
+
+@pytest.mark.parametrize("softcap", [30.0, 50.0, 1000.0])
+def test_a_softcap_that_bends_little_loses_nothing(softcap):
+    """Most of what its tanh is taken of is near 0."""
+    inputs = inputs_of(37, 37) | {"softcap": softcap}
+    assert_as_right_as_the_reference(OP, "triton", inputs, torch.float32)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -239,20 +245,27 @@ def test_tiles_that_are_hidden_are_skipped(options):
         assert record.kernels[name].flops == 4 * products * 2 * 16 * expected, kernel
 
 
+def allow_one_pass(monkeypatch, allowed=True):
+    """However few the heads, or not at all."""
+    monkeypatch.setattr(room, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(room, "ONE_PASS", 128 if allowed else 0)
+
+
 def test_one_pass_makes_what_two_make(monkeypatch):
     inputs = inputs_of(70, 100, d=64, dtype=torch.bfloat16)
     options = {"window": 30, "documents": ranges_of(2, 100)}
     launched = []
-    for most in (128, 0):
-        monkeypatch.setattr(room, "ONE_PASS", most)
+    for allowed in (True, False):
+        allow_one_pass(monkeypatch, allowed)
         launched.append(call(OP, "triton", inputs, torch.bfloat16, **options))
     for key, one in launched[0].items():
         torch.testing.assert_close(one, launched[1][key], rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_one_pass_takes_nothing_from_keys_that_are_not_there(causal):
+def test_one_pass_takes_nothing_from_keys_that_are_not_there(causal, monkeypatch):
     """Scores of -190, beside which a score of 0 for a padded key would weigh more than a float32 holds."""
+    allow_one_pass(monkeypatch)
     inputs = inputs_of(100, 100, d=64, dtype=torch.bfloat16)
     inputs |= {"q": -inputs["q"].abs(), "k": 4 + inputs["k"].abs(), "scale": 0.75, "causal": causal}
     assert_as_right_as_the_reference(OP, "triton", inputs, torch.bfloat16)
@@ -265,6 +278,15 @@ def test_one_pass_takes_nothing_from_keys_that_are_not_there(causal):
 def test_one_pass_serves_keys_that_fit_a_tile(s, kernels):
     record = launched(inputs_of(s, s, d=16, dtype=torch.float16))
     assert set(record.kernels) == {f"_attention_{kernel}_kernel" for kernel in kernels}
+
+
+@pytest.mark.parametrize("per_head", ["sink", "slopes"])
+def test_numbers_per_head_may_lie_apart_or_be_one(per_head):
+    inputs = inputs_of(9, 9)
+    for values in (torch.rand(4, 3, device=DEVICE)[:, 1], torch.rand(1, device=DEVICE).expand(4)):
+        with checked("triton"):
+            ours = attention_triton(**inputs, **{per_head: values})
+        torch.testing.assert_close(ours, attention_torch(**inputs, **{per_head: values}))
 
 
 def test_packed_projection_is_read_without_copies():

@@ -1,6 +1,7 @@
 """The Triton implementations in use: under autograd's modes, as torch.library ops, compiled, in the model."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels import OPS, TESTED, KernelChoice, bind, linear_cross_entropy
 from kernels.attention import document_ranges
 from kernels.interpreter import sanitize
-from kernels.launch import IMPLEMENTATIONS
+from kernels.launch import IMPLEMENTATIONS, _on_its_gpu
 from kernels.linear_cross_entropy import IGNORE, cross_entropy_torch, cross_entropy_triton, linear_cross_entropy_triton
 from kernels.rope import rope_tables
 from model.gpt import GPT, ModelConfig
@@ -231,6 +232,18 @@ def test_second_backward_is_refused(op):
         loss.backward()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_float16_gradients_under_a_loss_scale_do_not_underflow(reduction):
+    """Of 500 rows and 9,000 classes a mean's are about 2e-7, which float16 does not hold."""
+    shape, results = {"N": 500, "V": 9000}, {}
+    for name in ("torch", "triton"):
+        inputs = make_inputs(BY_NAME["cross_entropy"], shape, torch.float16)
+        logits = inputs["logits"].requires_grad_()
+        loss = BY_NAME["cross_entropy"].implementations[name](logits, inputs["targets"], reduction)
+        results[name] = torch.autograd.grad(loss * (2**16 if reduction == "mean" else 1), logits)[0]
+    torch.testing.assert_close(results["triton"], results["torch"], rtol=2e-2, atol=2e-5)
+
+
 def test_gradient_in_place_of_the_logits():
     logits = leaves_of(BY_NAME["cross_entropy"])["logits"]
     intermediate = logits * 1
@@ -249,6 +262,9 @@ def test_gradient_in_place_of_the_logits():
     ("swiglu", {"x": torch.zeros(2, 5)}, "even"),
     ("rope", {"n_head": 5}, "5 heads"),
     ("rope", {"k_gain": None}, "QK-norm"),
+    ("rope", {"k_gain": torch.ones(16)}, r"\[32\] and \[16\] are not \[32\]"),
+    ("rmsnorm", {"gain": torch.ones(1)}, r"gain \[1\] is not \[64\]"),
+    ("rmsnorm", {"residual": torch.ones(64)}, r"residual \[64\] is not \[1, 64\]"),
     ("rope", {"positions": torch.zeros(2, 6).long()}, "positions"),
     ("rope", {"cos": torch.zeros(3, 16), "sin": torch.zeros(3, 16)}, "3 positions"),
     ("rope", {"cos": torch.zeros(7, 8), "sin": torch.zeros(7, 8)}, "heads of 32"),
@@ -283,7 +299,37 @@ def test_offsets_beyond_two_to_the_31(op):
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
+def test_offsets_of_heads_beyond_two_to_the_31():
+    """[B, H, T, D] in memory, seen as [B, T, H, D]."""
+    distance = 2**30 + 16
+    far = torch.empty(2 * distance + 64, dtype=torch.bfloat16, device=DEVICE).as_strided(
+        (1, 3, 3, 16), (48, 16, distance, 1)
+    )
+    near = torch.randn(1, 3, 3, 16, device=DEVICE).bfloat16()
+    far.copy_(near)
+    options, (cos, sin) = (0.25, True, 0, 0.0), rope_tables(3, 16, device=DEVICE)
+    attend, backward, turn_back = (IMPLEMENTATIONS[name] for name in ("attention_fwd", "attention_bwd", "rope_bwd"))
+    with checked("triton"):
+        saved = attend(near, near, near, None, None, None, *options)
+        results = [
+            (
+                *attend(x, x, x, None, None, None, *options),
+                *backward(x, x, x, x, None, None, *saved, *options),
+                turn_back(x, x, x, None, cos, sin, None, None, None, 1e-6, False)[0],
+            )
+            for x in (far, near)
+        ]
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
 # As torch.library ops, and compiled.
+
+
+def test_a_launch_is_on_the_gpu_of_the_tensors(monkeypatch):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: entered.append(x) or nullcontext())
+    x, y = torch.ones(2), torch.ones(3)
+    assert _on_its_gpu(lambda *tensors: tensors)(x, y) == (x, y) and entered == [x]
 
 
 def library_calls():

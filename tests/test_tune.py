@@ -62,6 +62,10 @@ def test_tiles_in_the_table_are_launched_and_agree(kernel, monkeypatch):
     assert results[wrong]["failed"]
 
 
+def future_of(spills):
+    return SimpleNamespace(result=lambda: SimpleNamespace(n_spills=spills))
+
+
 @pytest.fixture
 def fake(monkeypatch):
     """A card whose forward takes `us` by tiles, twice that at T 4096, and where some tiles are no good."""
@@ -91,7 +95,7 @@ def fake(monkeypatch):
                 results[tiles] = {"failed": "died"}
         return results
 
-    kernels = defaultdict(list, {SPILLS: [SimpleNamespace(n_spills=0), SimpleNamespace(n_spills=3)]})
+    kernels = defaultdict(list, {SPILLS: [future_of(spills=0), future_of(spills=3)]})
     monkeypatch.setitem(table, card(DEVICE), OWN)
     monkeypatch.setattr(tune, "candidates", lambda *_: [OWN, SLOW, FAST, WRONG, RAISES, SPILLS, DIES])
     for name, value in {"launcher": launcher, "measure": measure, "compile_all": lambda calls: kernels}.items():
@@ -135,7 +139,7 @@ def test_a_gain_within_the_noise_changes_nothing(fake):
 
 def test_wide_heads_may_spill():
     calls = {OWN: lambda: (torch.ones(4),), SPILLS: lambda: (torch.ones(4),)}
-    compiled = {SPILLS: [SimpleNamespace(n_spills=1)]}
+    compiled = {SPILLS: [future_of(spills=1)]}
     assert "failed" in tune.check(calls, compiled, 128)[SPILLS]
     assert "failed" not in tune.check(calls, compiled, 256)[SPILLS]
 
@@ -181,9 +185,10 @@ tried = (64, 32, 4, 1), (64, 32, 8, 2), (48, 32, 4, 1)
 calls = {tiles: tune.patch.dict(table, {"sm_90": tiles})(run) for tiles in tried}
 *right, wrong = tune.compile_all(calls).values()
 for (kernel,) in right:
+    kernel = kernel.result()
     print(kernel.metadata.num_warps, kernel.metadata.num_stages, kernel.module)
 try:
-    wrong[0].n_spills
+    wrong[0].result()
 except Exception as error:
     print(type(error).__name__)
 """
