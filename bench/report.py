@@ -45,7 +45,8 @@ def train_table(rows: list[dict]) -> str:
         cells.append([name, *bits, first, *speeds, f"{r['memory'] / 2**20:,.0f} MiB"])
     mine, theirs = (shape[name]["tok_s"] for name in ("nanofuse", "nanogpt"))
     ratios = f"At equal shape {mine:,.0f} against {theirs:,.0f} tok/s: {mine / theirs:.2f} times as many."
-    return f"{table(head, cells)}\n\n{ratios} {where(whole)}."
+    places = " ".join(dict.fromkeys(f"{where(row)}." for row in (shape, whole)))
+    return f"{table(head, cells)}\n\n{ratios} {places}"
 
 
 def kernels_table(rows: list[dict]) -> str:

@@ -9,6 +9,7 @@ python -m experiments report lr                    # write the report of what wa
 import argparse
 import math
 import sys
+import time
 from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import get_args
@@ -92,14 +93,17 @@ def run(asked: argparse.Namespace, suites: Sequence[Suite], command: Sequence[st
     runs = [run[0] for run in plan.runs.values()]
     machines = " and ".join(sorted({machine(trial, len(environments)) for trial in todo}))
     searching = MEMORY in (suite.name for suite in suites)
+    if searching and len(suites) == 1 and (asked.rerun or asked.seeds or asked.axis or asked.rule or asked.set):
+        raise ConfigError(f"{MEMORY} is a search: --rerun, --seeds, --axis, --rule and --set are for other suites")
     counts = f"{len(plan.done)} of them done, {len(runs)} runs to start"
     print(*plan.table(), sep="\n")
     print(f"{counted(todo)} at scale {asked.scale}, {counts}{', and the memory frontier to search' * searching}")
     print(f"on {machines}: time {clock(forecast(runs, plan.past, len(environments)))}", flush=True)
     if asked.dry_run:
         return True
+    begin = time.monotonic()
     ended = sweep(plan, asked.out, environments, asked.wandb, asked.time_limit, command)
-    if ended and searching:
+    if ended and searching and time.monotonic() - begin < asked.time_limit:
         from experiments import memory
 
         try:

@@ -2,18 +2,19 @@
 
 A verdict says no more than its scale can. The shape of a curve, a failure, an equality or an artefact shows at any; a
 loss or a speed of the original's is compared at its own size only; a difference within the noise of its seeds is none.
-Trials that are missing raise `LookupError`: the claim is then not run.
+Trials that are missing, or did not get to an answer, raise `LookupError`: the claim is then not run.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from statistics import mean, mode
 from typing import Any
 
 import train
 from experiments import analysis, memory
-from experiments.analysis import best, curve, difference, loss
+from experiments.analysis import best
 from experiments.run import configuration
 from experiments.spec import Finding, Outcome, Results, Verdict
 
@@ -46,6 +47,24 @@ def lacks(results: Results, **labels: Any) -> Finding | None:
     if some(results)[0].scale == "full" or results.where(**labels):
         return None
     return Finding("none of this size", ELSEWHERE)
+
+
+def loss(outcome: Outcome) -> float:
+    """The final validation loss, infinite for a run that failed. Raises `LookupError` for one that crashed, was refused
+    or ran out of time or memory, of which nothing follows."""
+    if outcome.status not in {"finished", *FAILED}:
+        raise LookupError(f"the run {', '.join(map(str, outcome.labels.values()))} ended as {outcome.status}")
+    return analysis.loss(outcome)
+
+
+curve = partial(analysis.curve, y=loss)
+
+
+def difference(a: Sequence[Outcome], b: Sequence[Outcome]) -> tuple[float, float | None]:
+    """`analysis.difference` of runs of which each came to an answer."""
+    for outcome in (*a, *b):
+        loss(outcome)
+    return analysis.difference(a, b)
 
 
 def nats(value: float) -> str:
@@ -157,6 +176,8 @@ def equal_tokens(theirs: float) -> Judge:
         if len(found) < 3:
             raise LookupError("a saturation takes three batches")
         least, largest = best(found), analysis.largest_within(found, 0.02)
+        if math.isinf(least[1]):
+            raise LookupError("no batch trains")
         ours = f"{nats(least[1])} at {least[0]}, within .02 up to {largest}, {nats(found[-1][1])} at {found[-1][0]}"
         spread = max(y for _, y in found if math.isfinite(y)) - least[1]
         return Finding(ours, verdict(largest < found[-1][0]), spread - theirs)
@@ -165,7 +186,8 @@ def equal_tokens(theirs: float) -> Judge:
 
 
 def evaluation_artefact(results: Results) -> Finding:
-    """What one model's loss changes by with an evaluation set of its batch's size, next to what batches differ by."""
+    """The smallest batch ends lowest, by more than one model's loss changes with an evaluation set of its batch's
+    size."""
     fixed = same_evaluation(results)
     shifts = {}
     for outcome in some(results):
@@ -175,11 +197,13 @@ def evaluation_artefact(results: Results) -> Finding:
     shifts = {batch: shift for batch, shift in shifts.items() if math.isfinite(shift)}
     if len(shifts) < 2:
         raise LookupError("no evaluation sets that grow with the batch")
-    losses = sorted(y for _, y in curve(results, "batch_size", eval_tokens=fixed))
-    lead = losses[1] - losses[0]
+    ends = curve(results, "batch_size", eval_tokens=fixed)
+    lowest, second = sorted(y for _, y in ends)[:2]
+    lead = second - lowest
     batch = max(shifts, key=lambda b: abs(shifts[b]))
     ours = f"the set alone moves the loss by {shifts[batch]:+.3f} at {batch}; the best batch leads by {lead:.3f}"
-    return Finding(ours, "artefact" if abs(shifts[batch]) > lead else "refuted", shifts[batch])
+    artefact = abs(shifts[batch]) > lead
+    return Finding(ours, "artefact" if artefact else verdict(best(ends)[0] == ends[0][0]), shifts[batch])
 
 
 def by_rule(results: Results, power: float) -> dict[int, Outcome]:
@@ -217,6 +241,8 @@ def fits(batch_size: int) -> Judge:
         if absent := lacks(results, batch_size=batch_size):
             return absent
         states = {outcome.status for outcome in some(results, batch_size=batch_size)}
+        if not states & {"finished", "oom"}:
+            raise LookupError(f"ended as {', '.join(sorted(states))}")
         return Finding(", ".join(sorted(states)), at_full(results, "oom" in states))
 
     return judge
@@ -251,7 +277,10 @@ def three_steps(results: Results) -> Finding:
     gradient noise scale, in sequences."""
     batch = mode(outcome.labels["batch_size"] for outcome in some(results))
     limit = analysis.knee(curve(results, "micro_batch", y=analysis.throughput, batch_size=batch))
-    saturates = analysis.largest_within(curve(results, "batch_size"), 0.02)
+    ends = curve(results, "batch_size")
+    if math.isinf(best(ends)[1]):
+        raise LookupError("no batch trains")
+    saturates = analysis.largest_within(ends, 0.02)
     finest = results.one(batch_size=batch, micro_batch=min(o.labels["micro_batch"] for o in results.outcomes))
     critical = analysis.critical_batch(finest) / configuration(finest.knobs).model.seq_len
     ours = (
@@ -347,7 +376,9 @@ def gap_grows(a: str, b: str) -> Judge:
     def judge(results: Results) -> Finding:
         gaps: dict[int, list[float]] = {}
         for outcome in some(results, variant=a):
-            for step, gap in analysis.gap_against_step(outcome, results.one(variant=b, seed=outcome.labels["seed"])):
+            other = results.one(variant=b, seed=outcome.labels["seed"])
+            difference([outcome], [other])
+            for step, gap in analysis.gap_against_step(outcome, other):
                 gaps.setdefault(step, []).append(gap)
         last = max(gaps, default=0)
         halfway = min((step for step in gaps if step >= last / 2), default=last)
@@ -375,11 +406,10 @@ def faster(a: str, b: str, theirs: float) -> Judge:
 
 
 def states(results: Results, variant: str) -> dict[float, str]:
-    """By rate, how a variant's runs ended that finished or failed; the first failure of several seeds."""
+    """By rate, how a variant's runs ended; the first failure of several seeds."""
     ends: dict[float, str] = {}
     for outcome in sorted(some(results, variant=variant), key=lambda o: (o.labels["lr"], o.status == "finished")):
-        if outcome.status in {"finished", *FAILED}:
-            ends.setdefault(outcome.labels["lr"], words(outcome))
+        ends.setdefault(outcome.labels["lr"], words(outcome))
     return ends
 
 
@@ -446,7 +476,10 @@ def gradient_spread(times: float) -> Judge:
             found = results.one(**where, **{"model.norm_place": place})
             if "gradient" not in found.diag:
                 raise LookupError(f"no diagnostics of {place}-norm, which ended as {found.status}")
-            spreads[place] = analysis.spread(found.diag["gradient"])
+            norms = found.diag["gradient"]
+            if not any(norm is not None and math.isfinite(norm) for norm in norms.values()):
+                raise LookupError(f"no gradient of {place}-norm is finite")
+            spreads[place] = analysis.spread(norms)
         ratio = spreads["post"] / spreads["pre"]
         ours = f"{spreads['post']:.3g} across {deepest} layers in post-norm, {spreads['pre']:.3g} in pre-norm"
         return Finding(ours, verdict(ratio >= times))
@@ -503,21 +536,21 @@ def overfits(bound: float) -> Judge:
 def samples(results: Results) -> Finding:
     """The run got to its end, having written after every so many steps and then."""
     outcome = some(results)[0]
-    if outcome.status != "finished":
+    if math.isinf(loss(outcome)):
         return Finding(outcome.status, "refuted")
-    count = outcome.final["step"] // configuration(outcome.knobs).sample_every
+    count = (outcome.final["step"] - 1) // configuration(outcome.knobs).sample_every
     return Finding(f"{count} times during training, and after it: samples.txt of its folder", verdict(count > 0))
 
 
 def on_time(tolerance: float) -> Judge:
-    """A run given some seconds takes its last step in that time, but for a share of it, and finishes."""
+    """A run given some seconds is evaluated for the last time by then, but for a share of it, and finishes."""
 
     def judge(results: Results) -> Finding:
         outcome = some(results)[0]
         given = configuration(outcome.knobs).seconds
-        took = max((row["seconds"] for row in outcome.steps), default=math.inf)
+        took = max((row["seconds"] for row in (*outcome.steps, *outcome.evals)), default=math.inf)
         ours = f"{outcome.status}, training for {took:.1f} s of {given:g}"
-        return Finding(ours, verdict(outcome.status == "finished" and took <= given * (1 + tolerance)), took - given)
+        return Finding(ours, verdict(math.isfinite(loss(outcome)) and took <= given * (1 + tolerance)), took - given)
 
     return judge
 
@@ -535,9 +568,8 @@ def traced(results: Results) -> Finding:
     """Every outcome says of which commit, machine and time it is, and of which configuration."""
     outcomes = some(results)
     known = all(o.commit and o.machine and o.started and o.knobs and o.key for o in outcomes)
-    ours = (
-        f"{len(outcomes)} of commit {outcomes[-1].commit[:12]} on {outcomes[-1].machine}, {outcomes[-1].started[:10]}"
-    )
+    last = outcomes[-1]
+    ours = f"{len(outcomes)} of commit {last.commit} on {last.machine}, {last.started[:10]}"
     return Finding(f"{ours}; a rerun supersedes, and what it supersedes is kept", verdict(known))
 
 
@@ -562,7 +594,7 @@ def best_decay(results: Results) -> Finding:
     y, name, decay = ends[0]
     lead = next(other for other, _, of in ends if of != decay) - y
     ours = f"{nats(y)}: {name}, {decay:g}; leads other decays by {lead:.3f}"
-    return Finding(ours, verdict(decay == 0.0) if lead > NOISE else ELSEWHERE, lead)
+    return Finding(ours, verdict(decay == 0.0 and name == "adamw") if lead > NOISE else ELSEWHERE, lead)
 
 
 def endpoints(results: Results) -> Finding:
@@ -574,19 +606,20 @@ def endpoints(results: Results) -> Finding:
         config = configuration(outcome.knobs)
         for row in (outcome.steps[0], outcome.steps[-1]):
             checked += 1
-            if not math.isclose(row["lr"], rate_at(config, row["step"] - 1), rel_tol=1e-9, abs_tol=1e-15):
+            wanted = rate_at(config, row["step"] - 1, outcome.final["step"])
+            if not math.isclose(row["lr"], wanted, rel_tol=1e-9, abs_tol=1e-15):
                 wrong.append(f"{outcome.labels['variant']}: {row['lr']:.3g} at step {row['step']}")
     if not checked:
         raise LookupError("no run finished")
     return Finding("; ".join(wrong) or f"{checked} rates as scheduled", verdict(not wrong))
 
 
-def rate_at(config: train.Config, step: int) -> float:
-    """The rate of AdamW in the step after `step` of them: linear from 0 over the warm-up, then by the schedule."""
-    warmup = config.warmup if config.warmup >= 1 else config.warmup * config.steps
+def rate_at(config: train.Config, step: int, steps: int) -> float:
+    """The rate of AdamW after `step` of `steps`: linear from 0 over the warm-up, then by the schedule."""
+    warmup = config.warmup if config.warmup >= 1 else config.warmup * steps
     if step < warmup:
         return config.lr * step / warmup
-    left = (config.steps - step) / (config.steps - warmup)
+    left = (steps - step) / (steps - warmup)
     shape = {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[config.schedule]
     return config.lr * (shape if config.schedule == "constant" else config.final_lr + (1 - config.final_lr) * shape)
 

@@ -75,13 +75,14 @@ def _whole(file) -> int:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keep other sweeps from a ledger; the system lets go should this process be killed. Raises `LedgerError`."""
+    """Keep other sweeps from a ledger, or from the runs' folders, by a file; the system lets go should this process be
+    killed. Raises `LedgerError`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise LedgerError(f"another sweep is writing {path}: wait for it, or give other --results") from None
+            raise LedgerError(f"another sweep holds {path}: wait for it, or give other --results and --out") from None
         yield
 
 

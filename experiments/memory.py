@@ -382,7 +382,7 @@ def run(scale: Scale, results: Path, out: Path, say: Callable[[str], None] = pri
     compare; and time each at its own, twice. Raises `ConfigError` where the scale takes a GPU that is not there."""
     setting = SETTINGS[scale]
     search = Search(scale, results, out, cap or setting.cap, say)
-    with ledger.locked(search.ledger):
+    with ledger.locked(search.ledger), ledger.locked(out / scale / f"{SUITE}.lock"):
         found = frontier(setting.base, setting.configurations, 1, setting.high, search)
         found = [point for point in found if point.micro_batch]
         common = min((point.micro_batch for point in found), default=0)
@@ -416,7 +416,9 @@ def points(results: Results, configuration: str) -> list[tuple[int, int, int]]:
 
 def speeds(results: Results, configuration: str) -> list[float]:
     """Tokens a second, warm-up excluded, of the timed runs at the largest micro-batch."""
-    return [o.final["tok_s_steady"] for o in _probes(results, configuration, timed=True) if o.status == "finished"]
+    done = [o for o in _probes(results, configuration, timed=True) if o.status == "finished"]
+    most = max((o.labels["micro_batch"] for o in done), default=0)
+    return [o.final["tok_s_steady"] for o in done if o.labels["micro_batch"] == most]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

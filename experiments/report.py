@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from data.tokenizer import write_atomically
-from experiments import ledger
+from experiments import ledger, memory
 from experiments.analysis import labels
 from experiments.figures import PLOTS
+from experiments.run import trials
 from experiments.spec import Claim, Finding, Outcome, Results, Scale, Suite, Verdict
 from experiments.suites import SUITES
 
@@ -67,7 +68,8 @@ def write(names: list[str], scale: Scale, results: Path) -> Path:
 
 
 def section(suite: Suite, scale: Scale, results: Path) -> Section:
-    """The suite judged on its ledger, its outcomes in the order in which the suite declares them."""
+    """The suite judged on its ledger, its outcomes in the order in which the suite declares them, unless there is a
+    doubt that they are what it declares."""
     variants, points = list(suite.variants), suite.points(scale)
 
     def position(outcome: Outcome) -> tuple[int, int]:
@@ -76,7 +78,26 @@ def section(suite: Suite, scale: Scale, results: Path) -> Section:
         return variants.index(variant) if variant in variants else len(variants), next(fitting, len(points))
 
     found = Results(sorted(ledger.read(ledger.place(results, scale, suite.name)), key=position))
-    return Section(suite, found, [(claim, judge(claim, found)) for claim in suite.claims])
+    reason = doubt(suite, scale, found.outcomes) if found.outcomes and suite.name != memory.SUITE else ""
+    judged = [Finding(reason, "not run") if reason else judge(claim, found) for claim in suite.claims]
+    return Section(suite, found, list(zip(suite.claims, judged, strict=True)))
+
+
+def doubt(suite: Suite, scale: Scale, outcomes: Sequence[Outcome]) -> str:
+    """Why a suite's claims cannot be judged on these outcomes; empty where they can. More seeds than declared are
+    none, nor is a knob that `--set` gave to all of the trials that have it."""
+    declared = {ledger.name(trial.labels): trial.knobs for trial in trials(suite, scale)}
+    ran = {ledger.name(outcome.labels): outcome.knobs for outcome in outcomes}
+    if left := len(declared.keys() - ran.keys()):
+        return f"{left} of {len(declared)} trials are left to run"
+    if other := sum(ledger.name({**o.labels, "seed": 0}) not in declared for o in outcomes):
+        return f"{other} trials are not of the suite as it is declared now"
+    for knob in dict.fromkeys(knob for name in declared for knob in (*declared[name], *ran[name])):
+        pairs = [(declared[name].get(knob), ran[name].get(knob)) for name in declared]
+        having = [of for of in pairs if of != (None, None)]
+        if 0 < (changed := sum(a != b for a, b in having)) < len(having):
+            return f"{changed} of {len(having)} trials were run with another {knob} than declared"
+    return ""
 
 
 def judge(claim: Claim, results: Results) -> Finding:

@@ -59,11 +59,15 @@ def trials(
     """The trials of a suite in the order declared; `axis`, `rule` and `seeds` take the place of the suite's.
 
     Of knobs, `extra` come last, after those of the base, the variant and the point. Raises `ConfigError` for a scale
-    that the suite does not have, and for a budget that does not convert.
+    that the suite does not have, for a knob of `extra` by which trials differ, and for a budget that does not convert.
     """
     if scale not in suite.base:
         raise ConfigError(f"suite {suite.name} has no scale {scale}: it has {', '.join(suite.base)}")
     axis, rule, seeds, extra = axis or suite.axis, rule or suite.rule, seeds or suite.seeds[scale], extra or {}
+    own = {knob for of in (*suite.variants.values(), *suite.points(scale)) for knob in of} | {"seed"}
+    own |= train.BUDGETS if own & train.BUDGETS else set()
+    if taken := sorted(own & extra.keys()):
+        raise ConfigError(f"{taken[0]} is what trials of suite {suite.name} differ by: --set cannot give it")
     base = merge([suite.base[scale], extra], train.BUDGETS)
     follow = spend = dict
     if rule != "fixed":
@@ -343,6 +347,7 @@ def sweep(
     with ExitStack() as held:
         for path in plan.ledgers:
             held.enter_context(ledger.locked(path))
+            held.enter_context(ledger.locked(out / path.relative_to(plan.results).with_suffix(".lock")))
         for outcome in plan.copies:
             ledger.append(plan.ledger(outcome), outcome)
         interrupt = held.enter_context(Interrupt())

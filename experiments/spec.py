@@ -86,8 +86,11 @@ class Results:
         return [o for o in self.outcomes if all(o.labels.get(k) == v for k, v in labels.items())]
 
     def one(self, **labels: Any) -> Outcome:
-        """The only one with these labels. Raises `LookupError` when there are none or several."""
+        """The only one with these labels, of several seeds the first. Raises `LookupError` when there are none, or
+        several otherwise."""
         found = self.where(**labels)
+        if len({json.dumps({**o.labels, "seed": 0}, sort_keys=True) for o in found}) == 1:
+            found = [min(found, key=lambda outcome: outcome.labels.get("seed", 0))]
         if len(found) != 1:
             raise LookupError(f"{len(found)} trials have {labels}")
         return found[0]
@@ -99,7 +102,7 @@ class Results:
 
 def interval(samples: Sequence[float]) -> tuple[float, float | None]:
     """Mean, and half the width of its 95% confidence interval by Student's t; None for a single sample."""
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31}
     n = len(samples)
     return mean(samples), t.get(n, 2.26) * stdev(samples) / n**0.5 if n > 1 else None
 

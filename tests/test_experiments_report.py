@@ -208,6 +208,7 @@ IDLE = Suite("idle", "Nothing ran", (3,), {"tiny": {}}, (Claim(3, "c", "t", lamb
 @pytest.fixture
 def suites(monkeypatch):
     monkeypatch.setattr(report, "SUITES", {"idle": IDLE, "lr": LR})
+    monkeypatch.setattr(report, "doubt", lambda *_: "")  # a part of the trials shows what pages look like
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +226,7 @@ def written(tmp_path_factory):
     (results / "tiny" / "lr-batch.png").write_bytes(b"of a ledger that is gone")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "SUITES", {"idle": IDLE, "lr": LR})
+        patch.setattr(report, "doubt", lambda *_: "")
         path = report.write(["lr"], "tiny", results)
     assert path == results / "tiny" / "index.html"
     return path.parent
@@ -339,6 +341,29 @@ def test_nothing_was_run(tmp_path, suites):
     text = report.write(["idle", "lr"], "full", tmp_path).read_text()
     assert "Full scale" in text and "no trials were run" in text and "Claims: 4 not run." in text
     assert (tmp_path / "full" / "lr.csv").read_text().count("\n") == 1
+
+
+def test_a_suite_is_judged_on_what_it_declares(tmp_path):
+    base, grid = {"steps": 100, "clip": 1.0}, {"lr": (1.0, 2.0, 3.0)}
+    declared = Suite("s", "S", (3,), {"tiny": base}, IDLE.claims, grid=grid)
+
+    def found(*points):
+        """The finding on outcomes with these rates and other knobs."""
+        path = ledger.place(tmp_path, "tiny", "s")
+        path.unlink(missing_ok=True)
+        for lr, knobs in points:
+            ledger.append(
+                path, replace(outcome(1.0, lr=lr, variant="base", seed=0), knobs=base | {"lr": lr, "seed": 0} | knobs)
+            )
+        ((_, finding),) = report.section(declared, "tiny", tmp_path).findings
+        return finding.verdict, finding.ours
+
+    rates = [(lr, {}) for lr in grid["lr"]]
+    assert found(*rates) == ("reproduced", "x")
+    assert found(*rates[:2]) == ("not run", "1 of 3 trials are left to run")
+    assert found(*rates, (9.0, {})) == ("not run", "1 trials are not of the suite as it is declared now")
+    assert found(*rates[:2], (3.0, {"clip": 2.0}))[1] == "1 of 3 trials were run with another clip than declared"
+    assert found(*((lr, {"clip": 2.0}) for lr in grid["lr"])) == ("reproduced", "x")
 
 
 def test_unknown_names_are_refused(tmp_path, suites, monkeypatch):

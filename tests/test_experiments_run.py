@@ -108,15 +108,21 @@ def test_trials_are_variants_at_points_by_seeds():
         base={"lr": 1, "steps": 10}, variants={"a": {"x": 1}, "b": {"lr": 2}}, grid={"y": [3, 4]},
         grids={"tiny": {"y": [5]}}, seeds={"tiny": 2},
     )  # fmt: skip
-    found = trials(declared, "tiny", extra={"x": 9})
+    found = trials(declared, "tiny", extra={"z": 9})
     assert [dict(trial.labels) for trial in found] == [
         {"variant": v, "y": 5, "seed": s} for v in ("a", "b") for s in (0, 1)
     ]
-    assert found[0].knobs == {"lr": 1, "steps": 10, "x": 9, "y": 5, "seed": 0}
-    assert found[3].knobs == {"lr": 2, "steps": 10, "x": 9, "y": 5, "seed": 1}
+    assert found[0].knobs == {"lr": 1, "steps": 10, "x": 1, "y": 5, "z": 9, "seed": 0}
+    assert found[3].knobs == {"lr": 2, "steps": 10, "y": 5, "z": 9, "seed": 1}
     assert len(trials(declared, "tiny", seeds=3)) == 6
     with pytest.raises(ConfigError, match="no scale low: it has tiny"):
         trials(declared, "low")
+    for knob in ("x", "y", "lr", "seed"):
+        with pytest.raises(ConfigError, match=f"{knob} is what trials of suite s differ by"):
+            trials(declared, "tiny", extra={knob: 9})
+    lengths = suite(base={"seconds": 9}, grid={"steps": [3, 4]})
+    with pytest.raises(ConfigError, match="tokens is what trials of suite s differ by"):
+        trials(lengths, "tiny", extra={"tokens": 9})
 
 
 SHAPE = {"model.n_layer": 2, "model.d_model": 32, "model.n_head": 2, "model.seq_len": 64, "data.tokenizer": "bytes"}
@@ -349,11 +355,10 @@ def test_no_trials_start_after_the_time_limit(run, tmp_path):
 
 
 def test_two_sweeps_of_a_suite_are_one_too_many(run, tmp_path):
-    with (
-        ledger.locked(ledger.place(tmp_path, "tiny", "s")),
-        pytest.raises(ledger.LedgerError, match=r"another sweep is writing .*s\.jsonl"),
-    ):
-        run(statuses("finished"))
+    """Whether they share the ledger or only the runs' folders."""
+    for path in (ledger.place(tmp_path, "tiny", "s"), tmp_path / "out" / "tiny" / "s.lock"):
+        with ledger.locked(path), pytest.raises(ledger.LedgerError, match=f"another sweep holds {path}"):
+            run(statuses("finished"))
     assert run(statuses("finished"))[0]
 
 
@@ -421,7 +426,7 @@ def test_a_command_lists_shows_runs_and_reports(command, tmp_path):
     assert "(rows 2, 3)" in text
     assert "tiny 2 trials\n" in text
 
-    code, text = command("all", "--dry-run", "--set", "seed=3", "--jobs=2")
+    code, text = command("all", "--dry-run", "--set", "clip=3", "--jobs=2")
     assert code == 0
     assert "3 trials at scale tiny, 0 of them done, 3 runs to start, and the memory frontier to search" in text
     assert "searched" not in text
@@ -448,6 +453,7 @@ def test_a_command_lists_shows_runs_and_reports(command, tmp_path):
         (("s", "--set", "lr=-3"), "lr must be more than 0"),
         (("s", "--scale=full"), "suite s has no scale full: it has tiny"),
         (("t", "--axis=seconds"), "--set seconds=... gives one"),
+        (("memory", "--rerun"), "memory is a search: --rerun, --seeds"),
     ],
 )
 def test_what_cannot_be_run_is_refused(command, argv, message):

@@ -1,6 +1,8 @@
 """The suites are complete, can be run at every scale, and are what was published; their judges judge."""
 
 import math
+from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 
@@ -218,7 +220,8 @@ CASES = [
     (judges.equal_tokens(0.1), batches({2: 2.0, 4: 2.01, 8: 2.3}, {}), "reproduced",
      batches({2: 2.0, 4: 2.01, 8: 1.9}, {}), "refuted"),
     (judges.evaluation_artefact, batches({2: 2.0, 4: 2.01, 8: 2.3}, {2: 1.8, 4: 2.0}), "artefact",
-     batches({2: 2.0, 4: 2.1, 8: 2.3}, {2: 2.01, 4: 2.1}), "refuted"),
+     batches({2: 2.0, 4: 2.1, 8: 2.3}, {2: 2.01, 4: 2.1}), "reproduced"),
+    (judges.evaluation_artefact, batches({2: 2.1, 4: 2.0, 8: 2.3}, {2: 2.11, 4: 2.0}), "refuted", [], None),
     (judges.equal_steps, [outcome(3.0 / b, batch_size=b, lr=lr) for b, lr in by_rule(2, 1.0, (1, 2, 4))],
      "reproduced",
      [outcome(3.0, batch_size=b, lr=lr) for b, lr in by_rule(2, 1.0, (1, 2, 4))], "refuted"),
@@ -243,7 +246,7 @@ CASES = [
     (judges.fails_earlier("a", "b"), rates("a", points={1: None, 2: None}) + rates("b", points={1: 2.0, 2: None}),
      "reproduced", rates("a", points={1: None, 2: 2.0}) + rates("b", points={1: 2.0, 2: None}), "refuted"),
     (judges.fails_earlier("a", "b"), rates("a", points={1: None}) + rates("b", points={2: 2.0}), "refuted",
-     [*rates("a", points={1: None}), outcome(status="crashed", variant="b", lr=1)], "refuted"),
+     [*rates("a", points={1: None}), outcome(status="crashed", variant="b", lr=1)], None),
     (judges.higher_at_best("a", "b", 1.4), rates("a", "full", points={1: 2.0}) + rates("b", "full", points={1: 1.5}),
      "reproduced", rates("a", "full", points={1: 1.5}) + rates("b", "full", points={1: 2.0}), "refuted"),
     (judges.lower_edge("a", "b"), rates("a", points={1: 2.0, 2: None}) + rates("b", points={1: 2.0, 2: 2.1}),
@@ -271,8 +274,8 @@ CASES = [
      [outcome(len(v), variant=v, weight_decay=0.0) for v in ("adam", "adamw")], "refuted"),
     (judges.best_decay, [outcome(3 + d, variant="adamw", weight_decay=d) for d in (0.0, 0.1)], "reproduced",
      [outcome(3 - d, variant="adamw", weight_decay=d) for d in (0.0, 0.1)], "refuted"),
-    (judges.endpoints, [outcome(3.0, knobs=BYTES, rows=RATE)], "reproduced",
-     [outcome(3.0, knobs=BYTES | {"schedule": "cosine"}, rows=RATE)], "refuted"),
+    (judges.endpoints, [outcome(3.0, knobs=BYTES, rows=RATE, final={"step": 10})], "reproduced",
+     [outcome(3.0, knobs=BYTES | {"schedule": "cosine"}, rows=RATE, final={"step": 10})], "refuted"),
     (judges.warmup_too_long("a"),
      [outcome(y, scale="full", variant=v, lr=1) for v, y in (("a", 3.0), ("b", 2.0))], "reproduced",
      [outcome(y, scale="full", variant=v, lr=1) for v, y in (("a", 2.0), ("b", 3.0))], "refuted"),
@@ -302,6 +305,17 @@ def test_judges(judge, outcomes, verdict, others, other_verdict):
                 judge(Results(found))
         else:
             assert judge(Results(found)).verdict == expected
+
+
+@pytest.mark.parametrize("judge, outcomes, verdict, others, other_verdict", CASES)
+def test_a_run_that_crashed_decides_nothing(judge, outcomes, verdict, others, other_verdict):
+    """Whichever of the runs it is, the verdict stays or there is none."""
+    for found, expected in ((outcomes, verdict), (others, other_verdict)):
+        for i in range(len(found)):
+            crashed = replace(found[i], status="crashed", final={})
+            with suppress(LookupError):
+                now = judge(Results([*found[:i], crashed, *found[i + 1 :]])).verdict
+                assert now in (expected, "not comparable at this scale")
 
 
 def test_every_claim_without_trials_is_not_run():
