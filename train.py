@@ -330,7 +330,7 @@ def main(argv: list[str] | None = None) -> int:
     """Train as the flags say. Returns the exit code: 0 finished or out of time, 1 ended early, 2 refused."""
     try:
         trainer = Trainer(*configure(sys.argv[1:] if argv is None else argv))
-    except (UserError, DataError, KernelError, ModuleNotFoundError) as error:
+    except (UserError, DataError, KernelError, ModuleNotFoundError, OSError) as error:
         print(f"error: {explained(error)}", file=sys.stderr)
         return 2
     try:

@@ -186,7 +186,7 @@ def _open_lines(path: Path) -> IO[bytes]:
 def _text_field(line: bytes, where: str) -> str:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not a line of JSON ({error})") from None
     if not isinstance(row, dict):
         raise DataError(f"{where}: not an object with a field 'text' but {type(row).__name__}")
@@ -209,7 +209,7 @@ def read_parquet(path: Path) -> Iterator[str]:
                 raise DataError(f"{path} has no column 'text' of strings; its columns: {found}")
             for batch in file.iter_batches(batch_size=1024, columns=["text"]):
                 yield from (text or "" for text in batch.column(0).to_pylist())
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as Parquet: {error}") from error
 
 
@@ -231,15 +231,24 @@ def _writable(text: str) -> str:
     return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 
+def _files(folder: Path) -> Iterator[Path]:
+    """All below a folder, behind links too, each folder once."""
+    seen = {folder.resolve()}
+    for root, folders, names in os.walk(folder, followlinks=True):
+        yield from (Path(root, name) for name in names)
+        real = {name: Path(root, name).resolve() for name in sorted(folders)}
+        folders[:] = [name for name, to in real.items() if to not in seen and not seen.add(to)]
+
+
 def _open_path(path: Path) -> Corpus:
     """A file; or a folder's files of known kinds, hidden ones left out.
 
     The text files of a folder are one shard, since they may be many and small; every other file is its own.
-    The fingerprint is of names, sizes and times of change, so that opening 100 GB takes no longer than 1 MB.
+    The fingerprint is of place, names, sizes and times of change, so that opening 100 GB takes no longer than 1 MB.
     """
     files = {path.name: path}
     if path.is_dir():
-        inside = {file.relative_to(path): file for file in sorted(path.rglob("*")) if file.is_file()}
+        inside = {file.relative_to(path): file for file in sorted(_files(path)) if file.is_file()}
         files = {
             name.as_posix(): file
             for name, file in inside.items()
@@ -255,8 +264,8 @@ def _open_path(path: Path) -> Corpus:
     shards = [shard(name, None, partial(reader(file.name), file)) for name, file in tables]
     if texts:
         shards.append(shard("text", None, lambda: chain.from_iterable(map(read_text, texts))))
-    fingerprint = digest([(name, each.st_size, each.st_mtime_ns) for name, each in status.items()])
-    return Corpus(path.resolve().name, fingerprint, True, lambda: shards)
+    times = [(name, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for name, each in status.items()]
+    return Corpus(path.resolve().name, digest(str(path.resolve()), times), True, lambda: shards)
 
 
 # Corpora of the Hugging Face hub

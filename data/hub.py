@@ -165,5 +165,6 @@ def _explained(repository: str) -> Iterator[None]:
         raise DataError(
             f"{ENDPOINT} did not give the dataset {repository} ({reason}). HF_ENDPOINT may name a mirror and "
             "HF_TOKEN a user with access; files downloaded elsewhere are read by giving their folder as the "
-            "corpus; the corpora docstrings and stdlib need no network."
+            "corpus, rows as documents, of which a part is then held out anew; the corpora docstrings and "
+            "stdlib need no network."
         ) from error

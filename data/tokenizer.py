@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -102,10 +102,9 @@ class Tokenizer:
 
         After and not before: the stream then ends where a document does, and a model learns to end one.
         """
-        parts = [np.empty(0, self.dtype)]
+        parts, end = [np.empty(0, self.dtype)], np.array([self.eot], self.dtype)
         for ids in self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1):
-            ids.append(self.eot)
-            parts.append(np.array(ids, self.dtype))
+            parts += np.asarray(ids, self.dtype), end
         return np.concatenate(parts)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -192,15 +191,17 @@ class _Bytes:
     """What is used of `tiktoken.Encoding`, for a vocabulary of single bytes, without that package."""
 
     def __init__(self, ranks: dict[bytes, int], eot: int) -> None:
-        self.ids = np.array([ranks[bytes([b])] for b in range(256)])
+        self.ids = np.array([ranks[bytes([b])] for b in range(256)], np.uint32)
         self.tokens = {id: token for token, id in ranks.items()} | {eot: EOT.encode()}
 
     def encode_ordinary(self, text: str) -> list[int]:
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # an unpaired surrogate is U+FFFD
-        return self.ids[np.frombuffer(text.encode(), np.uint8)].tolist()
+        (ids,) = self.encode_ordinary_batch([text])
+        return ids.tolist()
 
-    def encode_ordinary_batch(self, texts: Sequence[str], num_threads: int) -> list[list[int]]:
-        return [self.encode_ordinary(text) for text in texts]
+    def encode_ordinary_batch(self, texts: Iterable[str], num_threads: int = 1) -> Iterator[np.ndarray]:
+        for text in texts:
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # unpaired surrogates: U+FFFD
+            yield self.ids[np.frombuffer(text.encode(), np.uint8)]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return b"".join(self.tokens[id] for id in ids)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import sysconfig
 from importlib.metadata import Distribution
 from pathlib import Path
@@ -209,6 +210,41 @@ def test_fingerprint_of_a_folder_follows_its_files(tmp_path):
     second = open_corpus(str(tmp_path)).fingerprint
     (tmp_path / "a.txt").rename(tmp_path / "b.txt")
     assert len({first, second, open_corpus(str(tmp_path)).fingerprint}) == 3
+
+
+def test_files_of_one_name_size_and_time_are_two_corpora(tmp_path):
+    found = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "data.txt").write_text(name)
+        os.utime(tmp_path / name / "data.txt", (0, 0))
+        found.append(open_corpus(str(tmp_path / name / "data.txt")).fingerprint)
+    (tmp_path / "two" / "data.txt").write_text("new")
+    os.utime(tmp_path / "two" / "data.txt", (0, 0))
+    assert len({*found, open_corpus(str(tmp_path / "two" / "data.txt")).fingerprint}) == 3
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.txt").write_text("there")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "a.txt").write_text("here")
+    (tmp_path / "here" / "books").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "here")
+    assert read(tmp_path / "here") == {"text": ["here", "there"]}
+
+
+def test_a_line_nested_too_deep(tmp_path):
+    (tmp_path / "a.jsonl").write_text("[" * 100_000 + "\n")
+    with pytest.raises(DataError, match=r"a\.jsonl:1: not a line of JSON \("):
+        read(tmp_path / "a.jsonl")
+
+
+def test_a_parquet_string_that_is_not_utf8(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", text=["caf\u00e9"])
+    path.write_bytes(path.read_bytes().replace("caf\u00e9".encode(), b"caf\xe9 "))
+    with pytest.raises(DataError, match=r"a\.parquet cannot be read as Parquet: "):
+        list(read_parquet(path))
 
 
 @pytest.mark.parametrize(
