@@ -37,6 +37,26 @@ def test_without_hard_links_they_are_kept_too(tmp_path, monkeypatch):
     test_the_one_before_and_the_best_are_kept(tmp_path)
 
 
+def test_it_is_on_the_disk_before_it_takes_its_name_and_so_is_the_name(tmp_path, monkeypatch):
+    done = []
+    for name in ("fsync", "replace"):
+        call = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, call=call: done.append(name) or call(*args))
+    checkpoint.save(tmp_path, state(1))
+    assert done == ["fsync", "replace", "fsync"]
+
+
+def test_the_way_out_is_a_file_that_reads(tmp_path):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, state(step))
+    checkpoint.mark_best(tmp_path)
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / name).unlink()
+        (tmp_path / name).write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match=r"last\.pt cannot be used.*best\.pt is there from before"):
+        checkpoint.load(tmp_path / "last.pt")
+
+
 def test_a_full_disk_leaves_the_last_one(tmp_path, monkeypatch):
     checkpoint.save(tmp_path, state(1))
 

@@ -24,7 +24,7 @@ TEXT = "The quick fox jumps over the moon.\n\n  Ünïcode, tabs\t, 12345 and <|e
 @pytest.mark.parametrize("changes", FAMILIES.values(), ids=FAMILIES)
 def test_transformers_gives_our_logits_and_ids(run, tmp_path, capsys, changes):
     tokenizer = {"data.tokenizer": "bpe", "data.vocab_size": 300}
-    _, folder = run(**changes, **tokenizer, steps=6, **{"model.rope_theta": 500.0})
+    _, folder = run(**changes, **tokenizer, steps=6, **{"model.rope_theta": 500.0, "model.norm_eps": 0.1})
     assert main(["--run", str(folder), "--to", str(tmp_path / "hf")]) == 0
     model, tokenizer = load_run(folder, torch.device("cpu"))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()

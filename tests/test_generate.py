@@ -29,6 +29,14 @@ def test_a_batch_of_prompts_is_a_line_of_json_each(folder, capsys):
     assert capsys.readouterr().out.rstrip("\n") == "A" + lines[0]["text"]
 
 
+def test_a_small_share_of_the_probability_is_the_likeliest(folder, capsys):
+    texts = set()
+    for flags in (["--temperature=0"], ["--temperature=9", "--top-p=1e-9"], ["--temperature=9", "--top-k=1"]):
+        main(["--run", str(folder), "--prompt", "The", *flags])
+        texts.add(capsys.readouterr().out)
+    assert len(texts) == 1
+
+
 def test_it_ends_at_the_stop_token(folder, capsys):
     main(["--run", str(folder), "--prompt", "The", "--tokens", "60"])
     whole = capsys.readouterr().out

@@ -445,6 +445,20 @@ def test_evaluation_counts_known_targets_and_their_bytes():
     assert result["val_bpb"] == pytest.approx(nats / math.log(2) / targets[:2].sum().item())
 
 
+def test_evaluation_takes_no_gradients():
+    model, taken = build(), []
+    model.register_forward_hook(lambda *_: taken.append(torch.is_grad_enabled()))
+    evaluate(model, [torch.randint(101, (2, 4, 24)).unbind(0)], torch.arange(101))
+    assert taken == [False]
+
+
+def test_what_writes_to_the_stream_begins_smaller_by_the_root_of_its_writers():
+    model = build(n_layer=8)
+    for name, width in (("attention.out", 64), ("feed_forward.down", model.config.d_ff)):
+        weight = model.get_submodule(f"blocks.3.{name}").weight
+        assert weight.std().item() == pytest.approx((16 * width) ** -0.5, rel=0.1)
+
+
 def test_sampling_keeps_the_likeliest():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(4000, 4)
     generator = torch.Generator().manual_seed(0)

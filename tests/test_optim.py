@@ -166,6 +166,11 @@ def test_budget_by_the_clock_begins_after_the_first_step(monkeypatch):
     saved = budget.state(9)
     assert saved == {"step": 9, "tokens": 9, "seconds": 30.0, "progress": pytest.approx(0.5), "length": 50.0}
 
+    late = Budget(0, 0, 5.0, 1)
+    now[0] = 140.0
+    late.step_ended()
+    assert late.progress(1) == 1  # the first step took more than there was
+
     now[0] = 1000.0
     assert Budget(0, 0, 120.0, 1, saved).progress(9) == 0.25  # the same seconds are less of a longer run
     resumed = Budget(0, 0, 50.0, 1, saved)

@@ -65,6 +65,16 @@ def test_reopening_drops_what_came_after_the_checkpoint(tmp_path):
     assert "text 2" in samples and "text 3" not in samples and again.sampled == 2
 
 
+def test_the_summary(tmp_path):
+    run = Run(tmp_path / "mine", {})
+    for row in ({"tok_s": 1.0}, {"val_loss": 9.0}, {"tok_s": 30.0}, {"tok_s": 50.0}):
+        run.log({"step": 1, **row}, "")
+    facts = {"step": 4, "tokens": 400, "seconds": 20.0}
+    assert run.summary(facts) == facts | {"tok_s_wall": 20.0, "tok_s_steady": 40.0}  # the first row compiled
+    run.log({"step": 4, "val_loss": 2.0, "val_bpb": 1.0}, "")
+    assert run.summary(facts)["val_loss"] == 2 == run.best()
+
+
 def test_trouble(tmp_path):
     run = Run(tmp_path / "mine", {})
     run.log({"step": 1, "loss": 3.0}, "")

@@ -144,6 +144,7 @@ def test_an_overflow_in_one_gradient_stops_every_optimizer(run, monkeypatch, cli
         trainers.append((self, {name: p.clone() for name, p in self.model.named_parameters()}))
         loss, norm = take(self, *args)
         hook.remove()
+        assert all(p.grad is None for p in self.model.parameters())  # or what overflowed would be added to
         assert norm == 0 and same(trainers[-1][1], dict(self.model.named_parameters()))
         return loss, norm
 
@@ -311,6 +312,51 @@ def test_of_two_runs_that_begin_at_once_one_is_refused(run, tmp_path, capsys, mo
     assert {path: path.read_bytes() for path in name.iterdir()} == before
 
 
+def test_the_best_is_kept_and_used(run, monkeypatch):
+    """Saved for it, though no other checkpoint was due."""
+    losses = iter((3.0, 2.0, 2.5))
+    monkeypatch.setattr(train, "evaluate", lambda *_: {"val_loss": next(losses), "val_bpb": 1.0})
+    _, folder = run(eval_every=4, save_every=99)
+    best = checkpoint.load(folder / "best.pt")
+    assert best["step"] == 8
+    model, _ = load_run(folder, torch.device("cpu"))
+    assert same(model.state_dict(), best["model"])
+    model, _ = load_run(folder, torch.device("cpu"), which="last")
+    assert same(model.state_dict(), weights(folder))
+
+
+def test_an_evaluation_that_a_crash_lost_is_made_on_resuming(run, monkeypatch):
+    monkeypatch.setattr(train, "evaluate", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(run="mine")
+    monkeypatch.undo()
+    code, folder = run("--resume", run="mine")
+    assert code == 0 and [row["step"] for row in rows(folder) if "val_loss" in row] == [6, 12]
+
+
+def test_rows_tell_the_speed_since_the_last_one(tiny, tmp_path):
+    trainer = train.Trainer(*train.configure(tiny(tmp_path / "out")))
+    trainer.peak = 1e9
+    for step, busy in ((4, 2.0), (12, 1.0)):
+        trainer.step, trainer.busy = step, trainer.busy + busy
+        trainer.log(1.0, 1.0, 0.5)
+    speeds = [row["tok_s"] for row in trainer.run.rows]
+    assert speeds == [4 * 128 / 2, 8 * 128 / 1]
+    assert trainer.run.rows[-1]["mfu"] == speeds[-1] * trainer.flops / 1e9
+
+
+def test_every_knob_of_the_optimizers_arrives(tiny, tmp_path):
+    knobs = {"optimizer": "muon", "lr": 0.01, "muon_lr": 0.03, "beta1": 0.7, "beta2": 0.8, "eps": 1e-3}
+    schedule = {"schedule": "wsd", "decay": 0.5, "final_lr": 0.2, "warmup": 0}
+    trainer = train.Trainer(*train.configure(tiny(tmp_path / "out", **knobs, **schedule)))
+    trainer.train_step(*trainer.batches.get(0, 4), progress=1.0)
+    adamw, muon = (optimizer.param_groups[0] for optimizer in trainer.optimizers)
+    assert (adamw["lr"], muon["lr"]) == pytest.approx((0.01 * 0.2, 0.03 * 0.2))
+    assert (adamw["betas"], adamw["eps"]) == ((0.7, 0.8), 1e-3)
+    trainer.train_step(*trainer.batches.get(4, 4), progress=0.4)
+    assert adamw["lr"] == 0.01
+
+
 def test_a_step_is_sampled_and_saved_once(run):
     _, folder = run(sample_every=6)
     assert run("--resume", run="small")[0] == 0  # there is nothing left to do
@@ -429,6 +475,15 @@ def test_what_cannot_change_on_resuming(run, capsys, change):
     code, _ = run("--resume", run="mine", **change)
     assert code == 2 and "cannot resume from a checkpoint with" in capsys.readouterr().err
     assert (folder / "last.pt").read_bytes() == before and status(folder)["status"] == "finished"
+
+
+def test_a_corpus_that_has_other_tokens_now(run, tmp_path, capsys):
+    corpus = text(tmp_path / "corpus.txt", "one two three four five six seven\n" * 200)
+    data = {"data.corpus": corpus, "data.tokenizer": "bpe", "data.vocab_size": 262}
+    run(run="mine", steps=2, **data)
+    text(corpus, "eight nine ten eleven twelve thirteen\n" * 200)
+    assert run("--resume", run="mine", steps=4, **data)[0] == 2
+    assert "corpus.txt has other tokens now than when" in capsys.readouterr().err
 
 
 def test_kernels_dropout_and_recomputing_may_change_on_resuming(run):
