@@ -4,7 +4,7 @@ Tests and benches are parametrised from `Op`, so an op that is in the table is t
 does not exist.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,27 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class LaunchTable:
+    """Launch parameters of one kernel by size and card, and what `bench.tune` tries instead of them.
+
+    `entries[size][card]` is a frozen record of the op's own type (block sizes, `num_warps`, ...); the card "" stands
+    for any that is not named. `candidates(size)` are the records worth timing, the most promising first, and
+    `shapes(size)` the op's shapes to time them at, like `Op.bench_shapes`; `backward` times the backward alone.
+    """
+
+    kernel: str
+    entries: dict[Hashable, dict[str, Any]]
+    candidates: Callable[[Any], Iterable[Any]]
+    shapes: Callable[[Any], tuple[Mapping[str, int], ...]]
+    backward: bool = False
+
+    def pick(self, size: Hashable, card: str) -> Any | None:
+        """The record for a size on a card such as `sm_90`; None where that card does not run the kernel at it."""
+        by_card = self.entries.get(size, {})
+        return by_card.get(card, by_card.get(""))
+
+
+@dataclass(frozen=True)
 class Op:
     """One op and all that tests and benches need to know of it.
 
@@ -28,7 +49,9 @@ class Op:
     `make(*size)` draws normal values of the dtype and device under test. `differentiable` names the arguments that
     take a gradient. `cost(shape, itemsize)` counts the forward pass and `backward_cost` the backward, of inputs all of
     that size. `compiled_shapes` are for the compile gate alone, besides those of the bench. `preferred` is what `auto`
-    takes on a device type, the reference where it names none.
+    takes on a device type, the reference where it names none. `mutates` names the arguments, tensors or lists of them,
+    that a call writes to: they are its results, and it returns None. `launches` are the tables of its kernels' launch
+    parameters.
     """
 
     name: str
@@ -41,6 +64,8 @@ class Op:
     bench_shapes: tuple[Mapping[str, int], ...]
     compiled_shapes: tuple[Mapping[str, int], ...] = ()
     preferred: Mapping[str, str] = field(default_factory=lambda: {"cuda": "triton"})
+    mutates: tuple[str, ...] = ()
+    launches: tuple[LaunchTable, ...] = ()
 
 
 def accumulation_dtype(x: torch.Tensor) -> torch.dtype:
