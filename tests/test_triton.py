@@ -13,7 +13,8 @@ from kernels import OPS, TESTED, KernelChoice, bind, linear_cross_entropy
 from kernels.attention import document_ranges
 from kernels.interpreter import sanitize
 from kernels.launch import IMPLEMENTATIONS, _on_its_gpu
-from kernels.linear_cross_entropy import IGNORE, cross_entropy_torch, cross_entropy_triton, linear_cross_entropy_triton
+from kernels.cross_entropy import IGNORE, cross_entropy_torch, cross_entropy_triton
+from kernels.linear_cross_entropy import linear_cross_entropy_triton
 from kernels.rope import rope_tables
 from model.gpt import GPT, ModelConfig
 
