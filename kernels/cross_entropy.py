@@ -429,11 +429,11 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss):
-        arguments = (dloss, *ctx.saved_tensors, *ctx.options)
-        if not ctx.inplace:
-            return _cross_entropy_bwd(*arguments), None, None, None
-        _cross_entropy_bwd_(*arguments)
-        return ctx.saved_tensors[0], None, None, None
+        logits, *saved = ctx.saved_tensors
+        if ctx.inplace:
+            _cross_entropy_bwd_(dloss, logits, *saved, *ctx.options)
+            return logits, None, None, None
+        return _cross_entropy_bwd(dloss, logits, *saved, *ctx.options), None, None, None
 
 
 def cross_entropy_triton(
