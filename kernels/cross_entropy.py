@@ -153,18 +153,28 @@ def _capped(z, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def _columns(block, DEPTH: tl.constexpr, LANES: tl.constexpr):
+    """`[DEPTH, LANES]` columns of a block. A thread has whole columns of this tile, so that reductions over DEPTH cross
+    no threads, and loads of a block are all on their way before the first is needed."""
+    return block * (DEPTH * LANES) + tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+
+
+@triton.jit
 def _online_softmax(
-    z, columns, target, m_i, l_i, z_sum, softcap, V, LAST: tl.constexpr, SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr
-):
+    z, columns, target, has_target, m_i, l_i, z_sum, softcap, V,
+    LAST: tl.constexpr, SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
     """Update each lane's maximum and sum of exp(z - m_i), both without the target, and for label smoothing the sum of
     z. The `LAST` block of a row may reach beyond its classes."""
     z = _capped(z, softcap, SOFTCAP)
     if SMOOTH:
-        z_sum += tl.where(columns < V, z, 0.0) if LAST else z
-    excluded = (columns == target) | (columns >= V) if LAST else columns == target
-    z = tl.where(excluded, float("-inf"), z)
-    m_new = tl.maximum(m_i, z)
-    return m_new, l_i * _exp(m_i - m_new) + _exp(z - m_new), z_sum
+        z_sum += tl.sum(tl.where(columns < V, z, 0.0) if LAST else z, axis=0)
+    if LAST:
+        z = tl.where(columns < V, z, float("-inf"))
+    if has_target:  # a branch, so that one block of a row pays for it
+        z = tl.where(columns == target, float("-inf"), z)
+    m_new = tl.maximum(m_i, tl.max(z, axis=0))
+    return m_new, l_i * _exp(m_i - m_new) + tl.sum(_exp(z - m_new[None, :]), axis=0), z_sum
 
 
 @triton.jit
@@ -174,23 +184,23 @@ def _log_sum(m, rest, z_target):
 
 
 @triton.jit
-def _gradient(
-    z, columns, target, m, scale, smooth, at_target, counted, softcap, SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr
-):
+def _gradient(z, m, scale, smooth, counted, softcap, SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Of classes other than the target."""
     z = _capped(z, softcap, SOFTCAP)
     dz = _exp(z - m) * scale
     if SMOOTH:
         dz -= smooth
-    dz = tl.where(columns == target, at_target, dz)
     if SOFTCAP:
         dz *= 1 - (z / softcap) * (z / softcap)
-    return tl.where(counted, dz, 0.0)
+    if counted == 0:  # whatever the logits are
+        dz = tl.zeros_like(dz)
+    return dz
 
 
 @triton.jit
 def _store_gradient(
     logits_ptr, dlogits_ptr, target, m, rest, z_target, weight, label_smoothing, z_loss, softcap, V, width,
-    SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, NUM_STAGES: tl.constexpr,
+    SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """`weight` times the gradient of a row; 0 in its padding, columns `V` to `width`.
 
@@ -200,50 +210,57 @@ def _store_gradient(
     lse_slope = 2 * z_loss * (m + _log_sum(m, rest, z_target))
     scale = weight * (1 + lse_slope) / total
     smooth = weight * label_smoothing / V
-    at_target = weight * (lse_slope * exp_target / total - rest / total + label_smoothing) - smooth
     counted = weight != 0
 
-    lanes = tl.arange(0, BLOCK_V)
-    n_full = (V - 1) // BLOCK_V
-    columns = n_full * BLOCK_V + lanes
+    n_full = (V - 1) // (DEPTH * LANES)
+    columns = _columns(n_full, DEPTH, LANES)
     z = tl.load(logits_ptr + columns, mask=columns < width, other=0.0)
-    dz = _gradient(z, columns, target, m, scale, smooth, at_target, counted, softcap, SMOOTH, SOFTCAP)
+    dz = _gradient(z, m, scale, smooth, counted, softcap, SMOOTH, SOFTCAP)
     tl.store(dlogits_ptr + columns, tl.where(columns < V, dz, 0.0), mask=columns < width)
-    for i in tl.range(0, n_full, num_stages=NUM_STAGES):
-        columns = (n_full - 1 - i) * BLOCK_V + lanes
+    for i in range(n_full):
+        columns = _columns(n_full - 1 - i, DEPTH, LANES)
         z = tl.load(logits_ptr + columns, eviction_policy="evict_first")
-        dz = _gradient(z, columns, target, m, scale, smooth, at_target, counted, softcap, SMOOTH, SOFTCAP)
+        dz = _gradient(z, m, scale, smooth, counted, softcap, SMOOTH, SOFTCAP)
         tl.store(dlogits_ptr + columns, dz, eviction_policy="evict_first")
+
+    at_target = weight * (lse_slope * exp_target / total - rest / total + label_smoothing) - smooth
+    if SOFTCAP:
+        at_target *= 1 - (z_target / softcap) * (z_target / softcap)
+    tl.debug_barrier()  # after the store of what another thread made of the target's logit
+    tl.store(dlogits_ptr + target, at_target, mask=counted)
 
 
 @triton.jit
 def _cross_entropy_fwd_kernel(
     logits_ptr, targets_ptr, weights_ptr, loss_ptr, stats_ptr, n_rows, stride_z, stride_w,
     label_smoothing, z_loss, softcap, ignore_index, V, width, GRADIENT: tl.constexpr,
-    SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, NUM_STAGES: tl.constexpr,
+    SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Loss of each row; what the backward needs where `stats_ptr` is given, with GRADIENT the gradient in place."""
-    lanes = tl.arange(0, BLOCK_V)
-    n_full = (V - 1) // BLOCK_V
+    n_full = (V - 1) // (DEPTH * LANES)
+    policy: tl.constexpr = "evict_last" if GRADIENT else "evict_first"
     for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
         row_ptr = logits_ptr + tl.cast(row, tl.int64) * stride_z
         target = tl.load(targets_ptr + row)
         ignored = target == ignore_index
         valid = (target >= 0) & (target < V) & (target != ignore_index)
         target = tl.where(valid, target, -1).to(tl.int32)
+        target_block = target // (DEPTH * LANES)
 
-        m_i = tl.full([BLOCK_V], -1e30, tl.float32)  # finite, so that -inf - m_i is no NaN
-        l_i = tl.zeros([BLOCK_V], tl.float32)
-        z_sum = tl.zeros([BLOCK_V], tl.float32)
-        for i in tl.range(0, n_full, num_stages=NUM_STAGES):
-            columns = i * BLOCK_V + lanes
-            z = tl.load(row_ptr + columns)
+        m_i = tl.full([LANES], -1e30, tl.float32)  # finite, so that -inf - m_i is no NaN
+        l_i = tl.zeros([LANES], tl.float32)
+        z_sum = tl.zeros([LANES], tl.float32)
+        for i in range(n_full):
+            columns = _columns(i, DEPTH, LANES)
+            z = tl.load(row_ptr + columns, eviction_policy=policy)
             m_i, l_i, z_sum = _online_softmax(
-                z, columns, target, m_i, l_i, z_sum, softcap, V, False, SMOOTH, SOFTCAP
+                z, columns, target, i == target_block, m_i, l_i, z_sum, softcap, V, False, SMOOTH, SOFTCAP
             )  # fmt: skip
-        columns = n_full * BLOCK_V + lanes
+        columns = _columns(n_full, DEPTH, LANES)
         z = tl.load(row_ptr + columns, mask=columns < width, other=0.0)
-        m_i, l_i, z_sum = _online_softmax(z, columns, target, m_i, l_i, z_sum, softcap, V, True, SMOOTH, SOFTCAP)
+        m_i, l_i, z_sum = _online_softmax(
+            z, columns, target, n_full == target_block, m_i, l_i, z_sum, softcap, V, True, SMOOTH, SOFTCAP
+        )  # fmt: skip
         # Not before: where it waits for `target`, the loads of the row would wait behind it.
         z_target = _capped(tl.load(row_ptr + target, mask=valid, other=0.0), softcap, SOFTCAP)
         m_others = tl.max(m_i, axis=0)
@@ -267,7 +284,7 @@ def _cross_entropy_fwd_kernel(
                 weight = tl.load(weights_ptr + tl.cast(row, tl.int64) * stride_w).to(tl.float32)
             _store_gradient(
                 row_ptr, row_ptr, target, m, rest, z_target, tl.where(valid, weight, 0.0),
-                label_smoothing, z_loss, softcap, V, width, SMOOTH, SOFTCAP, BLOCK_V, NUM_STAGES,
+                label_smoothing, z_loss, softcap, V, width, SMOOTH, SOFTCAP, DEPTH, LANES,
             )  # fmt: skip
 
 
@@ -275,7 +292,7 @@ def _cross_entropy_fwd_kernel(
 def _cross_entropy_bwd_kernel(
     logits_ptr, targets_ptr, weights_ptr, stats_ptr, dlogits_ptr, n_rows, stride_z, stride_dz, stride_w,
     label_smoothing, z_loss, softcap, ignore_index, V, width,
-    SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, NUM_STAGES: tl.constexpr,
+    SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """The gradient of each row, `weights` of its loss, from what the forward saved."""
     for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
@@ -288,7 +305,7 @@ def _cross_entropy_bwd_kernel(
         z_target = tl.load(stats_ptr + 2 * n_rows + row)
         _store_gradient(
             logits_ptr + far * stride_z, dlogits_ptr + far * stride_dz, target.to(tl.int32), m, rest, z_target,
-            weight, label_smoothing, z_loss, softcap, V, width, SMOOTH, SOFTCAP, BLOCK_V, NUM_STAGES,
+            weight, label_smoothing, z_loss, softcap, V, width, SMOOTH, SOFTCAP, DEPTH, LANES,
         )  # fmt: skip
 
 
@@ -298,23 +315,21 @@ SIZES = (1024, 8192, 65536, 2**31)
 
 
 @dataclass(frozen=True)
-class RowBlocks:
-    """How a row is cut: `block_v` columns at a time, `num_stages` of them on their way; and `ctas_per_sm` programs a
-    multiprocessor, each of which takes row after row. Of the rows in work all should stay in L2 until they are read
-    again."""
+class RowTile:
+    """`depth` x `lanes` columns of a row are worked on at a time, by one of `ctas_per_sm` programs a multiprocessor,
+    each of which takes row after row. Half of all rows in work should fit L2, where they are read again."""
 
-    block_v: int
+    depth: int
+    lanes: int
     num_warps: int
-    num_stages: int
     ctas_per_sm: int
 
 
-def _candidates(size: int) -> Iterator[RowBlocks]:
-    """With 8 to 32 values a thread and room for at least as many warps as a multiprocessor holds at 64 registers."""
-    for values, warps, stages, ctas in product((8, 16, 32), (16, 8, 4, 32), (4, 3, 1), (2, 1, 3, 4, 8)):
-        block = values * warps * 32
-        if block <= min(size, 16384) and 16 <= ctas * warps <= 32:
-            yield RowBlocks(block, warps, stages, ctas)
+def _candidates(size: int) -> Iterator[RowTile]:
+    """8 values a lane are one 128-bit load in half precision; 16 to 32 warps on a multiprocessor."""
+    for depth, warps, ctas in product((4, 2, 8, 1), (8, 16, 4, 32), (3, 2, 4, 1, 6, 8)):
+        if depth * warps * 256 <= size and 16 <= ctas * warps <= 32:
+            yield RowTile(depth, warps * 256, warps, ctas)
 
 
 def _shapes(size: int) -> tuple[dict[str, int], ...]:
@@ -324,10 +339,10 @@ def _shapes(size: int) -> tuple[dict[str, int], ...]:
 
 def _table(kernel: str, backward: bool = False) -> LaunchTable:
     entries = {
-        1024: {"": RowBlocks(1024, 4, 1, 8)},
-        8192: {"": RowBlocks(2048, 8, 3, 4)},
-        65536: {"": RowBlocks(4096, 16, 4, 2)},
-        2**31: {"": RowBlocks(8192, 16, 4, 1)},
+        1024: {"": RowTile(1, 1024, num_warps=4, ctas_per_sm=8)},
+        8192: {"": RowTile(2, 2048, num_warps=8, ctas_per_sm=4)},
+        65536: {"": RowTile(4, 2048, num_warps=8, ctas_per_sm=3)},
+        2**31: {"": RowTile(4, 4096, num_warps=16, ctas_per_sm=1)},
     }
     return LaunchTable(kernel, entries, _candidates, _shapes, backward)
 
@@ -341,12 +356,13 @@ def _launch(kernel, table: LaunchTable, logits: Tensor, vocab_size: int, options
     """Launch `kernel` on the rows of `logits` `[N, width]`, of which the first `vocab_size` columns are classes."""
     n, width = logits.shape
     label_smoothing, _, softcap, _ = options
-    picked = table.pick(next(size for size in SIZES if vocab_size <= size), card(logits.device))
+    tile = table.pick(next(size for size in SIZES if vocab_size <= size), card(logits.device))
+    lanes = min(tile.lanes, triton.next_power_of_2(width))
+    depth = min(tile.depth, triton.next_power_of_2(triton.cdiv(width, lanes)))
     if n:
-        kernel[(min(n, picked.ctas_per_sm * multiprocessors(logits.device)),)](
+        kernel[(min(n, tile.ctas_per_sm * multiprocessors(logits.device)),)](
             logits, *arguments, *options, vocab_size, width, **constants,
-            SMOOTH=label_smoothing != 0, SOFTCAP=softcap != 0, NUM_STAGES=picked.num_stages,
-            BLOCK_V=min(picked.block_v, triton.next_power_of_2(width)), num_warps=picked.num_warps,
+            SMOOTH=label_smoothing != 0, SOFTCAP=softcap != 0, DEPTH=depth, LANES=lanes, num_warps=tile.num_warps,
         )  # fmt: skip
 
 
