@@ -176,11 +176,11 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.autocast = partial(hardware.autocast, self.device, self.precision)
 
-        # What a step reads and leaves, in tensors that keep their place: a micro-batch, the batch's targets that count;
-        # the batch's loss, its gradient's norm.
+        # What a step reads and leaves, in tensors that keep their place: a micro-batch, and the share of a token in the
+        # batch's loss; that loss, and its gradient's norm.
         with self.device:
             self.ids, self.targets = torch.zeros(2, micro_batch, shape.seq_len, dtype=torch.int64)
-            self.n_targets, self.loss, self.norm = torch.ones(()), torch.zeros(()), torch.zeros(())
+            self.share, self.loss, self.norm = torch.ones(()), torch.zeros(()), torch.zeros(())
         parts = partial(self.forward_backward, first=True), partial(self.forward_backward, first=False), self.update
         self.parts = Step(parts, captured, config.capture == "on", lambda line: self.run.say(line))
         self.in_flight = InFlight(self.device)
@@ -288,7 +288,7 @@ class Trainer:
         """One optimizer step on `[batch_size, T]` ids. Returns loss and gradient norm, left on the device."""
         config = self.config
         set_lr(self.optimizers, lr_factor(config.schedule, progress, self.warmup, config.decay, config.final_lr))
-        self.n_targets.fill_(int((targets >= 0).sum()))
+        self.share.fill_(1 / int((targets >= 0).sum()))
         micro_batches = zip(inputs.split(len(self.ids)), targets.split(len(self.ids)), strict=True)
         with self.parts(eager=self.probe is not None) as (first, other, update):
             for i, (x, y) in enumerate(micro_batches):
@@ -304,14 +304,14 @@ class Trainer:
         """Add the loss and gradients of a micro-batch to those of the batch, which begins with the `first`.
 
         The summed loss of every micro-batch is divided by the tokens of the whole batch, so that accumulating gives
-        the large batch's gradient however its tokens fall."""
+        the large batch's gradient wherever its targets are."""
         if first:
             self.loss.zero_()
             # A graph makes its gradients anew when it is captured, and writes them there from then on: they stay.
             keep = self.parts.replaying and not torch.cuda.is_current_stream_capturing()
             self.model.zero_grad(set_to_none=not keep)
         with self.autocast():
-            loss = self.loss_of(self.ids, self.targets, "sum") / self.n_targets
+            loss = self.loss_of(self.ids, self.targets, "sum", self.share)
         self.scaler.scale(loss).backward()
         self.loss += loss.detach()
 

@@ -488,10 +488,11 @@ class GPT(nn.Module):
         positions = torch.arange(start, end, device=ids.device) - documents[0, :, start:]
         return Context(self.cos, self.sin, positions, documents, cache)
 
-    def forward(self, ids: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        """Cross-entropy in nats of `targets` `[B, T]` (`IGNORE` where none is meant) given `ids` `[B, T]`."""
-        head = self.head
-        return self.kernels.linear_cross_entropy(self.hidden(ids), head.weight, targets, reduction, head_cast=head.copy)
+    def forward(self, ids: Tensor, targets: Tensor, reduction: str = "mean", scale: Tensor | None = None) -> Tensor:
+        """Cross-entropy in nats of `targets` `[B, T]` (`IGNORE` where none is meant) given `ids` `[B, T]`, times
+        `scale`, a tensor without dimensions."""
+        loss, head = self.kernels.linear_cross_entropy, self.head
+        return loss(self.hidden(ids), head.weight, targets, reduction, scale=scale, head_cast=head.copy)
 
     def logits(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """Logits of the token after the last of each row, `[B, T]` to `[B, V]`, float32; `cache` as in `hidden`."""
