@@ -36,10 +36,9 @@ class Step:
     def __call__(self, eager: bool = False) -> Iterator[Sequence[Callable[[], None]]]:
         """The parts, to be called inside as one step goes; with `eager` it is not to be a replay."""
         self.steps += not eager
+        watched = self.captured and not eager and self.steps == WARM_UP
         if eager or not self.replaying:
-            with (
-                synchronizations() if self.captured and self.steps == WARM_UP and not eager else nullcontext() as found
-            ):
+            with synchronizations() if watched else nullcontext() as found:
                 yield self.parts
             if found:
                 self._give_up(f"the host waits for the device in the step, first at {found[0]}")
@@ -73,7 +72,8 @@ class Captured:
     def __call__(self) -> None:
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=self.pool):
+            # Of this thread alone: the one that reads batches ahead may pin memory meanwhile.
+            with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):
                 self.run()
         self.graph.replay()
 

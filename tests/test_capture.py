@@ -324,11 +324,11 @@ def test_at_most_two_steps_are_in_flight(monkeypatch):
 def test_a_graph_is_captured_once_and_replayed_each_time(monkeypatch):
     log = []
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: log.append("replay")))
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: nullcontext(log.append(f"capture in {pool}")))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **how: nullcontext(log.append(how)))
     captured = Captured(lambda: log.append("run"), (0, 1))
     captured()
     captured()
-    assert log == ["capture in (0, 1)", "run", "replay", "replay"]
+    assert log == [{"pool": (0, 1), "capture_error_mode": "thread_local"}, "run", "replay", "replay"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a GPU")
