@@ -43,7 +43,7 @@ from experiments import ledger
 from experiments import run as runner
 from experiments.spec import Knobs, Outcome, Results, Scale, Trial
 from kernels import KernelError, bind
-from kernels.linear_cross_entropy import CHUNK_BYTES
+from kernels.linear_cross_entropy import chunk_rows, padded
 from model import hardware
 from model.config import ConfigError, UserError, as_dict, flatten
 from model.gpt import GPT
@@ -122,14 +122,16 @@ def predict(config: train.Config) -> Plan:
     rows = config.micro_batch or config.batch_size
     sizes = {}
 
-    def head(x, weight, targets, *options):
+    def head(x, weight, targets, *options, **named):
         """The loss, and what it adds to the activations before it."""
         sizes["activations"] = tally.live - before
         highest, tally.peak = tally.peak, tally.live
-        loss = kernels.linear_cross_entropy(x, weight, targets, *options)
+        loss = kernels.linear_cross_entropy(x, weight, targets, *options, **named)
         if kernels.names["linear_cross_entropy"] == "triton":  # inside the op, beside the gradients that it makes
-            chunk = min(CHUNK_BYTES, targets.numel() * len(weight) * dtype.itemsize)
-            tally.passing(chunk + (weight.numel() * dtype.itemsize if weight.dtype != dtype else 0))
+            v, n = len(weight), targets.numel()
+            chunk = min(n, chunk_rows(n, v, dtype.itemsize)) * padded(v)
+            copied = named.get("head_cast") is None and (weight.dtype != dtype or padded(v) != v)
+            tally.passing((chunk + (padded(v) * weight.shape[1] if copied else 0)) * dtype.itemsize)
         sizes["logits"] = tally.peak - before - sizes["activations"]
         tally.peak = max(tally.peak, highest)
         return loss
