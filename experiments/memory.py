@@ -43,7 +43,7 @@ from experiments import ledger
 from experiments import run as runner
 from experiments.spec import Knobs, Outcome, Results, Scale, Trial
 from kernels import KernelError, bind
-from kernels.linear_cross_entropy import CHUNK_BYTES
+from kernels.linear_cross_entropy import chunk_rows, padded
 from model import hardware
 from model.config import ConfigError, UserError, as_dict, flatten
 from model.evaluate import evaluating
@@ -132,7 +132,10 @@ def predict(config: train.Config) -> Plan:
         highest, tally.peak = tally.peak, tally.live
         loss = kernels.linear_cross_entropy(x, weight, targets, *options, **named)
         if kernels.names["linear_cross_entropy"] == "triton":  # inside the op, beside the gradients that it makes
-            tally.passing(min(CHUNK_BYTES, targets.numel() * len(weight) * dtype.itemsize))
+            v, n = len(weight), targets.numel()
+            chunk = min(n, chunk_rows(n, v, dtype.itemsize)) * padded(v)
+            copied = named.get("head_cast") is None and (weight.dtype != dtype or padded(v) != v)
+            tally.passing((chunk + (padded(v) * weight.shape[1] if copied else 0)) * dtype.itemsize)
         sizes["logits"] = tally.peak - before - sizes["activations"]
         tally.peak = max(tally.peak, highest)
         return loss
