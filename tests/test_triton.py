@@ -17,7 +17,7 @@ from kernels.linear_cross_entropy import IGNORE, cross_entropy_torch, cross_entr
 from kernels.rope import rope_tables
 from model.gpt import GPT, ModelConfig
 
-WITH_TRITON = [op for op in TESTED if "triton" in op.implementations]
+WITH_TRITON = [op for op in TESTED if "triton" in op.implementations and not op.mutates]
 interpreted = pytest.mark.skipif(DEVICE.type == "cuda", reason="asks the interpreter what was launched")
 by_op = pytest.mark.parametrize("op", WITH_TRITON, ids=lambda op: op.name)
 
@@ -346,7 +346,12 @@ def library_calls():
     sink = torch.randn(query.shape[2], device=DEVICE)
     logits, targets = inputs["cross_entropy"].values()
     hidden, head, head_targets = inputs["linear_cross_entropy"].values()
+    *tensors, copies, lr, step, grad_scale, beta1, beta2, eps, decay = (
+        OPS["adamw"].inputs({"N": 2, "n": 9}, lambda *size: torch.randn(*size, device=DEVICE)).values()
+    )
+    scalars = lr, step, grad_scale, beta1, beta2, eps, decay
     return {
+        "adamw_": [(*tensors, copies[1:], [1], *scalars, True), (*tensors, [], [], *scalars, False)],
         "attention_fwd": [
             (query, key, value, None, None, None, 0.2, True, 0, 0.0),
             (query, key, value, documents, sink, sink, 0.2, False, 3, 5.0),
@@ -406,7 +411,7 @@ def test_whole_model_compiles_as_one_graph(autocast):
 
 
 @interpreted
-@pytest.mark.parametrize("op", [name for name in OPS if "triton" in OPS[name].implementations])
+@pytest.mark.parametrize("op", [op.name for op in WITH_TRITON if op.name in OPS])
 def test_a_flag_swaps_its_op_and_no_other(op):
     model = small_gpt(KernelChoice(**{"every": "torch", op: "triton"}))
     with sanitize() as record:
