@@ -73,23 +73,58 @@ def tanh(x, HALF: tl.constexpr):
 
 
 @cache
-def multiprocessors(device: torch.device) -> int:
-    """How many programs run at once, per program that fits on a multiprocessor.
+def n_sm(device: torch.device) -> int:
+    """Number of SMs of a GPU.
 
-    A card's own count; on the CPU, where the interpreter runs them one after the other, 1, so that a 132nd of the rows
-    give each program the work it has on an H100; 132 for the meta device, which compiles for one.
+    1 on the CPU, where the interpreter runs programs one after the other: a 132nd of the rows then gives each program
+    the work that it has on an H100. 132 on the meta device, which kernels are compiled from.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 132 if device.type == "meta" else 1
 
 
+multiprocessors = n_sm
+
+
 def card(device: torch.device) -> str:
-    """What Triton compiles for, such as `sm_90` or `gfx942`; what the CPU interprets is taken for `sm_90`."""
+    """What Triton compiles for, such as `sm_90` or `gfx942`; `sm_90` on the CPU, for the interpreter."""
     if device.type == "cpu":
         return "sm_90"
+    return _card_of_gpu(device) if device.type == "cuda" else _card_of_driver()
+
+
+def _card_of_driver() -> str:
     target = triton.runtime.driver.active.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else target.arch
+
+
+@cache
+def _card_of_gpu(device: torch.device) -> str:
+    with torch.cuda.device(device):
+        return _card_of_driver()
+
+
+@triton.jit
+def _sum_rows_kernel(x_ptr, y_ptr, n_rows, D, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    acc = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
+    for start in range(0, n_rows, BLOCK_R):
+        rows = (start + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
+        acc += tl.load(x_ptr + rows * D + d, mask=(rows < n_rows) & (d < D), other=0.0)
+    tl.store(y_ptr + d, tl.sum(acc, axis=0)[None, :], mask=d < D)
+
+
+def sum_rows(x: torch.Tensor, out: torch.Tensor) -> None:
+    """Sum the programs' partial sums, `x` `[programs, D]` float32, into `out` `[D]` of any dtype, in a fixed order.
+
+    One launch where `x.sum(0).to(dtype)` takes two. The many partial sums of a GPU are read 16 columns a program, which
+    spreads a gain of 768 over 48 SMs.
+    """
+    block_r = min(256, triton.next_power_of_2(len(x)))
+    block_d = 4096 // block_r
+    grid = (triton.cdiv(x.shape[1], block_d),)
+    _sum_rows_kernel[grid](x, out, len(x), x.shape[1], BLOCK_R=block_r, BLOCK_D=block_d, num_warps=8)
 
 
 def adjacent(x: torch.Tensor) -> torch.Tensor:
