@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launch import card, library_op, n_sm, rows_of, sum_rows, tl, triton
+from kernels.launch import card, cdiv, library_op, n_sm, next_power_of_2, rows_of, sum_rows, tl, triton
 from kernels.spec import Cost, LaunchTable, Op, accumulation_dtype
 
 
@@ -186,7 +186,7 @@ SIZES = tuple((columns, wide) for columns in (1024, 2048, 4096, 8192) for wide i
 
 
 def _columns(d: int) -> int:
-    return min(MAX_BLOCK, max(1024, triton.next_power_of_2(d)))
+    return min(MAX_BLOCK, max(1024, next_power_of_2(d)))
 
 
 def _shapes(size):
@@ -240,8 +240,8 @@ def _pick(table: LaunchTable, stream: Tensor) -> tuple[RowTile, dict[str, int]]:
     d = stream.shape[-1]
     columns = _columns(d)
     tile = table.pick((columns, stream.dtype.itemsize > 2), card(stream.device))
-    block_d = min(columns, triton.next_power_of_2(d))
-    n_blocks = triton.cdiv(d, block_d)
+    block_d = min(columns, next_power_of_2(d))
+    n_blocks = cdiv(d, block_d)
     block_r = tile.block_r * columns // block_d if n_blocks == 1 else 1
     return tile, {"BLOCK_R": block_r, "BLOCK_D": block_d, "N_BLOCKS": n_blocks, "num_warps": tile.num_warps}
 
@@ -258,9 +258,9 @@ def _rmsnorm_fwd(x: Tensor, gain: Tensor | None, residual: Tensor | None, eps: f
     x = rows_of(x)
     residual = None if residual is None else rows_of(residual)
     _, blocks = _pick(FORWARD, x if residual is None else residual)
-    _rmsnorm_fwd_kernel[(triton.cdiv(len(x), blocks["BLOCK_R"]),)](
+    _rmsnorm_fwd_kernel[(cdiv(x.shape[0], blocks["BLOCK_R"]),)](
         x, residual, gain, y, None if residual is None else stream, rstd,
-        len(x), x.shape[1], x.stride(0), 0 if residual is None else residual.stride(0), eps, **blocks,
+        *x.shape, x.stride(0), 0 if residual is None else residual.stride(0), eps, **blocks,
     )  # fmt: skip
     return y, stream, rstd
 
@@ -283,7 +283,7 @@ def _rmsnorm_bwd(
     dstream = None if dstream is None else rows_of(dstream)
     tile, blocks = _pick(BACKWARD, stream)
     n_rows, d = stream.shape
-    programs = max(1, min(tile.programs_per_sm * n_sm(dy.device), triton.cdiv(n_rows, blocks["BLOCK_R"])))
+    programs = max(1, min(tile.programs_per_sm * n_sm(dy.device), cdiv(n_rows, blocks["BLOCK_R"])))
     partial_sums = None if gain is None else dy.new_empty((programs, d), dtype=torch.float32)
     _rmsnorm_bwd_kernel[(programs,)](
         dy, dstream, stream, gain, rstd, dx, dresidual if twin else None, partial_sums,
