@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launch import heads_of, library_op, multiprocessors, rows_of, tl, triton
+from kernels.launch import cdiv, heads_of, library_op, multiprocessors, next_power_of_2, rows_of, tl, triton
 from kernels.spec import Cost, Op, accumulation_dtype
 
 
@@ -253,7 +253,7 @@ def _rope_bwd_kernel(
 
 def _blocks(half: int) -> dict[str, int]:
     """A tile of 1024 pairs for 4 warps: 8 a thread, loads of 16 bytes in half precision."""
-    block = triton.next_power_of_2(half)
+    block = next_power_of_2(half)
     return {"BLOCK_T": max(1, 1024 // block), "BLOCK": block, "num_warps": 4}
 
 
@@ -271,7 +271,7 @@ def _rope_fwd(
     q, k = _allocate_fwd(qkv, cos, sin, q_gain, k_gain, positions, n_head, n_kv_head, eps, interleaved)
     t, half, qkv = q.shape[1], q.shape[-1] // 2, rows_of(qkv)
     blocks = _blocks(half)
-    _rope_fwd_kernel[(max(1, triton.cdiv(len(qkv), blocks["BLOCK_T"])),)](
+    _rope_fwd_kernel[(max(1, cdiv(len(qkv), blocks["BLOCK_T"])),)](
         qkv, cos, sin, q_gain, k_gain, positions, q, k,
         len(qkv), t, n_head, n_kv_head, qkv.stride(0), eps, half, interleaved, **blocks,
     )  # fmt: skip
@@ -297,7 +297,7 @@ def _rope_bwd(
     qkv = None if qkv is None else rows_of(qkv)
     blocks = _blocks(d // 2)
     # As many as are resident at once, at 128 registers.
-    programs = max(1, min(4 * multiprocessors(dq.device), triton.cdiv(n_tokens, blocks["BLOCK_T"])))
+    programs = max(1, min(4 * multiprocessors(dq.device), cdiv(n_tokens, blocks["BLOCK_T"])))
     shares = None if q_gain is None else dq.new_empty((programs, 2, d), dtype=torch.float32)
     _rope_bwd_kernel[(programs,)](
         dq, dk, dv, qkv, cos, sin, q_gain, k_gain, positions, dqkv, shares,

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launch import library_op, rows_of, tl, triton
+from kernels.launch import cdiv, library_op, next_power_of_2, rows_of, tl, triton
 from kernels.spec import Cost, Op, accumulation_dtype
 
 Activation = Literal["silu", "gelu", "relu", "relu2"]
@@ -122,11 +122,11 @@ def _swiglu_bwd_kernel(
 
 def _grid(n_rows: int, f: int) -> tuple[tuple[int], dict[str, int]]:
     """Blocks of 2048 values for 4 warps: 16 a thread, two loads of 16 bytes in half precision."""
-    block = min(1024, triton.next_power_of_2(f))
-    while block > 128 and triton.cdiv(f, block) * block > 1.125 * f:
+    block = min(1024, next_power_of_2(f))
+    while block > 128 and cdiv(f, block) * block > 1.125 * f:
         block //= 2
     rows = 2048 // block
-    n_programs = triton.cdiv(n_rows, rows) * triton.cdiv(f, block)
+    n_programs = cdiv(n_rows, rows) * cdiv(f, block)
     return (n_programs,), {"BLOCK_R": rows, "BLOCK_F": block, "num_warps": 4}
 
 

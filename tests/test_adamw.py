@@ -116,12 +116,14 @@ def test_copies_where_they_are_wanted(name, dtype):
 
 @IMPLEMENTATIONS
 def test_tensors_that_are_not_aligned(name):
-    """Views one element into their memory get the same step as tensors of their own."""
+    """Views one element into their memory get the same step as tensors of their own, by narrower accesses."""
     aligned, shifted = State(), State()
     for key in ("params", "exp_avgs", "exp_avg_sqs", "copies"):
         tensors = getattr(shifted, key)
         tensors[:] = [torch.cat((x.new_zeros(1), x.flatten()))[1:].view_as(x) for x in tensors]
-    for state in (aligned, shifted):
+    for state, n_wide in (aligned, 1 + 2 + 2), (shifted, 0):
+        lists = [state.params, state.params, state.exp_avgs, state.exp_avg_sqs, state.copies]
+        assert adamw._chunk_table(lists, 64)[:, -1].sum() == n_wide
         state.take(name, state.draw())
     for key in MUTATED:
         torch.testing.assert_close(getattr(shifted, key), getattr(aligned, key), rtol=0, atol=0)
