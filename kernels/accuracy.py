@@ -55,7 +55,8 @@ EXACT = {
 class Noise:
     """Rounding errors drawn from a seed; none at all when the seed is None."""
 
-    def __init__(self, seed: int | None, device: torch.device):
+    def __init__(self, seed: int | None, device: torch.device, dtype: torch.dtype):
+        self.dtype = dtype
         self.generator = None if seed is None else torch.Generator(device).manual_seed(seed)
 
     def of_result(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -63,8 +64,9 @@ class Noise:
         return self._add(x, dtype, 2.0 if dtype == torch.float32 else 0.5)
 
     def of_terms(self, x: Tensor, dtype: torch.dtype, n: float) -> Tensor:
-        """`x` so disturbed that a sum over `n` of its values is as wrong as one accumulated in `dtype`, or float32."""
-        return self._add(x, torch.promote_types(dtype, torch.float32), 0.5 * math.sqrt(n))
+        """`x` so disturbed that a sum over `n` of its values, or a product with a matrix, is as wrong as one that rounds
+        them to `dtype` and accumulates in float32: of the two only what weighs more."""
+        return self._add(x, dtype, 0.5 * math.sqrt(n) if dtype == torch.float32 else 0.5)
 
     def _add(self, x: Tensor, dtype: torch.dtype, ulp: float) -> Tensor:
         if self.generator is None:
@@ -89,6 +91,8 @@ class Rounded(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is aten._softmax_backward_data.default:
+            return _softmax_backward(*args[:3])
         if func in DECOMPOSED:
             return DECOMPOSED[func](*args, **kwargs)
         tensors = [x for x in tree_leaves((args, kwargs)) if torch.is_tensor(x) and x.is_floating_point()]
@@ -115,6 +119,13 @@ class Rounded(Tensor):
             return Rounded(x if exact else noise.of_result(x, dtype), dtype, noise) if x.is_floating_point() else x
 
         return tree_map_only(Tensor, wrap, out)
+
+
+def _softmax_backward(gradient: Rounded, weights: Rounded, dim: int) -> Tensor:
+    """p (dp - sum p dp), where FlashAttention takes the sum from the output, which was rounded to the dtype of the op."""
+    terms, noise = gradient * weights, gradient.noise
+    rounded = Rounded(noise.of_terms(terms.held, noise.dtype, 1), terms.dtype, noise)
+    return terms - weights * rounded.sum(dim, keepdim=True)
 
 
 def _held(x: Tensor) -> Tensor:
@@ -218,16 +229,13 @@ def _count(sigma: Tensor) -> Tensor:
 
 def truth(op: Op, inputs: Mapping[str, Any], samples: int = SAMPLES) -> Truth:
     """The exact results of `op` on `inputs`, whose tensors are of the dtypes under test, by its reference."""
-    device = next(x.device for x in tree_leaves(dict(inputs)) if torch.is_tensor(x))
+    tensors = [x for x in tree_leaves(dict(inputs)) if torch.is_tensor(x) and x.is_floating_point()]
+    narrowest = min((x.dtype for x in tensors), key=lambda dtype: dtype.itemsize)
 
     def run(seed: int | None) -> dict[str, Rounded]:
-        noise = Noise(seed, device)
-        return evaluate(
-            op,
-            op.implementations["torch"],
-            inputs,
-            lambda x: Rounded(x.double(), x.dtype, noise) if x.is_floating_point() else x,
-        )
+        noise = Noise(seed, tensors[0].device, narrowest)
+        as_rounded = lambda x: Rounded(x.double(), x.dtype, noise) if x.is_floating_point() else x  # noqa: E731
+        return evaluate(op, op.implementations["torch"], inputs, as_rounded)
 
     results = run(None)
     exact = {name: x.held for name, x in results.items()}
