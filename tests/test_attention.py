@@ -1,5 +1,7 @@
-"""Attention's features, alone and together: masks by length, window and document, softcap, sink, strides, one pass."""
+"""Attention's features, alone and together: masks by length, window and document, softcap, sink, strides, lengths of
+sequences that kernels of their own serve, launch parameters, large scores, and what `auto` takes."""
 
+import math
 from dataclasses import replace
 from itertools import combinations, product
 
@@ -8,8 +10,17 @@ import torch
 from test_kernels import DEVICE, assert_as_right_as_the_reference, call, checked, make_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import attention as room
-from kernels.attention import OP, attention_sdpa, attention_torch, attention_triton, document_ranges, visible
+from kernels import attention
+from kernels.attention import (
+    LOWEST,
+    OP,
+    TABLES,
+    attention_sdpa,
+    attention_torch,
+    attention_triton,
+    document_ranges,
+    visible,
+)  # fmt: skip
 from kernels.interpreter import sanitize
 from kernels.launch import IMPLEMENTATIONS
 
@@ -27,7 +38,7 @@ AXES = {
     "slopes": [False, True],
     "scale": [None, 0.4],
     "dtype": [torch.float32, torch.bfloat16, torch.float16],
-    "one_pass": [True, False],
+    "short": [True, False],
 }
 
 
@@ -79,7 +90,7 @@ def test_pairs_are_all_there():
 
 @pytest.mark.parametrize("case", pairwise(AXES), ids=lambda case: "-".join(map(str, case.values())))
 def test_parity_of_features_together(case, monkeypatch):
-    allow_one_pass(monkeypatch, case["one_pass"])
+    allow_short(monkeypatch, case["short"])
     (t, s), (h, kv), dtype = case["lengths"], case["heads"], case["dtype"]
     inputs = inputs_of(t, s, h, kv, case["d"], b=9 if t == 1 else 2 if s <= 100 else 1, dtype=dtype)
     inputs |= {name: case[name] for name in ("causal", "window", "softcap", "scale")}
@@ -108,7 +119,8 @@ def test_saved_log_sum_exp(causal, packed):
     seen = visible(41, 60, causal, 9, documents, DEVICE)
     scores = scores.masked_fill(~(seen[:, None] if packed else seen), -torch.inf)
     truth = torch.cat((scores, sink.double().view(1, 4, 1, 1).expand(2, 4, 41, 1)), -1).logsumexp(-1)
-    torch.testing.assert_close(lse.double() * torch.log(torch.tensor(2.0)), truth, rtol=1e-6, atol=1e-6)
+    relative, m = lse.double()  # base 2, and in units of the softcap
+    torch.testing.assert_close(relative * math.log(2) + 2 * m, truth, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -123,8 +135,10 @@ def test_a_query_that_sees_nothing_gives_zero_and_takes_no_gradient(name, dtype)
 
 def test_a_query_that_sees_nothing_has_a_finite_log_sum_exp():
     q, k, v = inputs_of(20, 7).values()
-    lse = IMPLEMENTATIONS["attention_fwd"](q, k, v, None, None, None, 0.3, True, 0, 0.0)[1]
-    assert lse.isfinite().all() and (lse[..., :13] == room.LOWEST).all() and (lse[..., 13:] > -100).all()
+    for dtype in (torch.float32, torch.bfloat16):
+        given = (x.to(dtype) for x in (q, k, v))
+        lse = IMPLEMENTATIONS["attention_fwd"](*given, None, None, None, 0.3, True, 0, 0.0)[1]
+        assert lse.isfinite().all() and (lse[-1, ..., :13] < 0.1 * LOWEST).all() and (lse[-1, ..., 13:] > -100).all()
 
 
 @pytest.mark.parametrize("window", [150, 151, 10**6])
@@ -238,46 +252,100 @@ def test_tiles_that_are_hidden_are_skipped(options):
     record = launched(inputs_of(256, 256, d=16, dtype=torch.bfloat16, b=1), **options)
     seen = visible(256, 256, device="cpu", **options).view(256, 256)
     for kernel, transposed, products in ("fwd", False, 2), ("dkv", True, 4), ("dq", False, 3):
-        config = room._config(kernel, torch.empty(1, 256, 4, 16, dtype=torch.bfloat16), 256, 256)
-        tile = config["BLOCK_T"], config["BLOCK_S"]
+        chosen = TABLES[kernel].pick((64, 256), "sm_90")
         name = f"_attention_{'bwd_' * (kernel != 'fwd')}{kernel}_kernel"
+        if name not in record.kernels:
+            assert options["causal"] and not options["window"] and documents is None
+            continue
+        tile = chosen.block_t, chosen.block_s
         expected = work(seen.T, *reversed(tile)) if transposed else work(seen, *tile)
         assert record.kernels[name].flops == 4 * products * 2 * 16 * expected, kernel
 
 
-def allow_one_pass(monkeypatch, allowed=True):
+def allow_short(monkeypatch, allowed=True):
     """However few the heads, or not at all."""
-    monkeypatch.setattr(room, "multiprocessors", lambda device: 1)
-    monkeypatch.setattr(room, "ONE_PASS", 128 if allowed else 0)
+    monkeypatch.setattr(attention, "multiprocessors", lambda device: 1 if allowed else 10**9)
 
 
-def test_one_pass_makes_what_two_make(monkeypatch):
-    inputs = inputs_of(70, 100, d=64, dtype=torch.bfloat16)
-    options = {"window": 30, "documents": ranges_of(2, 100)}
-    launched = []
-    for allowed in (True, False):
-        allow_one_pass(monkeypatch, allowed)
-        launched.append(call(OP, "triton", inputs, torch.bfloat16, **options))
-    for key, one in launched[0].items():
-        torch.testing.assert_close(one, launched[1][key], rtol=2e-2, atol=2e-2)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 1, 2, 2, 64), (3, 37, 6, 2, 16), (1, 128, 2, 1, 64), (1, 130, 2, 2, 48)], ids=str
+)
+def test_short_sequences(shape, dtype, monkeypatch):
+    b, t, h, kv, d = shape
+    allow_short(monkeypatch)
+    inputs = inputs_of(t, t, h, kv, d, b, dtype)
+    assert_as_right_as_the_reference(OP, "triton", inputs, dtype, scale=0.2)
+    results = [call(OP, "triton", inputs, dtype)]
+    allow_short(monkeypatch, False)
+    results.append(call(OP, "triton", inputs, dtype))
+    for key, short in results[0].items():
+        torch.testing.assert_close(short, results[1][key], rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_one_pass_takes_nothing_from_keys_that_are_not_there(causal, monkeypatch):
+def test_short_sequences_take_nothing_from_keys_that_are_not_there(monkeypatch):
     """Scores of -190, beside which a score of 0 for a padded key would weigh more than a float32 holds."""
-    allow_one_pass(monkeypatch)
+    allow_short(monkeypatch)
     inputs = inputs_of(100, 100, d=64, dtype=torch.bfloat16)
-    inputs |= {"q": -inputs["q"].abs(), "k": 4 + inputs["k"].abs(), "scale": 0.75, "causal": causal}
+    inputs |= {"q": -inputs["q"].abs(), "k": 4 + inputs["k"].abs(), "scale": 0.75}
     assert_as_right_as_the_reference(OP, "triton", inputs, torch.bfloat16)
 
 
+SHORT, GENERAL = {"short_fwd", "short_bwd"}, {"fwd", "bwd_dq", "bwd_dkv"}
+
+
 @interpreted
-@pytest.mark.parametrize(
-    "s, kernels", [(128, {"fwd", "bwd_delta", "bwd_dkv"}), (129, {"fwd", "bwd_delta", "bwd_dkv", "bwd_dq"})]
-)
-def test_one_pass_serves_keys_that_fit_a_tile(s, kernels):
-    record = launched(inputs_of(s, s, d=16, dtype=torch.float16))
+@pytest.mark.parametrize("t, s, dtype, options, kernels", [
+    (128, 128, torch.float16, {}, SHORT),
+    (257, 257, torch.float16, {}, GENERAL),
+    (20, 20, torch.float16, {"window": 20}, SHORT),
+    (20, 20, torch.float16, {"window": 19}, GENERAL),
+    (20, 20, torch.float16, {"causal": False}, GENERAL),
+    (20, 20, torch.float16, {"softcap": 1.0}, GENERAL),
+    (20, 20, torch.float16, {"sink": torch.zeros(4)}, GENERAL),
+    (20, 20, torch.float16, {"slopes": torch.zeros(4)}, GENERAL),
+    (20, 20, torch.float32, {}, GENERAL),
+    (19, 20, torch.float16, {}, GENERAL),
+], ids=str)  # fmt: skip
+def test_which_kernels_serve(t, s, dtype, options, kernels):
+    record = launched(inputs_of(t, s, d=16, b=1, dtype=dtype), **options)
     assert set(record.kernels) == {f"_attention_{kernel}_kernel" for kernel in kernels}
+
+
+@interpreted
+def test_few_heads_are_no_programs_enough_for_the_short_kernels(monkeypatch):
+    monkeypatch.setattr(attention, "multiprocessors", lambda device: 3)
+    for b, kernels in ((1, GENERAL), (2, SHORT)):
+        record = launched(inputs_of(20, 20, d=16, b=b, dtype=torch.bfloat16))
+        assert set(record.kernels) == {f"_attention_{kernel}_kernel" for kernel in kernels}
+
+
+@pytest.mark.parametrize("factor", [3, 10])
+def test_large_scores_keep_the_digits_of_float32(factor):
+    """A score is off by some roundoffs of the largest; to take a rounded log-sum-exp off a rounded one adds no more."""
+    inputs = inputs_of(70, 70, d=64)
+    inputs |= {"q": factor * inputs["q"], "k": factor * inputs["k"]}
+    truth, ours = (
+        call(OP, name, inputs, dtype) for name, dtype in (("torch", torch.float64), ("triton", torch.float32))
+    )
+    eps = torch.finfo(torch.float32).eps
+    for key, limit in zip(truth, (0.3, 1.0, 1.0, 0.3), strict=True):
+        error = (ours[key].double() - truth[key]).norm() / truth[key].norm()
+        assert error <= limit * factor**2 * eps, (key, error / (factor**2 * eps))
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": False}], ids=str)
+def test_a_large_offset_of_all_scores_loses_nothing(options):
+    """Every score is 100 and something: keys that share a direction, which every query has."""
+    inputs = inputs_of(50, 50, d=32)
+    for key, value in ("q", 10.0), ("k", 10.0):
+        inputs[key] = torch.cat((torch.full_like(inputs[key][..., :1], value), inputs[key][..., 1:] / 4), -1)
+    truth, ours = (
+        call(OP, name, inputs, dtype, scale=1.0, **options)
+        for name, dtype in (("torch", torch.float64), ("triton", torch.float32))
+    )
+    for key, exact in truth.items():
+        assert (ours[key].double() - exact).norm() <= 8e-6 * exact.norm(), key
 
 
 @pytest.mark.parametrize("per_head", ["sink", "slopes"])
