@@ -1,11 +1,14 @@
 """The benches' own logic: what is checked before it is timed, what is counted, what the tables say; no timing."""
 
+import gc
 import json
 import math
 import re
 import subprocess
 import sys
 import warnings
+import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,12 +17,14 @@ import torch
 import torch.nn.functional as F
 
 import train
-from bench import bench_attention, contest, gpu, records, report, rivals, timing
-from bench.cases import Case, relative_error, share_of_rows
+from bench import bench_attention, contest, gpu, host, records, report, rivals, timing
+from bench.cases import Case, share_of_rows, small_share
 from bench.gpu import Part
 from bench.rivals import RIVALS
+from bench.timing import Call, relative_error
 from kernels import TESTED
 from kernels.attention import attention_torch
+from kernels.spec import Cost, Op
 
 ROOT = Path(__file__).parents[1]
 OPS = {op.name: op for op in TESTED}
@@ -48,15 +53,162 @@ def test_a_contender_that_raises_does_not_stop_the_rest():
         raise RuntimeError("no such kernel\nand more")
 
     if not torch.cuda.is_available():
-        results = timing.measure({"fails": lambda: [fails], "cannot be made": fails, "works": lambda: [list]}, budget=0)
+        contenders = {"fails": lambda: [Call(fails)], "cannot be made": fails, "works": lambda: [Call(tuple)]}
+        results = timing.measure(contenders, budget=0)
         assert results["fails"] == results["cannot be made"] == {"failed": "RuntimeError: no such kernel"}
         assert len(results["works"]["warm"]) == 3 and min(results["works"]["warm"]) > 0
 
 
 def test_repeated_calls_go_round_the_inputs():
     made = []
-    timing.repeated([lambda i=i: made.append(i) for i in range(3)], 7)()
-    assert made == [0, 1, 2, 0, 1, 2, 0]
+    last = timing.repeated([Call(lambda i=i: made.append(i) or i) for i in range(3)], 7)()
+    assert made == [0, 1, 2, 0, 1, 2, 0] and last == 0
+
+
+class FakeGraph:
+    """Replays nothing, and holds on to nothing: what a CUDA graph does to the memory that it was captured with."""
+
+    def replay(self):
+        pass
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Timing as on a GPU, whose every run takes a millisecond."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(timing, "stopwatch", lambda run: (run() and 1e-3) or 1e-3)
+    monkeypatch.setattr(timing, "synchronizes", lambda call: False)
+    monkeypatch.setattr(timing, "peak_bytes", lambda call: 0)
+
+
+def test_what_a_graph_touches_lives_as_long_as_it_is_replayed(graphs, monkeypatch):
+    """Inputs of a contender that are freed when the next one's are made would be read by its replays all the same."""
+    inputs = []
+
+    def make():
+        calls = []
+        for _ in range(2):
+            x = torch.ones(3)
+            inputs.append(weakref.ref(x))
+            calls.append(Call(lambda x=x: (x + 1,)))
+        return calls
+
+    alive = []
+    take_turns = timing.take_turns
+
+    def turns(runs, budget):
+        gc.collect()
+        alive.extend(ref() is not None for ref in inputs)
+        return take_turns(runs, budget)
+
+    monkeypatch.setattr(timing, "take_turns", turns)
+    results = timing.measure({"first": make, "second": make}, budget=0)
+    assert alive == [True] * 4
+    gc.collect()
+    assert all(ref() is None for ref in inputs)
+    assert {"warm", "cold", "host", "memory"} < results["first"].keys() and results["first"]["drift"] == 0
+
+
+def test_results_are_compared_after_timing_with_those_before(monkeypatch):
+    x, steady = torch.ones(4), torch.ones(4)
+    monkeypatch.setattr(timing, "stopwatch", lambda run: run() and timing.SAMPLE_S)  # one call a sample
+
+    def grows():
+        x.add_(1)
+        return (x,)
+
+    results = timing.measure({
+        "puts back": lambda: [Call(grows, lambda: x.fill_(0))], "does not": lambda: [Call(grows)],
+        "changed by another": lambda: [Call(lambda: (steady,))],
+        "another": lambda: [Call(lambda: (steady.add_(1),))],
+    }, budget=0)  # fmt: skip
+    assert results["puts back"]["drift"] == 0
+    assert all(not results[name]["drift"] <= 1e-3 for name in ("does not", "changed by another", "another"))
+
+
+def test_what_is_not_believed():
+    case = Case(OPS["swiglu"], {"rows": 2**16, "F": 2048}, torch.bfloat16, torch.device("cpu"))
+    card = "NVIDIA H100 80GB HBM3"
+    forward = contest.least_seconds(case, "forward", card)
+    assert forward == pytest.approx(3 * 2 * 2**16 * 2048 / 3.35e12)
+    assert contest.least_seconds(case, "forward+backward", card) == pytest.approx(forward * 5 / 3)  # of the backward
+    wide = Case(OPS["linear_cross_entropy"], {"N": 16384, "D": 768, "V": 50304}, torch.bfloat16, torch.device("cpu"))
+    products = contest.least_seconds(wide, "forward+backward", card)
+    assert products == wide.cost("forward+backward").flops / 989e12
+    assert contest.least_seconds(case, "forward", "a card of tomorrow") == 0
+
+    measured = {"warm": [0.9], "cold": [1.0, 9.0, 1.0], "drift": 0.0}
+    assert contest.doubt(measured, 1.0) is None
+    assert (
+        contest.doubt(measured, 1.01) == "impossible: 1,000,000.0 us, where the card's rated speeds allow 1,010,000.0"
+    )
+    for drift in (0.5, math.nan):
+        assert contest.doubt(measured | {"drift": drift}, 0).startswith("other results after it was timed")
+
+
+def decay_torch(params, lr, decay=0.5):
+    for p in params:
+        p.mul_(1 - lr * decay)
+
+
+DECAY = Op(
+    name="decay",
+    implementations={"torch": decay_torch, "triton": decay_torch, "auto": decay_torch},
+    inputs=lambda shape, make: {"params": [make(shape["n"]) for _ in range(shape["N"])], "lr": torch.tensor(0.5)},
+    differentiable=(),
+    cost=lambda shape, itemsize: Cost(2 * itemsize * shape["N"] * shape["n"], 0),
+    backward_cost=lambda shape, itemsize: Cost(0, 0),
+    test_shapes=({"N": 1, "n": 3}, {"N": 2, "n": 5}),
+    bench_shapes=({"N": 2, "n": 5},),
+    mutates=("params",),
+)
+
+
+def test_an_op_that_writes_to_its_arguments():
+    case = Case(DECAY, DECAY.bench_shapes[0], torch.float32, torch.device("cpu"))
+    assert case.passes() == ("forward",)
+    call = case.call(decay_torch, "forward")
+    first = timing.copies(call.run())
+    assert len(first) == 2 and relative_error(call.run(), first) > 0.1
+    call.restore()
+    assert relative_error(call.run(), first) == 0
+    assert case.call(decay_torch, "forward", exact=True).run()[0].dtype == torch.float64
+    functions = {"right": decay_torch, "wrong": lambda params, lr: decay_torch(params, 1.01 * lr)}
+    results = contest.check(DECAY, DECAY.bench_shapes[0], functions, "forward")
+    assert "failed" not in results["right"] and results["wrong"]["failed"].startswith("wrong")
+    row, samples = contest.hold(DECAY, DECAY.bench_shapes[0], "forward", {"right": decay_torch}, {})
+    assert "failed" not in row["results"]["right"] and samples["right"]
+
+
+def test_a_choice_between_implementations_is_no_contender():
+    found = contest.contenders(DECAY, lambda who, why: None)
+    assert {"torch", "torch.compile"} <= found.keys() and "auto" not in found
+
+
+def test_calls_of_functions_are_counted():
+    def inner(n):
+        return [abs(i) for i in range(n)]  # from Python 3.12 on the list is no function of its own
+
+    inner(1)
+    counts = [host.python_calls(lambda n=n: inner(n)) for n in (1, 11)]
+    assert counts[1] - counts[0] == 10
+
+
+def test_an_op_of_triton_is_counted_without_launching():
+    code = """
+from bench.host import *
+op = next(op for op in TESTED if op.name == "swiglu")
+print(json.dumps([count(op, name) for name in ("triton", "torch")]))
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    (calls, launches), (_, none) = json.loads(done.stdout)
+    assert launches == {"forward": 1, "forward+backward": 2} and none == {"forward": 0, "forward+backward": 0}
+    assert 10 < calls["forward"] < calls["forward+backward"] < 1000
 
 
 @pytest.mark.parametrize(
@@ -186,14 +338,17 @@ def test_a_share_of_the_rows():
     window = {"B": 1, "T": 64, "S": 64, "W": 9, "L": 8}
     assert share_of_rows(window, 2) == window | {"T": 32, "S": 32}
     assert share_of_rows({"rows": 1, "D": 768}) == {"rows": 1, "D": 768}
+    assert small_share({"rows": 1320, "D": 8}, lambda shape: shape["rows"], 3) == {"rows": 2, "D": 8}
+    assert small_share({"rows": 1320, "D": 8}, lambda shape: 9, 3) == {"rows": 1, "D": 8}  # no fewer than one
 
 
 def test_a_case_draws_the_same_again_and_costs_both_passes():
     op, shape = OPS["rmsnorm"], {"rows": 3, "D": 8}
     case = Case(op, shape, torch.float32, torch.device("cpu"))
-    results = [case.call(op.implementations["torch"], "forward+backward")() for _ in range(2)]
+    results = [case.call(op.implementations["torch"], "forward+backward").run() for _ in range(2)]
     assert len(results[0]) == 2 + len(op.differentiable) and relative_error(results[0], results[1]) == 0
-    assert relative_error(results[0], case.call(op.implementations["torch"], "forward+backward", exact=True)()) > 0
+    exact = case.call(op.implementations["torch"], "forward+backward", exact=True).run()
+    assert relative_error(results[0], exact) > 0
     forward, backward = op.cost(shape, 4), op.backward_cost(shape, 4)
     assert case.cost("forward+backward").bytes == forward.bytes + backward.bytes
 
