@@ -8,12 +8,15 @@ A graph reads and writes fixed addresses, whoever owns them by then. So a captur
 alive, and what it computes is compared once all is timed with what it computed before.
 """
 
+import fcntl
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -36,6 +39,14 @@ class Call:
 
 
 Calls = Sequence[Call]
+
+
+@contextmanager
+def card_held(lock: Path, alone: bool = True) -> Iterator[None]:
+    """Among processes that name the same file, one that holds the card `alone` keeps all others from it meanwhile."""
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
 
 
 def synchronize() -> None:

@@ -14,7 +14,6 @@ one has the card for itself, the others compile.
 
 import argparse
 import faulthandler
-import fcntl
 import json
 import math
 import os
@@ -39,7 +38,7 @@ import torch
 from bench import records
 from bench.cases import PASSES, Case
 from bench.contest import DEVICE, DTYPE, doubt, input_sets, least_seconds, truth_of
-from bench.timing import Call, measure, reason, relative_error, synchronize
+from bench.timing import Call, card_held, measure, reason, relative_error, synchronize
 from kernels import TESTED
 from kernels.launch import IMPLEMENTATIONS, card, triton
 from kernels.spec import LaunchTable, Op
@@ -49,7 +48,8 @@ CHILD = [sys.executable, "-m", "bench.tune"]
 # Shares of the seconds, after the shares of a 124M model's training step that kernels of ours can change.
 WEIGHTS = {"attention": 4, "linear_cross_entropy": 3, "cross_entropy": 3, "rmsnorm": 2}
 TURNS_S, GAIN = 0.05, 0.01  # some ten samples of each candidate at each shape; a gain that is more than noise
-HANGS_S, GRACE_S, RESTARTS = 30, 30, 8
+HANGS_S, RESTARTS = 30, 8
+BEGUN = 0.75  # of the seconds there are: after that no size is begun
 
 
 @dataclass(frozen=True)
@@ -123,14 +123,6 @@ def spilled(kernels: list) -> int:
     return 4 * sum(kernel.result().n_spills or 0 for kernel in kernels)
 
 
-@contextmanager
-def card_to_itself(lock: Path) -> Iterator[None]:
-    """No other process that asks for the same file has the card meanwhile."""
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def check(
     job: Job, size: Any, shape: dict[str, int], variants: dict[str, Any], compiled: dict[str, list]
 ) -> dict[str, str]:
@@ -182,7 +174,7 @@ def tune(job: Job, size: Any, most: int, lock: Path, known: dict[str, str]) -> d
     left = {name: entry for name, entry in variants.items() if name not in failed}
     compiled = compile_all(job, size, left)
     seconds = {name: [] for name in variants}
-    with card_to_itself(lock):
+    with card_held(lock):
         for shape in job.table.shapes(size):
             failed |= check(job, size, shape, left, compiled)
             left = {name: entry for name, entry in left.items() if name not in failed}
@@ -228,7 +220,7 @@ class Tuner:
 
     def __init__(self, results: Path, seconds: float, most: int, workers: int):
         self.results, self.most, self.workers = results, most, workers
-        self.deadline = time.monotonic() + seconds
+        self.until, self.deadline = (time.monotonic() + share * seconds for share in (BEGUN, 1))
         self.rows: list[dict] = []
         self.untried: list[str] = []
         self.printing = threading.Lock()
@@ -243,7 +235,7 @@ class Tuner:
         """One job, begun again after each candidate that ends its process."""
         known: dict[str, dict[str, str]] = {}
         for _ in range(RESTARTS):
-            seconds = min(1.0, share) * (self.deadline - time.monotonic())
+            seconds = min(1.0, share) * (self.until - time.monotonic())
             if seconds <= 0:
                 self.untried.append(job.name)
                 return
@@ -263,7 +255,7 @@ class Tuner:
         trying, ended = None, False
         with tempfile.TemporaryFile("w+", errors="replace") as errors:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-            over = threading.Timer(self.deadline + GRACE_S - time.monotonic(), process.kill)
+            over = threading.Timer(self.deadline - time.monotonic(), process.kill)
             over.start()
             for line in process.stdout:
                 if not line.startswith("{"):
@@ -325,7 +317,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.partition("\n")[0])
     parser.add_argument("--kernel", default="", help="a part of the name of an op or a kernel (all)")
     parser.add_argument("--candidates", type=int, default=12, help="to try of a size, at most (12)")
-    parser.add_argument("--seconds", type=float, default=120, help="begin no size after so long (120)")
+    parser.add_argument("--seconds", type=float, default=150, help="for all (150)")
     parser.add_argument("--results", type=Path, default=records.RESULTS, help="folder of the record (bench/results)")
     for option in ("--job", "--lock", "--known"):  # of the process of one kernel
         parser.add_argument(option, help=argparse.SUPPRESS)

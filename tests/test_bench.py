@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 import warnings
 import weakref
 from contextlib import nullcontext
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from bench import bench_attention, contest, gpu, host, records, report, rivals, timing
+from bench import bench_attention, contest, gpu, host, records, report, rivals, shard, steps, timing
 from bench.cases import Case, share_of_rows, small_share
 from bench.gpu import Part
 from bench.rivals import RIVALS
@@ -368,35 +369,93 @@ print(json.dumps(count(op, {"rows": 3, "F": 200})))
 
 
 def test_a_failing_part_does_not_stop_the_next_and_the_exit_code_says_so(tmp_path, capfd):
-    stages = [[
-        Part("exits", [sys.executable, "-c", "print('half'); raise SystemExit(3)"], 20),
-        Part("hangs", ["sh", "-c", "sleep 300 & sleep 300"], 0.2),  # its child holds the pipe too
-    ], [
-        Part("works", [sys.executable, "-c", "print('done')"], 20, lambda: {"tok_s": 5, "loss": 2.5}),
-    ]]  # fmt: skip
-    assert gpu.run_all(stages, tmp_path) == 1
+    shows = "import os; print(os.environ['SHARD']); print('done')"
+    python = [sys.executable, "-c"]
+    parts = [
+        Part("exits", [[*python, "pass"], [*python, "print('FAILED a'); print('half'); raise SystemExit(3)"]], 20),
+        Part("hangs", [["sh", "-c", "sleep 300 & sleep 300"]], 0.2),  # its child holds the pipe too
+        Part("works", [[*python, shows]], 20, {"SHARD": "7"}),
+    ]
+    assert gpu.run_all(parts, tmp_path) == 1
     rows = records.read(tmp_path, "gpu")
-    assert [row["status"] for row in rows] == ["failed (3)", "over 0.2 s", "passed"]
-    assert rows[0]["last"] == "half" and rows[2]["tok_s"] == 5 and all("commit" in row for row in rows)
-    assert "2.5000" in capfd.readouterr().out
-    assert gpu.run_all(stages[1:], tmp_path) == 0
+    assert [(row["part"], row["status"]) for row in rows] == [
+        ("exits", "failed (3)"),
+        ("hangs", "over 0.2 s"),
+        ("works", "passed"),
+    ]
+    assert rows[0]["last"] == "half" and rows[0]["failures"] == ["FAILED a"] and all("commit" in row for row in rows)
+    assert "7\ndone" in capfd.readouterr().out
+    assert gpu.run_all(parts[2:], tmp_path) == 0
 
 
-def test_the_parts_fit_in_nine_minutes_and_train_with_knobs_that_exist(tmp_path):
-    part = gpu.training("torch", tmp_path)
-    config, folder, _ = train.configure([*part.command[2:]])
-    assert folder == tmp_path / "torch" and config.kernels.every == "torch" and config.time_limit < part.limit
-    stages = gpu.stages(tmp_path, tmp_path)
-    assert sum(max(part.limit for part in stage) for stage in stages) < 540
-    limits = [(flag, part.limit) for stage in stages for part in stage for flag in part.command if "within" in flag]
-    assert len(limits) == 2  # a bench ends by itself, a case or so before it is killed
-    assert all(float(flag.removeprefix("--within=")) <= limit - 15 for flag, limit in limits)
+def test_the_parts_fit_in_five_minutes_and_end_by_themselves(tmp_path):
+    parts = gpu.parts(tmp_path, 16)
+    assert [part.name for part in parts] == ["tests", "steps", "kernels", "attention", "tune"]
+    assert sum(part.limit for part in parts) <= 300 and len(parts[0].commands) == 16
+    for part in parts[1:]:  # those that are timed, a case or so before they are killed
+        (command,) = part.commands
+        (seconds,) = (float(flag.partition("=")[2]) for flag in command if flag.startswith(("--within=", "--seconds=")))
+        assert seconds <= part.limit - 5 and f"--results={tmp_path}" in command
+
+
+def test_parts_are_chosen_by_name(monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "run_all", lambda parts, results: ran.extend(part.name for part in parts) or 0)
+    assert gpu.main(["tune", "steps"]) == 0 and ran == ["steps", "tune"]
+    with pytest.raises(SystemExit):
+        gpu.main(["tunes"])
+    assert "no part is called tunes: there are tests, steps" in capsys.readouterr().err
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["gpu"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main() != 0 and "no GPU" in capsys.readouterr().err
+    assert gpu.main([]) != 0 and "no GPU" in capsys.readouterr().err
+
+
+def test_shards_run_each_test_once():
+    items, config = list(range(7)), SimpleNamespace(hook=SimpleNamespace(pytest_deselected=lambda items: None))
+    seen = []
+    for i in range(3):
+        config.getoption, own = lambda _, i=i: f"{i}/3", list(items)
+        shard.pytest_collection_modifyitems(config, own)
+        seen += own
+    assert sorted(seen) == items and len(seen) == 7
+
+
+# To be skipped no more once train.py captures steps.
+captures = pytest.mark.skipif("capture" not in train.Config.__dataclass_fields__, reason="train.py captures no step")
+
+
+@captures
+@pytest.mark.parametrize("shape", steps.SHAPES)
+def test_steps_are_trained_with_knobs_that_exist(shape, tmp_path):
+    (tmp_path / "defaults.py").touch()
+    for variant in steps.VARIANTS.values():
+        knobs = steps.SHAPES[shape] | variant | {"config": tmp_path / "defaults.py", "steps": 1, "out": tmp_path}
+        config, *_ = train.configure([f"--{key}={value}" for key, value in knobs.items()])
+        assert config.model.resolved(256).vocab_size == steps.SHAPES[shape]["model.vocab_size"]
+
+
+@captures
+def test_a_step_is_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(steps, "SAMPLE_S", 1e-3)
+    knobs = {"model.n_layer": 1, "model.n_head": 2, "model.d_model": 32, "model.seq_len": 16, "batch_size": 2}
+    knobs |= {"model.vocab_size": 300, "device": "cpu", "precision": "fp32"}
+    row = steps.measure(steps.trainer_of(knobs | steps.VARIANTS["eager"], tmp_path), tmp_path / "lock")
+    assert row["batch"] == 2 and row["seq_len"] == 16 and row["tok_s"] == pytest.approx(32 / row["ms"] * 1e3)
+    assert row["loss"] < row["first_loss"] and row["mfu"] is None and row["kernels"] == []
+    assert json.loads(json.dumps(row)) == row
+
+
+def test_a_step_that_fails_is_recorded_and_the_rest_go_on(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(steps, "VARIANTS", {"captured": {"no.such.knob": 1}})
+    assert steps.main(["--shape=M0", "--seconds=0", f"--results={tmp_path}"]) == 1
+    assert "M0" in capsys.readouterr().out
+    (row,) = records.read(tmp_path, "steps")
+    assert row["failed"] == "not begun: the time was up" and row["variant"] == "captured"
+    late = time.monotonic() + 60
+    assert "failed" in steps.run("M0", "no such variant", tmp_path / "lock", late)
 
 
 MACHINE = {"date": "2020-01-02", "commit": "abc", "device": "Card", "driver": "1.2", "torch": "9", "triton": "8"}
