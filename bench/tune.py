@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -45,7 +46,7 @@ from kernels.spec import LaunchTable, Op
 from model.hardware import device_name
 
 CHILD = [sys.executable, "-m", "bench.tune"]
-# Shares of the seconds, after the shares of a 124M model's training step that kernels of ours can change.
+# An op's share of the seconds, after its share of a 124M model's training step; its kernels share it out.
 WEIGHTS = {"attention": 4, "linear_cross_entropy": 3, "cross_entropy": 3, "rmsnorm": 2}
 TURNS_S, GAIN = 0.05, 0.01  # some ten samples of each candidate at each shape; a gain that is more than noise
 HANGS_S, RESTARTS = 30, 8
@@ -89,38 +90,43 @@ def in_place(table: LaunchTable, size: Any, entry: Any | None) -> AbstractContex
 
 
 @contextmanager
-def on_meta() -> Iterator[None]:
-    """Host functions run on meta tensors, and what they launch is compiled: nothing runs on the card."""
-    library = torch.library.Library("nanofuse", "IMPL")
+def on_meta() -> Iterator[list]:
+    """Host functions run on meta tensors, and what they launch is compiled, not run: the list of it."""
+    library, launched = torch.library.Library("nanofuse", "IMPL"), []
     for name, function in IMPLEMENTATIONS.items():
         library.impl(name, function, "Meta", allow_override=True)
     run = triton.JITFunction.run
+
+    def compile_only(*args, warmup, **options):
+        launched.append(run(*args, warmup=True, **options))
+
     with (
-        patch.object(triton.JITFunction, "run", lambda *args, warmup, **options: run(*args, warmup=True, **options)),
+        patch.object(triton.JITFunction, "run", compile_only),
         patch.object(torch, "is_autocast_enabled", lambda device: False),  # torch has none for meta, and raises
     ):
-        yield
+        yield launched
     library._destroy()
 
 
 def compile_all(job: Job, size: Any, variants: dict[str, Any]) -> dict[str, list]:
-    """The kernels that each variant is the first to launch, compiled side by side. One that does not compile raises its
-    error when it is launched."""
+    """The kernels that each variant launches, compiled side by side. One that does not compile raises its error when it
+    is launched."""
     found = {name: [] for name in variants}
-    with on_meta(), ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True) as mode:
+    with on_meta() as launched, ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
         for shape in job.table.shapes(size):
             call = Case(job.op, shape, DTYPE, torch.device("meta")).call(job.op.implementations["triton"], job.step)
             for name, entry in variants.items():
-                known = set(mode.future_kernels)
+                launched.clear()
                 with in_place(job.table, size, entry):
                     call.run()
-                found[name] += [kernel for key, kernel in mode.future_kernels.items() if key not in known]
+                found[name] += launched
     return found
 
 
 def spilled(kernels: list) -> int:
-    """Bytes a thread of kernels that have been launched."""
-    return 4 * sum(kernel.result().n_spills or 0 for kernel in kernels)
+    """Bytes a thread of the one that spills most; it is known once a kernel has been loaded."""
+    done = (kernel.result() if hasattr(kernel, "result") else kernel for kernel in kernels)
+    return 4 * max((getattr(kernel, "n_spills", 0) for kernel in done), default=0)
 
 
 def check(
@@ -226,7 +232,8 @@ class Tuner:
         self.printing = threading.Lock()
 
     def run(self, wanted: list[Job]) -> None:
-        weights = [WEIGHTS.get(job.op.name, 1) for job in wanted]
+        kernels = Counter(job.op.name for job in wanted)
+        weights = [WEIGHTS.get(job.op.name, 1) / kernels[job.op.name] for job in wanted]
         with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(self.workers) as pool:
             shares = [self.workers * weight / sum(weights[i:]) for i, weight in enumerate(weights)]
             list(pool.map(self.tune, wanted, shares, [Path(folder, "lock")] * len(wanted)))
@@ -316,7 +323,7 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 1 where no size was timed; exits with 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.partition("\n")[0])
     parser.add_argument("--kernel", default="", help="a part of the name of an op or a kernel (all)")
-    parser.add_argument("--candidates", type=int, default=12, help="to try of a size, at most (12)")
+    parser.add_argument("--candidates", type=int, default=8, help="to try of a size, at most (8)")
     parser.add_argument("--seconds", type=float, default=150, help="for all (150)")
     parser.add_argument("--results", type=Path, default=records.RESULTS, help="folder of the record (bench/results)")
     for option in ("--job", "--lock", "--known"):  # of the process of one kernel

@@ -219,7 +219,7 @@ def test_shares_of_the_time_go_by_weight(monkeypatch, tmp_path):
     monkeypatch.setattr(tune.Tuner, "tune", lambda self, job, share, lock: given.append(share))
     ops = [SimpleNamespace(op=SimpleNamespace(name=name)) for name in ("attention", "rmsnorm", "rope", "rope")]
     tune.Tuner(tmp_path, seconds=1, most=1, workers=1).run(ops)
-    assert given == [4 / 8, 2 / 4, 1 / 2, 1]
+    assert given == pytest.approx([4 / 7, 2 / 3, 1 / 2, 1])  # the two kernels of rope share its 1
 
 
 def test_the_most_telling_kernels_come_first(monkeypatch):
@@ -285,6 +285,8 @@ try:
     wrong[0].result()
 except Exception:
     print("failed")
+(again,) = tune.compile_all(tune.Job(OP, TABLE), "any", {"wide": tried["wide"]}).values()
+print(again[0].metadata.num_warps, tune.spilled(again))
 """
 
 
@@ -294,7 +296,7 @@ def test_candidates_are_compiled_and_not_launched(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, path], cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.stdout.splitlines() == ["1 None", "8 None", "failed"], done.stderr
+    assert done.stdout.splitlines() == ["1 None", "8 None", "failed", "8 0"], done.stderr
 
 
 def test_without_a_gpu_it_says_what_to_use_instead():
