@@ -101,9 +101,9 @@ def parts(results: Path, cores: int) -> list[Part]:
     return [
         Part("tests", [[*tests, f"--shard={i}/{cores}"] for i in range(cores)], 90, one_thread),
         Part("steps", [[*python, "bench.steps", to, "--seconds=80"]], 85),
-        Part("kernels", [[*pytest, "bench/bench_kernels.py", to, "--within=25"]], 35),
-        Part("attention", [[*pytest, "bench/bench_attention.py", to, "--within=25"]], 35),
-        Part("tune", [[*python, "bench.tune", to, "--seconds=50"]], 55),
+        Part("kernels", [[*pytest, "bench/bench_kernels.py", to, "--within=38"]], 50),
+        Part("attention", [[*pytest, "bench/bench_attention.py", to, "--grid=first", "--within=17"]], 25),
+        Part("tune", [[*python, "bench.tune", to, "--seconds=45"]], 50),
     ]
 
 

@@ -290,17 +290,22 @@ def test_a_backend_says_why_it_refuses(monkeypatch):
 
 
 def test_the_grids_of_attention():
-    short, everything = map(bench_attention.grid, ("short", "all"))
-    assert everything[: len(short)] == short and len({str(shape) for shape in everything}) == len(everything)
+    first, short, everything = map(bench_attention.grid, ("first", "short", "all"))
+    assert (
+        everything[: len(short)] == short
+        and short[: len(first)] == first
+        and len({str(shape) for shape in everything}) == len(everything)
+    )
     for shape in everything:
         assert shape["B"] * shape["T"] == 16384 and shape["T"] == shape["S"] > shape.get("W", 0)
         assert shape["T"] % shape.get("L", 1) == 0 and OPS["attention"].cost(shape, 2).flops > 0
-    windows = {shape["W"] for shape in short if shape | report.WINDOWED == shape and "W" in shape}
-    assert report.WINDOWED in short and windows == {64, 128, 256, 512, 1024, 2048}
+    windows = {shape["W"] for shape in short if shape | bench_attention.WINDOWED == shape and "W" in shape}
+    assert bench_attention.WINDOWED in short and windows == {64, 128, 256, 512, 1024, 2048}
     known = {"torch", "torch.compile"} | RIVALS["attention"].keys()
-    spared = [bench_attention.spared(shape) for shape in short]
+    spared = [bench_attention.spared(shape, "short") for shape in short]
     assert set.union(*spared) <= known and not set.intersection(*spared)
-    assert not bench_attention.spared(report.WINDOWED) & {"FlexAttention"}
+    assert not bench_attention.spared(bench_attention.WINDOWED, "short") & {"FlexAttention"}
+    assert not bench_attention.spared(first[0], "all") and bench_attention.spared(first[0], "first") < known
 
 
 def test_products_are_counted_in_the_interpreter():
@@ -476,42 +481,59 @@ def test_the_kernels_table_of_a_gpu():
     older = SPEED | {"results": {"triton": {"failed": "crashed"}}}
     elsewhere = SPEED | {"device": "Another", "shape": {"rows": 9, "D": 9}}
     text = report.kernels_table([elsewhere, older, SPEED])
-    assert "| rmsnorm | rows=4 D=8 | forward | triton | 1,000.0 | 4,000 GB/s | 80% | 20 | 1 MiB |" in text
-    assert "torch 3.00, Liger failed" in text and not re.search("crashed|Another|=9", text) and "driver 1.2" in text
+    line = "| rmsnorm | rows=4 D=8 | forward | **1,000** | torch 3,000 | 800 | 80% | 20 | 1 MiB |"
+    assert line in text and not re.search("crashed|Another|=9", text) and "One card: Card, driver 1.2" in text
+    lost = SPEED | {"results": SPEED["results"] | {"torch": {"cold": 5e-4}}}
+    assert "| 1,000 | torch **500** |" in report.kernels_table([lost])
+    assert "| crashed |  | " in report.kernels_table([older])
 
 
 def test_the_kernels_table_without_a_gpu_says_nothing_of_one():
     wide = MOVED | {"shape": {"D": 9}, "forward": [104, 100]}
-    text = report.kernels_table([ON_CPU, MOVED, wide])
-    assert "| rmsnorm | 1.010 to 1.040 | 1.025 | 2.00 |  |" in text
-    assert not re.search("GB/s|TFLOP|driver|us", text)
+    called = MACHINE | {"bench": "host calls", "op": "rmsnorm", "shape": {"D": 8}}
+    called |= {"calls": {"torch": {"forward": 1, "forward+backward": 90}, "triton": {"forward": 120}}}
+    written = MOVED | {"op": "adamw"}
+    del written["forward+backward"]
+    text = report.kernels_table([ON_CPU, MOVED, wide, called, written])
+    assert (
+        "| rmsnorm | 1.010 to 1.040 | 1.025 | 2.00 |  | 120, 90 |" in text and "| adamw | 1.010 |  |  |  |  |" in text
+    )
+    assert not re.search("GB/s|TFLOP|driver|us,", text)
 
 
 def attention_row(name, flops, **seconds):
     results = {who: {"cold": taken} if taken else {"failed": "wrong"} for who, taken in seconds.items()}
-    return SPEED | {"op": "attention", "shape": report.WINDOWED, "pass": name, "flops": flops, "results": results}
+    shape = bench_attention.WINDOWED
+    return SPEED | {"op": "attention", "shape": shape, "pass": name, "flops": flops, "results": results}
 
 
 def test_the_attention_table_of_a_gpu():
     rows = [
-        attention_row("forward", 4e12, triton=1e-2, flash=8e-3, slow=9.0, FlexAttention=3e-2),
-        attention_row("forward+backward", 14e12, triton=3e-2, flash=4.8e-2, FlexAttention=5e-2),
+        attention_row("forward", 4e12, triton=1e-2, flash=8e-3, slow=1.0),
+        attention_row("forward+backward", 14e12, triton=3e-2, flash=4.8e-2),
     ]
-    narrow = [row | {"shape": row["shape"] | {"W": 64}} for row in rows]
-    other = attention_row("forward", 1e12, triton=None) | {"shape": report.WINDOWED | {"KV": 4, "T": 512, "L": 128}}
-    text = report.attention_table([*rows, *narrow, other])
-    assert "| heads | a query sees | pass | T 512 | T 4,096 |" in text
-    assert "| 12 of 64 | all before it | forward |  | 400 (40%), 0.80 flash |" in text
-    assert "| 12 of 64 | all before it | backward |  | 500 (50%), 1.00 FlexAttention |" in text
-    assert "| 12 of 64 | all before it | forward+backward |  | 467 (47%), 1.60 flash |" in text
-    assert "| 12 of 64, 4 of keys | its document, T/4 | forward | failed |  |" in text
-    assert "the last 64" not in text  # a window of the other table alone
-    assert (
-        "| pass | window 64 | window 4,096 |" in text
-        and "| FlexAttention | forward+backward | 50,000 | 50,000 |" in text
-    )
+    other = attention_row("forward", 1e12, triton=None, flash=1e-2)
+    other |= {"shape": bench_attention.WINDOWED | {"KV": 4, "T": 512, "L": 128}}
+    text = report.attention_table([*rows, other])
+    assert "| forward: ours | forward: flash | forward: slow | forward+backward: ours |" in text
+    assert "| 4 x 4,096 | 12 of 64 | all before it | 400 | **500** | 4 | **467** | 292 | - |" in text
+    assert "| 4 x 512 | 12 of 64, 4 of keys | its document, T/4 | - | **100** | - | - | - | - |" in text
     assert "multiplies 1,000.00 TFLOP/s" in text and "driver 1.2" in text
-    assert "window" not in report.attention_table(rows)
+
+
+def test_the_table_of_training_steps():
+    row = MACHINE | {"bench": "steps", "shape": "124M", "variant": "eager", "optimizer": "adamw", "batch": 32}
+    row |= {"seq_len": 1024, "ms": 70.0, "tok_s": 468114.3, "mfu": 0.378, "memory": 13 * 2**30, "host_ms": 36.0}
+    rows = [
+        row | {"ms": 99.0},
+        row,
+        row | {"variant": "torch.compile", "ms": 66.0},
+        row | {"shape": "M0", "failed": "no"},
+    ]
+    text = report.steps_table(rows)
+    assert "| 124M | 32 x 1,024 | eager, adamw | 70.0 | 468,114 | 37.8% | 13.0 GiB | 36.0 |" in text
+    assert "| torch.compile, adamw | **66.0** |" in text and "99.0" not in text and "M0" not in text
+    assert report.steps_table([row | {"mfu": None}]) == ""
 
 
 def test_the_attention_table_without_a_gpu():
@@ -534,6 +556,8 @@ def test_plots_are_of_what_a_gpu_did(tmp_path):
     report.plot([ON_CPU, MOVED], tmp_path)
     assert not list(tmp_path.iterdir())
     report.plot([SPEED], tmp_path)
+    assert not list(tmp_path.iterdir())  # of one shape
+    report.plot([SPEED, SPEED | {"shape": {"rows": 9, "D": 9}}], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["rmsnorm.png"]
 
 
