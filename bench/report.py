@@ -137,9 +137,9 @@ def compiled_over_eager(results: dict[str, dict]) -> str:
 
 
 def attention_table(rows: list[dict]) -> str:
-    """Attention on a GPU; without one, the products that its kernels make."""
+    """What was measured of attention: on a GPU its speed; without one, the products that its kernels make."""
     timed, counted = newest(rows, "speed", "cuda"), newest(rows, "work done")
-    return rivals_table(timed) if timed else work_table(counted)
+    return "\n\n".join(([rivals_table(timed)] if timed else []) + ([work_table(counted)] if counted else []))
 
 
 def rivals_table(rows: list[dict]) -> str:
@@ -186,7 +186,9 @@ def steps_table(rows: list[dict]) -> str:
         speeds = [ms, f"{row['tok_s']:,.0f}", f"{row['mfu']:.1%}", f"{row['memory'] / 2**30:.1f} GiB"]
         cells.append([shape, sizes, f"{variant}, {optimizer}", *speeds, f"{row['host_ms']:.1f}"])
     head = ["model", "sequences", "step", "ms", "tok/s", "MFU", "memory", "ms of the host"]
-    said = "MFU is of the card's rated FLOP/s; torch is the references with SDPA"
+    said = (
+        "Captured and eager are the Triton kernels, torch the references, with SDPA; MFU is of the card's rated FLOP/s"
+    )
     return f"{table(head, cells)}\n\nOne card, in bf16: {versions(timed[-1])}. {said}." if cells else ""
 
 

@@ -291,11 +291,8 @@ def test_a_backend_says_why_it_refuses(monkeypatch):
 
 def test_the_grids_of_attention():
     first, short, everything = map(bench_attention.grid, ("first", "short", "all"))
-    assert (
-        everything[: len(short)] == short
-        and short[: len(first)] == first
-        and len({str(shape) for shape in everything}) == len(everything)
-    )
+    assert everything[: len(short)] == short and short[: len(first)] == first
+    assert len({str(shape) for shape in everything}) == len(everything)
     for shape in everything:
         assert shape["B"] * shape["T"] == 16384 and shape["T"] == shape["S"] > shape.get("W", 0)
         assert shape["T"] % shape.get("L", 1) == 0 and OPS["attention"].cost(shape, 2).flops > 0
