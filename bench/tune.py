@@ -130,11 +130,11 @@ def spilled(kernels: list) -> int:
 
 
 def check(
-    job: Job, size: Any, shape: dict[str, int], variants: dict[str, Any], compiled: dict[str, list]
+    job: Job, size: Any, shape: dict[str, int], variants: dict[str, Any], compiled: dict[str, list], own: str
 ) -> dict[str, str]:
-    """Why a variant, of which the first is the table's own, is not to be timed. Raises when the card fails."""
+    """Why a variant is not to be timed; it may spill where the table's `own` does. Raises when the card fails."""
     case, truth, allowed = truth_of(job.op, shape, job.step)
-    own, failed = next(iter(variants)), {}
+    failed = {}
     for name, entry in variants.items():
         say({"trying": [repr(size), name]})
         faulthandler.dump_traceback_later(HANGS_S, exit=True)
@@ -143,7 +143,7 @@ def check(
                 error = relative_error(case.call(job.op.implementations["triton"], job.step).run(), truth)
             if not error <= allowed:
                 failed[name] = f"wrong: relative error {error:.1e}, where {allowed:.1e} is allowed"
-            elif spilled(compiled[name]) and not spilled(compiled[own]):
+            elif spilled(compiled[name]) and not spilled(compiled.get(own, [])):
                 failed[name] = f"spills {spilled(compiled[name])} bytes a thread"
         except Exception as error:  # whatever one raises, the others are timed
             synchronize()  # raises where the card takes no more work from this process
@@ -170,7 +170,7 @@ def calls_of(job: Job, size: Any, entry: Any | None, calls: list[Call]) -> list[
 def tune(job: Job, size: Any, most: int, lock: Path, known: dict[str, str]) -> dict:
     """Try up to `most` candidates for a size; `known` are those not to be tried, and why. Returns the row to record:
     the table's `own` entry, None where this card does not run the kernel, and the `results`, best first, each with
-    seconds by shape and their mean ratio to `own`, or `failed`."""
+    seconds by shape and their mean ratio to those of `own` (or the first that could be timed), or `failed`."""
     own = job.table.pick(size, card(DEVICE))
     variants = {repr(own): own}
     for entry in job.table.candidates(size):
@@ -182,10 +182,8 @@ def tune(job: Job, size: Any, most: int, lock: Path, known: dict[str, str]) -> d
     seconds = {name: [] for name in variants}
     with card_held(lock):
         for shape in job.table.shapes(size):
-            failed |= check(job, size, shape, left, compiled)
+            failed |= check(job, size, shape, left, compiled, repr(own))
             left = {name: entry for name, entry in left.items() if name not in failed}
-            if repr(own) not in left:
-                raise RuntimeError(f"{job.name} {size}: the table's own {own} cannot be timed: {failed[repr(own)]}")
             case = Case(job.op, shape, DTYPE, DEVICE)
             sets = [case.call(job.op.implementations["triton"], job.step) for _ in range(input_sets(case))]
             timed = {name: partial(calls_of, job, size, entry, sets) for name, entry in left.items()}
@@ -200,8 +198,9 @@ def tune(job: Job, size: Any, most: int, lock: Path, known: dict[str, str]) -> d
             left = {name: entry for name, entry in left.items() if name not in failed}
             say({"trying": None})
     results = [{"entry": name, "failed": why} for name, why in failed.items()]
+    base = repr(own) if repr(own) in left else next(iter(left), None)
     for name in left:
-        ratio = geometric_mean(map(truediv, seconds[name], seconds[repr(own)]))
+        ratio = geometric_mean(map(truediv, seconds[name], seconds[base]))
         results.append({"entry": name, "seconds": seconds[name], "ratio": ratio})
     results.sort(key=lambda result: result.get("ratio", math.inf))
     row = {"bench": "tune", "op": job.op.name, "kernel": job.table.kernel, "size": repr(size), "card": card(DEVICE)}
@@ -304,10 +303,17 @@ def table(row: dict) -> str:
 
 def entry(row: dict) -> str:
     """The entry of a size and this card: the fastest where it gains more than noise, else what is there."""
-    best, own = row["results"][0], row["own"]
+    best, own, start = row["results"][0], row["own"], f'    {row["size"]}: "{row["card"]}": '
+    if "failed" in best:
+        return f"{start}none could be timed"
+    own_failed = next(
+        (result["failed"] for result in row["results"] if result["entry"] == own and "failed" in result), ""
+    )
+    if own_failed:
+        return f"{start}{best['entry']},  # changed: {own} could not be timed: {own_failed}"
     if best["ratio"] >= 1 - GAIN:
-        return f'    {row["size"]}: "{row["card"]}": {own},'
-    return f'    {row["size"]}: "{row["card"]}": {best["entry"]},  # changed: {best["ratio"]:.3f} of the time of {own}'
+        return f"{start}{own},"
+    return f"{start}{best['entry']},  # changed: {best['ratio']:.3f} of the time of {own}"
 
 
 def entries(rows: list[dict]) -> str:

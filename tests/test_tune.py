@@ -143,10 +143,13 @@ def test_a_table_that_spills_is_compared_with_what_spills(fake, tmp_path):
     assert {"entry": repr(SPILLS), "failed": "spills 12 bytes a thread"} not in tuned(tmp_path)["results"]
 
 
-def test_it_stops_when_the_table_itself_cannot_be_timed(fake, tmp_path):
-    fake.us[OWN] = 0
-    with pytest.raises(RuntimeError, match=r"doubling:double narrow: the table's own Tile.* cannot be timed: slow"):
-        tune.tune(JOB, "narrow", 9, tmp_path / "lock", {repr(OWN): "slow"})
+def test_where_the_table_itself_cannot_be_timed_the_others_are(fake, tmp_path):
+    row = tuned(tmp_path, known={repr(OWN): "no card for it"})
+    ranked = {result["entry"]: result["ratio"] for result in row["results"] if "ratio" in result}
+    assert ranked == pytest.approx({repr(FAST): 80 / 130, repr(SLOW): 1})
+    assert tune.entry(row).endswith(f"{FAST!r},  # changed: {OWN!r} could not be timed: no card for it")
+    row = tuned(tmp_path, most=1, known={repr(OWN): "no card", repr(SLOW): "neither"})
+    assert "none could be timed" in tune.entry(row)
 
 
 def test_a_card_that_fails_ends_the_process(fake, tmp_path, monkeypatch):
@@ -179,7 +182,7 @@ import test_tune
 from bench import tune
 
 def double(x):
-    if test_tune.LAUNCHES.pick("narrow", "sm_90") == test_tune.WRONG:
+    if test_tune.LAUNCHES.pick("narrow", tune.card(x.device)) == test_tune.WRONG:
         print("an illegal access", file=sys.stderr, flush=True)
         os._exit(9)
     return 2 * x
@@ -205,7 +208,7 @@ def test_a_candidate_that_ends_its_process_is_named_and_the_rest_are_timed(monke
     assert [row["size"] for row in tuner.rows] == ["'narrow'", "'wide'"] and not tuner.untried
     failed = {result["entry"]: result["failed"] for result in tuner.rows[0]["results"] if "failed" in result}
     assert failed == {repr(WRONG): "an illegal access"} and len(tuner.rows[0]["results"]) == 4
-    assert tune.records.read(tmp_path, "tune")[0]["card"] == "sm_90"
+    assert tune.records.read(tmp_path, "tune")[0]["card"] == tune.card(tune.DEVICE)
 
 
 def test_what_there_was_no_time_for_is_said(monkeypatch, tmp_path):
