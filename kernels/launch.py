@@ -33,8 +33,8 @@ _library = torch.library.Library("nanofuse", "DEF")
 def _on_its_gpu(function: Callable) -> Callable:
     """`function`, on the GPU of its first argument: Triton launches on the current one, wherever tensors are."""
 
-    def launch(first: torch.Tensor, *rest):
-        with torch.cuda.device_of(first):
+    def launch(first: torch.Tensor | list[torch.Tensor], *rest):
+        with torch.cuda.device_of(first[0] if isinstance(first, list) else first):
             return function(first, *rest)
 
     return launch

@@ -1,23 +1,22 @@
 """The Triton implementations in use: under autograd's modes, as torch.library ops, compiled, in the model."""
 
-import math
 from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_kernels import BY_NAME, DEVICE, call, checked, make_inputs
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from kernels import OPS, TESTED, KernelChoice, bind, linear_cross_entropy
+from kernels import OPS, TESTED, KernelChoice, bind
 from kernels.attention import document_ranges
+from kernels.cross_entropy import IGNORE
 from kernels.interpreter import sanitize
 from kernels.launch import IMPLEMENTATIONS, _on_its_gpu
-from kernels.linear_cross_entropy import IGNORE, cross_entropy_torch, cross_entropy_triton, linear_cross_entropy_triton
 from kernels.rope import rope_tables
 from model.gpt import GPT, ModelConfig
 
-WITH_TRITON = [op for op in TESTED if "triton" in op.implementations]
+WITH_TRITON = [op for op in TESTED if "triton" in op.implementations and not op.mutates]
 interpreted = pytest.mark.skipif(DEVICE.type == "cuda", reason="asks the interpreter what was launched")
 by_op = pytest.mark.parametrize("op", WITH_TRITON, ids=lambda op: op.name)
 
@@ -132,126 +131,7 @@ def test_stream_used_alone():
     assert torch.equal(inputs["x"].grad, torch.ones_like(inputs["x"])) and not inputs["gain"].grad.any()
 
 
-# The loss.
-
-
-def test_a_chunk_of_logits_is_all_there_is(monkeypatch):
-    """No tensor as large as the logits, in training or evaluation; the result is that of one chunk."""
-    op = BY_NAME["linear_cross_entropy"]
-    inputs = {k: v.detach() for k, v in make_inputs(op, {"N": 64, "D": 8, "V": 400}, torch.float32).items()}
-    whole = call(op, "triton", inputs, torch.float32)
-    monkeypatch.setattr(linear_cross_entropy, "CHUNK_BYTES", 4 * 400 * 7)
-
-    class Largest(TorchDispatchMode):
-        nbytes = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **kwargs or {})
-            if torch.is_tensor(result):
-                self.nbytes = max(self.nbytes, result.nbytes)
-            return result
-
-    implementation = IMPLEMENTATIONS["linear_cross_entropy"]
-    with Largest() as largest:
-        for wanted in (True, False):
-            implementation(*inputs.values(), None, torch.float32, 0.0, 0.0, 0.0, IGNORE, wanted, wanted)
-    assert largest.nbytes == 4 * max(7 * 400, 400 * 8)
-    chunked = call(op, "triton", inputs, torch.float32)
-    for key, value in whole.items():
-        torch.testing.assert_close(chunked[key], value)
-
-
-def test_half_precision_products_are_summed_in_float32(monkeypatch):
-    """The head's gradient over 280 chunks of 2 rows, all alike: summed in bf16 it would stop growing at 256."""
-    monkeypatch.setattr(linear_cross_entropy, "CHUNK_BYTES", 2 * 16 * 2)
-    x = torch.ones(560, 1, dtype=torch.bfloat16, device=DEVICE)
-    weight = torch.zeros(2, 1, device=DEVICE, requires_grad=True)
-    with torch.autocast(DEVICE.type, torch.bfloat16):
-        linear_cross_entropy_triton(x, weight, torch.zeros(560, dtype=torch.long, device=DEVICE), "sum").backward()
-    assert weight.grad.flatten().tolist() == [-280, 280] and weight.grad.dtype == torch.float32
-
-
-@pytest.mark.parametrize("margin", [0.0, 10.0, 40.0, 80.0])
-def test_confident_predictions_lose_nothing(margin):
-    logits = torch.zeros(2, 1000, device=DEVICE)
-    logits[0, 3], logits[1, 999] = margin, -margin
-    targets = torch.tensor([3, 3], device=DEVICE)
-    truth, ours = logits.double().requires_grad_(), logits.requires_grad_()
-    expected, loss = cross_entropy_torch(truth, targets, "none"), cross_entropy_triton(ours, targets, "none")
-    rest = 999 * math.exp(-margin)
-    assert loss[0].item() == pytest.approx(math.log1p(rest), rel=1e-6)
-    assert loss[1].item() == pytest.approx(expected[1].item(), rel=1e-6)
-    loss.sum().backward()
-    assert ours.grad[0, 3].item() == pytest.approx(-rest / (1 + rest), rel=1e-6)
-
-
-@pytest.mark.parametrize("target", [-2, 101, 2**40])
-def test_target_out_of_range_is_nan_and_reads_nothing(target):
-    logits = torch.randn(3, 101, device=DEVICE)
-    with checked("triton"):
-        loss = cross_entropy_triton(logits, torch.tensor([5, target, IGNORE], device=DEVICE), "none")
-    assert loss.isnan().tolist() == [False, True, False] and loss[2] == 0
-
-
-@pytest.mark.parametrize("ignore_index", [-100, 7])
-def test_another_index_to_ignore(ignore_index):
-    """A class may be it, too."""
-    logits, targets = make_inputs(BY_NAME["cross_entropy"], {"N": 9, "V": 40}, torch.float32).values()
-    targets = targets.where(targets != IGNORE, ignore_index)
-    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    loss = cross_entropy_triton(ours, targets, ignore_index=ignore_index)
-    expected = torch.nn.functional.cross_entropy(theirs, targets, ignore_index=ignore_index)
-    torch.testing.assert_close(loss, expected)
-    loss.backward()
-    expected.backward()
-    torch.testing.assert_close(ours.grad, theirs.grad)
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_all_ignored_is_zero(reduction):
-    inputs = leaves_of(BY_NAME["linear_cross_entropy"])
-    inputs["targets"].fill_(IGNORE)
-    loss = linear_cross_entropy_triton(**inputs, reduction=reduction)
-    loss.sum().backward()
-    assert not loss.any() and not inputs["x"].grad.any() and not inputs["head_weight"].grad.any()
-
-
-def test_infinite_logits_are_impossible_classes():
-    logits = torch.randn(2, 40, device=DEVICE)
-    logits[:, 30:] = -math.inf
-    targets = torch.tensor([3, 7], device=DEVICE)
-    torch.testing.assert_close(cross_entropy_triton(logits, targets), cross_entropy_torch(logits, targets))
-
-
-@pytest.mark.parametrize("op", ["cross_entropy", "linear_cross_entropy"])
-def test_second_backward_is_refused(op):
-    """It would scale a gradient that the first has scaled already."""
-    loss = 2 * BY_NAME[op].implementations["triton"](**leaves_of(BY_NAME[op]))
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_float16_gradients_under_a_loss_scale_do_not_underflow(reduction):
-    """Of 500 rows and 9,000 classes a mean's are about 2e-7, which float16 does not hold."""
-    shape, results = {"N": 500, "V": 9000}, {}
-    for name in ("torch", "triton"):
-        inputs = make_inputs(BY_NAME["cross_entropy"], shape, torch.float16)
-        logits = inputs["logits"].requires_grad_()
-        loss = BY_NAME["cross_entropy"].implementations[name](logits, inputs["targets"], reduction)
-        results[name] = torch.autograd.grad(loss * (2**16 if reduction == "mean" else 1), logits)[0]
-    torch.testing.assert_close(results["triton"], results["torch"], rtol=2e-2, atol=2e-5)
-
-
-def test_gradient_in_place_of_the_logits():
-    logits = leaves_of(BY_NAME["cross_entropy"])["logits"]
-    intermediate = logits * 1
-    targets = torch.arange(len(logits), device=DEVICE)
-    cross_entropy_triton(intermediate, targets, "sum", inplace=True).backward()
-    assert torch.equal(intermediate, logits.grad)
-    with pytest.raises(ValueError, match="contiguous"):
-        cross_entropy_triton(logits.detach().t().requires_grad_() * 1, torch.zeros(101).long(), inplace=True)
+# Arguments.
 
 
 @pytest.mark.parametrize("op, change, message", [
@@ -345,8 +225,14 @@ def library_calls():
     documents = document_ranges(torch.arange(key.shape[1], device=DEVICE).expand(key.shape[:2]) // 5)
     sink = torch.randn(query.shape[2], device=DEVICE)
     logits, targets = inputs["cross_entropy"].values()
+    loss, stats = torch.ops.nanofuse.cross_entropy_fwd(logits, targets, 0.0, 0.0, 0.0, IGNORE)
     hidden, head, head_targets = inputs["linear_cross_entropy"].values()
+    *tensors, copies, lr, step, grad_scale, beta1, beta2, eps, decay = (
+        OPS["adamw"].inputs({"N": 2, "n": 9}, lambda *size: torch.randn(*size, device=DEVICE)).values()
+    )
+    scalars = lr, step, grad_scale, beta1, beta2, eps, decay
     return {
+        "adamw_": [(*tensors, copies[1:], [1], *scalars, True), (*tensors, [], [], *scalars, False)],
         "attention_fwd": [
             (query, key, value, None, None, None, 0.2, True, 0, 0.0),
             (query, key, value, documents, sink, sink, 0.2, False, 3, 5.0),
@@ -361,10 +247,18 @@ def library_calls():
         "rope_bwd": [(q, k, v, qkv, cos, sin, q_gain, k_gain, None, 1e-6, True)],
         "swiglu_fwd": [(packed, "silu", True), (packed, "relu2", False)],
         "swiglu_bwd": [(packed[:, ::2], packed, "silu", True), (packed, packed, "relu2", False)],
-        "cross_entropy": [(logits, targets, None, 0.0, 0.0, 0.0, IGNORE, flag) for flag in (True, False)],
-        "cross_entropy_": [(logits, targets, None, 0.0, 0.0, 0.0, IGNORE)],
-        "linear_cross_entropy": [(hidden, head, head_targets, None, torch.bfloat16, 0.0, 0.0, 0.0, IGNORE, True, True)],
-        "scale_": [(x.clone(), torch.rand((), device=DEVICE)), (x.clone(), torch.rand(len(x), device=DEVICE))],
+        "cross_entropy_fwd": [(logits, targets, 0.0, 0.0, 0.0, IGNORE)],
+        "cross_entropy_bwd": [(loss, logits, targets, stats, 0.0, 0.0, 0.0, IGNORE)],
+        "cross_entropy_bwd_": [(loss, logits.clone(), targets, stats, 0.0, 0.0, 0.0, IGNORE)],
+        "cross_entropy_in_place": [
+            (logits.clone(), targets, loss.clone(), weights, 0.0, 0.0, 0.0, IGNORE, logits.shape[1])
+            for weights in (None, loss, torch.rand((), device=DEVICE))
+        ],
+        "linear_cross_entropy": [
+            (hidden, F.pad(head, (0, 0, 0, 27)), head_targets, None, len(head), 0.0, 0.0, 0.0, IGNORE, with_dx, True)
+            for with_dx in (True, False)
+        ],
+        "scale_": [(x.clone(), torch.rand((), device=DEVICE))],
     }
 
 
@@ -406,7 +300,7 @@ def test_whole_model_compiles_as_one_graph(autocast):
 
 
 @interpreted
-@pytest.mark.parametrize("op", [name for name in OPS if "triton" in OPS[name].implementations])
+@pytest.mark.parametrize("op", [op.name for op in WITH_TRITON if op.name in OPS])
 def test_a_flag_swaps_its_op_and_no_other(op):
     model = small_gpt(KernelChoice(**{"every": "torch", op: "triton"}))
     with sanitize() as record:
