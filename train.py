@@ -202,6 +202,8 @@ class Trainer:
         self.run.say(f"model    {n_parameters:,} parameters, {self.flops:,} training FLOPs a token")
         self.run.say(f"machine  {hardware.describe(self.device, self.precision)}")
         self.run.say(f"kernels  {kernels}")
+        if kernels.names["attention"] == "auto":
+            self.run.say(f"         attention auto: {self.model.attention_choice(self.precision != 'fp32')}")
         self.run.say(f"compile  {compiling}")
         self.run.say(f"capture  {capturing}")
         if self.warmup >= 1:

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from kernels import KernelError, Kernels
-from kernels.attention import document_ranges
+from kernels.attention import choice, document_ranges
 from kernels.rope import rope_tables
 from model.config import ConfigError
 
@@ -524,6 +524,14 @@ class GPT(nn.Module):
         result = super().load_state_dict(*args, **options)
         self.refresh_copies()
         return result
+
+    def attention_choice(self, half: bool) -> str:
+        """What attention's `auto` takes on a GPU to train in half precision or in float32, and why."""
+        c = self.config
+        asked = {"documents": c.separator >= 0 or None, "dropout": c.dropout, "slopes": c.position == "alibi" or None}
+        sizes = c.seq_len, c.seq_len, c.head_dim
+        chosen = (choice(*sizes, True, half, window=window, **asked) for window in c.windows)
+        return ", ".join(f"{name} for {why}" for name, why in dict.fromkeys(chosen))
 
     def n_parameters(self) -> int:
         """Parameters, a tied head counted once."""
