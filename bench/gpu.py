@@ -25,7 +25,8 @@ import torch
 from bench import records
 
 ROOT = Path(__file__).parents[1]
-TESTS = [f"tests/test_{subject}.py" for subject in ("attention", "kernels", "triton", "adamw", "model")]
+SUBJECTS = ("attention", "kernels", "triton", "cross_entropy", "adamw", "model", "capture")
+TESTS = [f"tests/test_{subject}.py" for subject in SUBJECTS]
 # Strides are arguments of a launch: at one shape they show all that they do. In float32, whose attention compiles
 # longest, the other shapes would be a third of it.
 NEEDED = "not (test_strided_inputs and attention-triton and not 2x17x17)"

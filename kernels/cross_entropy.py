@@ -153,23 +153,23 @@ def _capped(z, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _columns(block, DEPTH: tl.constexpr, LANES: tl.constexpr):
-    """`[DEPTH, LANES]` columns of a block. A thread has whole columns of this tile, so that reductions over DEPTH cross
-    no threads, and loads of a block are all on their way before the first is needed."""
-    return block * (DEPTH * LANES) + tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+def _columns(start, DEPTH: tl.constexpr, LANES: tl.constexpr):
+    """`[DEPTH, LANES]` columns from `start`. A thread has whole columns of this tile, so that reductions over DEPTH
+    cross no threads, and all its loads are on their way before the first is needed."""
+    return start + tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
 
 
 @triton.jit
 def _online_softmax(
     z, columns, target, has_target, m_i, l_i, z_sum, softcap, V,
-    LAST: tl.constexpr, SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr, SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Update each lane's maximum and sum of exp(z - m_i), both without the target, and for label smoothing the sum of
-    z. The `LAST` block of a row may reach beyond its classes."""
+    z. A `MASKED` block reaches beyond the classes."""
     z = _capped(z, softcap, SOFTCAP)
     if SMOOTH:
-        z_sum += tl.sum(tl.where(columns < V, z, 0.0) if LAST else z, axis=0)
-    if LAST:
+        z_sum += tl.sum(tl.where(columns < V, z, 0.0) if MASKED else z, axis=0)
+    if MASKED:
         z = tl.where(columns < V, z, float("-inf"))
     if has_target:  # a branch, so that one block of a row pays for it
         z = tl.where(columns == target, float("-inf"), z)
@@ -212,13 +212,15 @@ def _store_gradient(
     smooth = weight * label_smoothing / V
     counted = weight != 0
 
-    n_full = (V - 1) // (DEPTH * LANES)
-    columns = _columns(n_full, DEPTH, LANES)
-    z = tl.load(logits_ptr + columns, mask=columns < width, other=0.0)
-    dz = _gradient(z, m, scale, smooth, counted, softcap, SMOOTH, SOFTCAP)
-    tl.store(dlogits_ptr + columns, tl.where(columns < V, dz, 0.0), mask=columns < width)
-    for i in range(n_full):
-        columns = _columns(n_full - 1 - i, DEPTH, LANES)
+    BLOCK: tl.constexpr = DEPTH * LANES
+    end = V // BLOCK * BLOCK
+    for start in range(end, width, LANES):
+        columns = _columns(start, 1, LANES)
+        z = tl.load(logits_ptr + columns, mask=columns < width, other=0.0)
+        dz = _gradient(z, m, scale, smooth, counted, softcap, SMOOTH, SOFTCAP)
+        tl.store(dlogits_ptr + columns, tl.where(columns < V, dz, 0.0), mask=columns < width)
+    for start in range(0, end, BLOCK):
+        columns = _columns(end - BLOCK - start, DEPTH, LANES)
         z = tl.load(logits_ptr + columns, eviction_policy="evict_first")
         dz = _gradient(z, m, scale, smooth, counted, softcap, SMOOTH, SOFTCAP)
         tl.store(dlogits_ptr + columns, dz, eviction_policy="evict_first")
@@ -237,7 +239,8 @@ def _cross_entropy_fwd_kernel(
     SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Loss of each row; what the backward needs where `stats_ptr` is given, with GRADIENT the gradient in place."""
-    n_full = (V - 1) // (DEPTH * LANES)
+    BLOCK: tl.constexpr = DEPTH * LANES
+    end = V // BLOCK * BLOCK  # of full blocks; the rest of a row is taken in shallow ones, which are masked
     policy: tl.constexpr = "evict_last" if GRADIENT else "evict_first"
     for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
         row_ptr = logits_ptr + tl.cast(row, tl.int64) * stride_z
@@ -245,22 +248,23 @@ def _cross_entropy_fwd_kernel(
         ignored = target == ignore_index
         valid = (target >= 0) & (target < V) & (target != ignore_index)
         target = tl.where(valid, target, -1).to(tl.int32)
-        target_block = target // (DEPTH * LANES)
 
         m_i = tl.full([LANES], -1e30, tl.float32)  # finite, so that -inf - m_i is no NaN
         l_i = tl.zeros([LANES], tl.float32)
         z_sum = tl.zeros([LANES], tl.float32)
-        for i in range(n_full):
-            columns = _columns(i, DEPTH, LANES)
+        for start in range(0, end, BLOCK):
+            columns = _columns(start, DEPTH, LANES)
             z = tl.load(row_ptr + columns, eviction_policy=policy)
+            has_target = (start <= target) & (target < start + BLOCK)
             m_i, l_i, z_sum = _online_softmax(
-                z, columns, target, i == target_block, m_i, l_i, z_sum, softcap, V, False, SMOOTH, SOFTCAP
+                z, columns, target, has_target, m_i, l_i, z_sum, softcap, V, False, SMOOTH, SOFTCAP
             )  # fmt: skip
-        columns = _columns(n_full, DEPTH, LANES)
-        z = tl.load(row_ptr + columns, mask=columns < width, other=0.0)
-        m_i, l_i, z_sum = _online_softmax(
-            z, columns, target, n_full == target_block, m_i, l_i, z_sum, softcap, V, True, SMOOTH, SOFTCAP
-        )  # fmt: skip
+        for start in range(end, width, LANES):
+            columns = _columns(start, 1, LANES)
+            z = tl.load(row_ptr + columns, mask=columns < width, other=0.0, eviction_policy=policy)
+            m_i, l_i, z_sum = _online_softmax(
+                z, columns, target, target >= end, m_i, l_i, z_sum, softcap, V, True, SMOOTH, SOFTCAP
+            )  # fmt: skip
         # Not before: where it waits for `target`, the loads of the row would wait behind it.
         z_target = _capped(tl.load(row_ptr + target, mask=valid, other=0.0), softcap, SOFTCAP)
         m_others = tl.max(m_i, axis=0)

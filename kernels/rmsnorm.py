@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launch import card, cdiv, library_op, n_sm, next_power_of_2, rows_of, sum_rows, tl, triton
+from kernels.launch import card, cdiv, empty_like, library_op, n_sm, next_power_of_2, rows_of, sum_rows, tl, triton
 from kernels.spec import Cost, LaunchTable, Op, accumulation_dtype
 
 
@@ -247,8 +247,8 @@ def _pick(table: LaunchTable, stream: Tensor) -> tuple[RowTile, dict[str, int]]:
 
 
 def _allocate_fwd(x, gain, residual, eps):
-    stream = x.new_empty(0) if residual is None else torch.empty(x.shape, dtype=residual.dtype, device=x.device)
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), stream, x.new_empty(x.shape[:-1], dtype=torch.float32)
+    stream = x.new_empty(0) if residual is None else empty_like(residual)
+    return empty_like(x), stream, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 @library_op(_allocate_fwd)
@@ -265,20 +265,20 @@ def _rmsnorm_fwd(x: Tensor, gain: Tensor | None, residual: Tensor | None, eps: f
     return y, stream, rstd
 
 
-def _allocate_bwd(dy, dstream, stream, gain, rstd, twin):
+def _allocate_bwd(dy, dstream, stream, gain, rstd, separate):
     return (
-        torch.empty(stream.shape, dtype=dy.dtype, device=dy.device),
-        torch.empty(stream.shape if twin else (0,), dtype=stream.dtype, device=dy.device),
+        empty_like(stream, dtype=dy.dtype),
+        empty_like(stream) if separate else stream.new_empty(0),
         dy.new_empty(0) if gain is None else torch.empty_like(gain),
     )
 
 
 @library_op(_allocate_bwd)
 def _rmsnorm_bwd(
-    dy: Tensor, dstream: Tensor | None, stream: Tensor, gain: Tensor | None, rstd: Tensor, twin: bool
+    dy: Tensor, dstream: Tensor | None, stream: Tensor, gain: Tensor | None, rstd: Tensor, separate: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, in the dtype of `dy`; of the residual, with `twin`, in that of `stream`; and of the gain."""
-    dx, dresidual, dgain = _allocate_bwd(dy, dstream, stream, gain, rstd, twin)
+    """The gradients of x, in the dtype of `dy`; of the residual, if `separate`, in that of `stream`; of the gain."""
+    dx, dresidual, dgain = _allocate_bwd(dy, dstream, stream, gain, rstd, separate)
     dy, stream = rows_of(dy), rows_of(stream)
     dstream = None if dstream is None else rows_of(dstream)
     tile, blocks = _pick(BACKWARD, stream)
@@ -286,7 +286,7 @@ def _rmsnorm_bwd(
     programs = max(1, min(tile.programs_per_sm * n_sm(dy.device), cdiv(n_rows, blocks["BLOCK_R"])))
     partial_sums = None if gain is None else dy.new_empty((programs, d), dtype=torch.float32)
     _rmsnorm_bwd_kernel[(programs,)](
-        dy, dstream, stream, gain, rstd, dx, dresidual if twin else None, partial_sums,
+        dy, dstream, stream, gain, rstd, dx, dresidual if separate else None, partial_sums,
         n_rows, d, dy.stride(0), 0 if dstream is None else dstream.stride(0), stream.stride(0),
         STAGES=tile.num_stages, **blocks,
     )  # fmt: skip
@@ -311,9 +311,9 @@ class _RMSNorm(torch.autograd.Function):
         stream, gain, rstd = ctx.saved_tensors
         if dy is None:
             dy = torch.zeros_like(stream, dtype=ctx.dtype)
-        twin = ctx.has_residual and stream.dtype != ctx.dtype
-        dx, dresidual, dgain = _rmsnorm_bwd(dy, dstream if ctx.has_residual else None, stream, gain, rstd, twin)
-        if not twin:
+        separate = ctx.has_residual and stream.dtype != ctx.dtype
+        dx, dresidual, dgain = _rmsnorm_bwd(dy, dstream if ctx.has_residual else None, stream, gain, rstd, separate)
+        if not separate:
             dresidual = dx if ctx.has_residual else None
         return dx, None if gain is None else dgain, dresidual, None
 

@@ -394,6 +394,7 @@ def test_the_parts_fit_in_five_minutes_and_end_by_themselves(tmp_path):
     parts = gpu.parts(tmp_path, 16)
     assert [part.name for part in parts] == ["tests", "steps", "kernels", "attention", "tune"]
     assert sum(part.limit for part in parts) <= 300 and len(parts[0].commands) == 16
+    assert all((ROOT / path).exists() for path in gpu.TESTS)
     for part in parts[1:]:  # those that are timed, a case or so before they are killed
         (command,) = part.commands
         (seconds,) = (float(flag.partition("=")[2]) for flag in command if flag.startswith(("--within=", "--seconds=")))
@@ -425,11 +426,6 @@ def test_shards_run_each_test_once():
     assert sorted(seen) == items and len(seen) == 7
 
 
-# To be skipped no more once train.py captures steps.
-captures = pytest.mark.skipif("capture" not in train.Config.__dataclass_fields__, reason="train.py captures no step")
-
-
-@captures
 @pytest.mark.parametrize("shape", steps.SHAPES)
 def test_steps_are_trained_with_knobs_that_exist(shape, tmp_path):
     (tmp_path / "defaults.py").touch()
@@ -439,7 +435,6 @@ def test_steps_are_trained_with_knobs_that_exist(shape, tmp_path):
         assert config.model.resolved(256).vocab_size == steps.SHAPES[shape]["model.vocab_size"]
 
 
-@captures
 def test_a_step_is_measured(monkeypatch, tmp_path):
     monkeypatch.setattr(steps, "SAMPLE_S", 1e-3)
     knobs = {"model.n_layer": 1, "model.n_head": 2, "model.d_model": 32, "model.seq_len": 16, "batch_size": 2}

@@ -202,6 +202,28 @@ def test_offsets_of_heads_beyond_two_to_the_31():
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
+# Launch parameters.
+
+CANDIDATES = [
+    pytest.param(op, table, tile, id=f"{op.name}{table.kernel}-{tile}")
+    for op in WITH_TRITON if op.name in ("rmsnorm", "rope", "swiglu") for table in op.launches
+    for tile in table.candidates(min(table.entries))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("op, table, tile", CANDIDATES)
+def test_every_candidate_is_right(op, table, tile, monkeypatch):
+    """At the smallest size; those of other sizes are its multiples."""
+    shape = {"rmsnorm": {"rows": 9, "D": 600}, "rope": {"B": 1, "T": 9, "H": 2, "KV": 1, "D": 64}}.get(
+        op.name, {"rows": 5, "F": 1200}
+    )
+    inputs = make_inputs(op, shape, torch.float32)
+    expected = call(op, "torch", inputs, torch.float32)
+    for size in table.entries:
+        monkeypatch.setitem(table.entries, size, {"": tile})
+    torch.testing.assert_close(call(op, "triton", inputs, torch.float32), expected, rtol=1e-5, atol=1e-5)
+
+
 # As torch.library ops, and compiled.
 
 
@@ -336,7 +358,7 @@ def test_a_flag_swaps_its_op_and_no_other(op):
     model = small_gpt(KernelChoice(**{"every": "torch", op: "triton"}))
     with sanitize() as record:
         model(*batch()).backward()
-    own = {"linear_cross_entropy": ("cross_entropy", "scale"), "rmsnorm": ("rmsnorm", "sum_rows")}.get(op, (op,))
+    own = {"linear_cross_entropy": ("cross_entropy", "scale")}.get(op, (op, "sum_rows"))
     assert record.kernels and all(any(part in name for part in own) for name in record.kernels)
 
 
