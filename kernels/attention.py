@@ -4,7 +4,7 @@
     p_ij = exp(s_ij) / (exp(sink) + sum_j exp(s_ij)) over the keys j that query i sees,  o_i = sum_j p_ij v_j
 
 Query head h reads key/value head h // (H / KV). Queries are the last T of the S tokens that have keys, so that query i
-stands at i + S - T (generation with a cache). It sees the keys up to its own place (all, when not causal), of those
+is at position i + S - T (generation with a cache). It sees the keys up to its own position (all, when not causal), of those
 the last `window`, and of those the ones of its own document. The sink is a logit per head of a key whose value is 0;
 without one exp(sink) is 0, and a query that sees nothing gives 0.
 
@@ -14,13 +14,13 @@ dk = scale * ds^T q, each head of k and v summed over the queries' heads that re
 and lse_i, the log of the sum above. In float32 that is saved in two terms, the largest score and the log of the sum
 relative to it: rounded as one number, a large lse_i would take digits off every p_ij.
 
-The Triton kernels work on tiles of queries and keys and never hold more than a tile of the scores. The keys that a query
-sees, and the queries that see a key, are a range whose ends never move back from one token to the next: tiles outside
-the ranges of a tile's first and last row are skipped, and those inside all of its rows' ranges are not masked. The
-backward computes the scores again, once for dq and delta and once for dk and dv, so that every sum has one program and
-one order. Short causal sequences, which are bound by memory, have a forward and a backward of their own: a program holds
-all keys of a head, so that the softmax is a plain one, and the backward reads everything once and makes all three
-gradients, with delta as the sum of p_ij dp_ij. Exponentials are to base 2, with log2(e) folded into the scale.
+The Triton kernels work on tiles of queries and keys and never hold more than a tile of the scores. The keys that a
+query sees, and the queries that see a key, are a range whose ends never move back from one token to the next: tiles
+outside the ranges of a tile's first and last row are skipped, and those inside all of its rows' ranges are not masked.
+The backward computes the scores again, once for dq and delta and once for dk and dv, so that every sum has one program
+and one order. Short causal sequences, which are bound by memory, have kernels of their own: a program holds all keys of
+a head, so that the softmax is a plain one, and one backward makes all three gradients, with delta as the sum of
+p_ij dp_ij. Exponentials are to base 2, with log2(e) folded into the scale.
 
 Sources: Vaswani et al., 2017, equation 1; Ainslie et al., "GQA", 2023; Dao, "FlashAttention-2", 2023, algorithms 1, 2;
 Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023; Gemma 2 (softcap), 2024; Press et al.,
@@ -624,9 +624,9 @@ def _candidates(kernel: str, size: tuple[int, int]) -> list[Tile]:
     """Tiles by their distance from the one in use on sm_90. Registers can hold the sums and scores, in float32, and
     shared memory what is loaded ahead; they need more, so that some spill.
 
-    In a backward, 4 warps take no moving tile below 64. On an H100 a candidate of a former kernel made an illegal access
-    that is in neither its source nor its PTX; products of 32 columns or fewer by one warpgroup (wgmma) are those that
-    assemblers up to Triton 3.7.1's are known to get wrong."""
+    In a backward, 4 warps take no moving tile below 64: a tile of that kind, of an earlier kernel, made an illegal
+    access on an H100 under Triton 3.6, though its PTX stays in bounds, and Triton 3.7.1 is known to do so where one
+    warpgroup multiplies tiles of 32 columns."""
     (width, length), short = size, kernel.startswith("short")
     keys_kept = kernel in ("dkv", "short bwd")  # in a tile that stays, while queries move past it
     stay = [length] if short else [n for n in ((64, 128) if width <= 128 else (32, 64)) if n <= length]
