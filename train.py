@@ -337,7 +337,7 @@ class Trainer:
         speed = (self.step - self.logged) * self.budget.tokens_per_step / self.busy
         mfu = speed * self.flops / self.peak if self.peak else None
         row = row | {"lr": self.optimizers[0].param_groups[0]["lr"], "tok_s": speed, "mfu": mfu}
-        row |= {"data_wait": self.waited, **hardware.memory(self.device)}
+        row |= {"data_wait": self.waited, **hardware.memory(self.device, self.parts.replaying)}
         losses, share = f"loss {row['loss']:.4f}  norm {row['grad_norm']:.2f}", f", {mfu:.1%} of peak" if mfu else ""
         line = f"step {self.step:6d}  {progress:4.0%}  {losses}  {speed:,.0f} tok/s{share}"
         self.run.log(self.budget.position(self.step) | row, line)

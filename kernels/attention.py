@@ -834,9 +834,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, do):
-        sink = ctx.saved_tensors[4]
-        dq, dk, dv, dsink = _attention_bwd(do, *ctx.saved_tensors, *ctx.options)
-        dsink = dsink.to(sink.dtype) if ctx.needs_input_grad[4] else None
+        saved = ctx.saved_tensors  # once: recomputed activations are given out once
+        dq, dk, dv, dsink = _attention_bwd(do, *saved, *ctx.options)
+        dsink = dsink.to(saved[4].dtype) if ctx.needs_input_grad[4] else None
         return dq, dk, dv, None, dsink, None, *(None for _ in ctx.options)
 
 

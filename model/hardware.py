@@ -169,13 +169,14 @@ def describe(device: torch.device, precision: Precision) -> str:
     return f"{device.type} ({device_name(device)}), {precision}, {rated}"
 
 
-def memory(device: torch.device) -> dict[str, int | None]:
-    """Bytes held at the peak (by the process on a CPU), bytes reserved, and allocations that had to be retried."""
+def memory(device: torch.device, graphs: bool = False) -> dict[str, int | None]:
+    """Bytes held at the peak (by the process on a CPU), bytes reserved, and allocations that had to be retried. CUDA
+    graphs hold what is reserved for them, allocated or not."""
     if device.type != "cuda":
         return {"memory": _peak_resident(), "memory_reserved": None, "memory_retries": None}
     stats = torch.cuda.memory_stats(device)
     return {
-        "memory": stats["allocated_bytes.all.peak"],
+        "memory": stats["reserved_bytes.all.peak" if graphs else "allocated_bytes.all.peak"],
         "memory_reserved": stats["reserved_bytes.all.peak"],
         "memory_retries": stats["num_alloc_retries"],
     }

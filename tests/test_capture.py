@@ -331,12 +331,25 @@ def test_a_graph_is_captured_once_and_replayed_each_time(monkeypatch):
     assert log == [{"pool": (0, 1), "capture_error_mode": "thread_local"}, "run", "replay", "replay"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a GPU")
+ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a GPU")
+
+
+@ON_A_GPU
 @pytest.mark.parametrize("knobs", [{"optimizer": "adamw"}, {"optimizer": "muon", "micro_batch": 2}], ids=str)
 def test_graphs_equal_eager_steps_on_a_gpu(run, knobs):
-    """With inputs that change while the step before is in flight, and no step that waits for the device."""
+    """With inputs that change while the step before is in flight."""
     knobs |= {"steps": STEPS, "log_every": STEPS, "eval_every": 100, "save_every": 100, "device": "cuda"}
-    replayed, eager = (
-        run(run=f"captured-{mode}", capture=mode, precision="bf16", **knobs)[1] for mode in ("on", "off")
-    )
-    assert_same(trained(replayed), trained(eager))
+    captured, eager = (run(run=f"capture-{mode}", capture=mode, precision="bf16", **knobs)[1] for mode in ("on", "off"))
+    assert_same(trained(captured), trained(eager))
+
+
+@ON_A_GPU
+@pytest.mark.parametrize("capture", ["on", "off"])
+def test_no_step_waits_for_the_gpu(tiny, tmp_path, capture):
+    trainer = train.Trainer(*train.configure(tiny(tmp_path, capture=capture, device="cuda", precision="bf16")))
+    for step in range(2 * WARM_UP):
+        inputs, targets = (x.pin_memory() for x in trainer.batches.get(4 * step, 4))
+        if step not in (0, WARM_UP, WARM_UP + 1):  # kernels are compiled, graphs captured
+            torch.cuda.set_sync_debug_mode("error")
+        trainer.train_step(inputs, targets, 0.5)
+        torch.cuda.set_sync_debug_mode("default")
