@@ -330,9 +330,9 @@ class RowTile:
 
 
 def _candidates(size: int) -> Iterator[RowTile]:
-    """8 values a lane are one 128-bit load in half precision. Of 4 deep ones a multiprocessor holds 16 warps."""
+    """8 values a lane are one 128-bit load in half precision. Of 4 deep tiles registers hold 16 to 24 warps' worth."""
     for depth, warps, ctas in product((4, 2, 1), (8, 4, 16, 2, 1, 32), (2, 4, 1, 3, 8, 16)):
-        if depth * warps * 256 <= size and 16 <= ctas * warps <= (16 if depth == 4 else 32):
+        if depth * warps * 256 <= size and 16 <= ctas * warps <= (24 if depth == 4 else 32):
             yield RowTile(depth, warps * 256, warps, ctas)
 
 
@@ -345,7 +345,10 @@ def _table(kernel: str, backward: bool = False) -> LaunchTable:
     entries = {
         1024: {"": RowTile(4, 256, num_warps=1, ctas_per_sm=16)},
         8192: {"": RowTile(4, 512, num_warps=2, ctas_per_sm=8)},
-        65536: {"": RowTile(4, 2048, num_warps=8, ctas_per_sm=2)},
+        65536: {
+            "": RowTile(4, 2048, num_warps=8, ctas_per_sm=2),
+            "sm_120": RowTile(4, 4096, num_warps=16, ctas_per_sm=1),  # the other spills
+        },
         2**31: {"": RowTile(4, 4096, num_warps=16, ctas_per_sm=1)},
     }
     return LaunchTable(kernel, entries, _candidates, _shapes, backward)
