@@ -10,7 +10,6 @@ import math
 import shutil
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -19,15 +18,16 @@ from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import get_total_norm
 
-from data.batches import Batches, eval_batches
+from data.batches import Batches, Prefetcher, eval_batches
 from data.corpora import DataError
 from data.prepare import DataConfig, prepare
 from data.tokenizer import Tokenizer
 from kernels import KernelChoice, KernelError, bind
 from model import checkpoint, hardware
 from model.budget import Budget
+from model.capture import InFlight, Step
 from model.config import ConfigError, UserError, as_dict, build, flatten, merge, read, read_file, read_flags
 from model.diagnostics import Probe
 from model.evaluate import evaluate
@@ -56,7 +56,9 @@ class Config:
     kernels: KernelChoice = KernelChoice()
     device: Annotated[str, "auto, cpu, cuda, cuda:1, mps"] = "auto"
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], "of the matrix products; weights stay fp32"] = "auto"
-    compile: Annotated[Literal["auto", "on", "off"], "torch.compile (auto: where there is a C++ compiler)"] = "auto"
+    residual: Annotated[Literal["auto", "fp32", "bf16"], "the residual stream (auto: bf16 on a GPU in bf16)"] = "auto"
+    compile: Annotated[Literal["auto", "on", "off"], "torch.compile (auto: on a CPU with a C++ compiler)"] = "auto"
+    capture: Annotated[Literal["auto", "on", "off"], "replay the step as CUDA graphs (auto: on a GPU)"] = "auto"
     deterministic: Annotated[bool, "refuse operations that differ from run to run"] = False
     # how long
     steps: Annotated[int, "[0, inf)", "optimizer steps"] = 0
@@ -129,10 +131,17 @@ class Trainer:
     def __init__(self, config: Config, folder: Path, state: dict):
         """Check everything, prepare the corpus, build or restore the model; then, and only then, open the folder."""
         self.config = config
+
+        # The machine, and what it is asked for.
         self.device = hardware.pick_device(config.device)
         self.precision = hardware.pick_precision(config.precision, self.device)
         kernels = bind(config.kernels, self.device)
         compiled, compiling = hardware.pick_compile(config.compile, self.device)
+        redraws = bool(config.model.recompute and config.model.dropout)
+        captured, capturing = hardware.pick_capture(config.capture, self.device, self.precision, compiled, redraws)
+        residual = hardware.pick_residual(config.residual, self.device, self.precision)
+
+        # The model's shape, the run's length, room on the disk.
         shape = config.model.resolved(config.data.expected_vocab_size, config.data.separator)
         lengths = config.steps, config.tokens, config.seconds
         self.budget = Budget(*lengths, config.batch_size * shape.seq_len, state.get("budget", {}))
@@ -143,27 +152,42 @@ class Trainer:
         if state:
             checkpoint.check_fits(state, shape, config.optimizer)
 
+        # The data.
         data = prepare(config.data)
         self.tokenizer = data.tokenizer
         if state and self.tokenizer != Tokenizer.load(folder / "tokenizer.json"):
             raise ConfigError(f"{config.data.corpus} has other tokens now than when {folder} was trained on it")
-        self.micro_batch = config.micro_batch or config.batch_size
+        micro_batch = config.micro_batch or config.batch_size
         self.batches = Batches(data.train, shape.seq_len, config.seed, config.data.shift)
-        self.eval_set = eval_batches(data.val, shape.seq_len, self.micro_batch, config.eval_tokens, config.data.shift)
+        self.eval_set = eval_batches(data.val, shape.seq_len, micro_batch, config.eval_tokens, config.data.shift)
         self.byte_lengths = torch.from_numpy(self.tokenizer.byte_lengths())
 
+        # The model and its optimizers.
         torch.manual_seed(config.seed)
         hardware.set_up(self.device, config.deterministic)
         with self.device:
             self.model = GPT(shape, kernels)
+        self.model.residual = residual
+        if self.precision != "fp32":
+            self.model.keep_copies(hardware.DTYPES[self.precision])
         self.loss_of = torch.compile(self.model) if compiled else self.model
         rates, betas = (config.lr, config.muon_lr, config.weight_decay), (config.beta1, config.beta2)
         self.optimizers = build_optimizers(self.model, config.optimizer, *rates, betas, config.eps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.autocast = partial(hardware.autocast, self.device, self.precision)
 
-        self.step, self.sequences, self.saved = 0, 0, -1  # done so far; the step of the last checkpoint
+        # What a step reads and leaves, in tensors that keep their place: a micro-batch, and the share of a token in the
+        # batch's loss; that loss, and its gradient's norm.
+        with self.device:
+            self.ids, self.targets = torch.zeros(2, micro_batch, shape.seq_len, dtype=torch.int64)
+            self.share, self.loss, self.norm = torch.ones(()), torch.zeros(()), torch.zeros(())
+        parts = partial(self.forward_backward, first=True), partial(self.forward_backward, first=False), self.update
+        self.parts = Step(parts, captured, config.capture == "on", lambda line: self.run.say(line))
+        self.in_flight = InFlight(self.device)
         self.probe: Probe | None = None  # of a step whose diagnostics are due
+
+        # How far the run is, and its record.
+        self.step, self.sequences, self.saved = 0, 0, -1  # done so far; the step of the last checkpoint
         if state:
             self.restore(state)
         elif config.overwrite and folder.exists():
@@ -178,9 +202,14 @@ class Trainer:
         self.run.say(f"model    {n_parameters:,} parameters, {self.flops:,} training FLOPs a token")
         self.run.say(f"machine  {hardware.describe(self.device, self.precision)}")
         self.run.say(f"kernels  {kernels}")
+        if kernels.names["attention"] == "auto":
+            self.run.say(f"         attention auto: {self.model.attention_choice(self.precision != 'fp32')}")
         self.run.say(f"compile  {compiling}")
+        self.run.say(f"capture  {capturing}")
         if self.warmup >= 1:
             self.run.say(f"warm-up  {config.warmup:g} steps of {self.budget.steps}: the rate rises to the end")
+        if self.device.type == "cuda":
+            self.run.say("step     the first compiles its kernels, unless Triton's cache has them: up to half a minute")
 
     def restore(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
@@ -215,34 +244,40 @@ class Trainer:
         start = self.budget.start()
         if self.step and self.step % config.eval_every == 0:
             self.evaluate()  # in case the run died between its checkpoint and this
-        with Interrupt() as interrupt, ThreadPoolExecutor(1) as pool:
-            ahead = pool.submit(self.batches.get, self.sequences, config.batch_size)
+        pin = self.device.type == "cuda"
+        with Interrupt() as interrupt, Prefetcher(self.batches, self.sequences, config.batch_size, pin) as data:
             while (progress := self.budget.progress(self.step)) < 1:
-                if interrupt.signal or 0 < config.time_limit <= timer() - start:
-                    return "interrupted" if interrupt.signal else "time_limit"
+                if interrupt.signal:
+                    return "interrupted"
+                if 0 < config.time_limit <= timer() - start:
+                    return "time_limit"
+
+                # A batch, and one optimizer step on it.
                 begin = timer()
-                inputs, targets = ahead.result()
+                inputs, targets = data.next()
                 self.waited += timer() - begin
-                self.sequences += config.batch_size
-                ahead = pool.submit(self.batches.get, self.sequences, config.batch_size)
-                due = config.diag and (self.step + 1) % config.diag == 0
-                self.probe = Probe(self.model, self.optimizers, self.scaler.get_scale()) if due else None
+                if config.diag and (self.step + 1) % config.diag == 0:
+                    self.probe = Probe(self.model, self.optimizers, self.scaler.get_scale())
                 loss, norm = self.train_step(inputs, targets, progress)
                 self.step += 1
+                self.sequences += config.batch_size
+                self.in_flight.launched()
+
+                # Every `log_every` steps, and before a checkpoint, the host waits for loss and norm, and looks at them.
                 evaluating = self.step % config.eval_every == 0
                 saving = evaluating or self.step % config.save_every == 0
                 logging = self.step == 1 or self.step % config.log_every == 0
-                if saving or logging:
-                    loss, norm = loss.item(), norm.item()  # waits for the device, so it is done no oftener
+                row = {"loss": loss.item(), "grad_norm": norm.item()} if saving or logging else {}
                 self.budget.step_ended()
                 self.busy += timer() - begin
                 if logging:
-                    self.log(loss, norm, progress)
+                    self.log(row, progress)
                 if self.probe:
-                    with self.autocast():
-                        self.run.log(self.budget.position(self.step) | {"diag": self.probe.after(inputs)})
-                if (saving or logging) and (status := self.run.trouble(loss, norm, self.model.config.vocab_size)):
+                    self.diagnose(inputs)
+                if row and (status := self.run.trouble(row["loss"], row["grad_norm"], self.model.config.vocab_size)):
                     return status
+
+                # Once in a while: a checkpoint, then what may fail.
                 if saving:
                     self.save()
                 if evaluating:
@@ -252,45 +287,68 @@ class Trainer:
         return "finished"
 
     def train_step(self, inputs: Tensor, targets: Tensor, progress: float) -> tuple[Tensor, Tensor]:
-        """One optimizer step on `[batch_size, T]` ids. Returns loss and gradient norm, left on the device.
+        """One optimizer step on `[batch_size, T]` ids. Returns loss and gradient norm, left on the device."""
+        config = self.config
+        set_lr(self.optimizers, lr_factor(config.schedule, progress, self.warmup, config.decay, config.final_lr))
+        self.share.fill_(1 / int((targets >= 0).sum()))
+        micro_batches = zip(inputs.split(len(self.ids)), targets.split(len(self.ids)), strict=True)
+        with self.parts(eager=self.probe is not None) as (first, other, update):
+            for i, (x, y) in enumerate(micro_batches):
+                self.ids.copy_(x, non_blocking=True)
+                self.targets.copy_(y, non_blocking=True)
+                other() if i else first()
+                if self.probe:
+                    self.probe.accumulated()
+            update()
+        return self.loss.clone(), self.norm.clone()
+
+    def forward_backward(self, first: bool) -> None:
+        """Add the loss and gradients of a micro-batch to those of the batch, which begins with the `first`.
 
         The summed loss of every micro-batch is divided by the tokens of the whole batch, so that accumulating gives
-        the large batch's gradient however its tokens fall."""
-        config, n_targets = self.config, int((targets >= 0).sum())
-        set_lr(self.optimizers, lr_factor(config.schedule, progress, self.warmup, config.decay, config.final_lr))
-        total = torch.zeros((), device=self.device)
-        for x, y in zip(inputs.split(self.micro_batch), targets.split(self.micro_batch), strict=True):
-            with self.autocast():
-                loss = self.loss_of(x.to(self.device), y.to(self.device), "sum")
-            loss = loss / n_targets
-            self.scaler.scale(loss).backward()
-            if self.probe:
-                self.probe.accumulated()
-            total += loss.detach()
+        the large batch's gradient wherever its targets are."""
+        if first:
+            self.loss.zero_()
+            # A graph makes its gradients anew when it is captured, and writes them there from then on: they stay.
+            keep = self.parts.replaying and not torch.cuda.is_current_stream_capturing()
+            self.model.zero_grad(set_to_none=not keep)
+        with self.autocast():
+            loss = self.loss_of(self.ids, self.targets, "sum", self.share)
+        self.scaler.scale(loss).backward()
+        self.loss += loss.detach()
+
+    def update(self) -> None:
+        """The optimizers' steps, on gradients whose norm is limited to `clip`."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        norm = clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
+        norm = get_total_norm([p.grad for p in self.model.parameters()])
         overflow = self.scaler.is_enabled() and not norm.isfinite()  # the scale falls, and no optimizer steps
+        self.norm.copy_(torch.zeros_like(norm) if overflow else norm)
         if self.probe:
             self.probe.before()
+        clipping = ((self.config.clip or math.inf) / (norm + 1e-6)).clamp(max=1)
         for optimizer in self.optimizers:
             if not overflow:
-                self.scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
+                self.scaler.step(optimizer, clipping)
         self.scaler.update()
-        return total, torch.zeros_like(norm) if overflow else norm
 
-    def log(self, loss: float, norm: float, progress: float) -> None:
+    def log(self, row: dict[str, float], progress: float) -> None:
         """Record a row. Speed is over the steps since the last one, without evaluating, saving and sampling."""
         speed = (self.step - self.logged) * self.budget.tokens_per_step / self.busy
         mfu = speed * self.flops / self.peak if self.peak else None
-        row = {"loss": loss, "grad_norm": norm, "lr": self.optimizers[0].param_groups[0]["lr"], "tok_s": speed}
-        row |= {"mfu": mfu, "data_wait": self.waited, **hardware.memory(self.device)}
-        share = f", {mfu:.1%} of peak" if mfu else ""
-        line = f"step {self.step:6d}  {progress:4.0%}  loss {loss:.4f}  norm {norm:.2f}  {speed:,.0f} tok/s{share}"
+        row = row | {"lr": self.optimizers[0].param_groups[0]["lr"], "tok_s": speed, "mfu": mfu}
+        row |= {"data_wait": self.waited, **hardware.memory(self.device, self.parts.replaying)}
+        losses, share = f"loss {row['loss']:.4f}  norm {row['grad_norm']:.2f}", f", {mfu:.1%} of peak" if mfu else ""
+        line = f"step {self.step:6d}  {progress:4.0%}  {losses}  {speed:,.0f} tok/s{share}"
         self.run.log(self.budget.position(self.step) | row, line)
-        self.run.show_progress(progress, f"loss {loss:.3f}, {speed:,.0f} tok/s")
+        self.run.show_progress(progress, f"loss {row['loss']:.3f}, {speed:,.0f} tok/s")
         self.logged, self.busy, self.waited = self.step, 0.0, 0.0
+
+    def diagnose(self, inputs: Tensor) -> None:
+        """Record what the probe saw of the step on `inputs`."""
+        with self.autocast():
+            self.run.log(self.budget.position(self.step) | {"diag": self.probe.after(inputs)})
+        self.probe = None
 
     def evaluate(self) -> None:
         """Record the loss on the fixed evaluation set, in nats a token and bits a byte of text; keep the best."""

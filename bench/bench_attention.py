@@ -3,7 +3,8 @@
     pytest bench/bench_attention.py --grid=all
 
 On a GPU, 16,384 tokens in bf16, checked and timed as in bench_kernels. `--grid=short`, the default, is the part that
-tells most, and leaves out what takes long to compile or to run; it takes a few minutes, the most telling cases first.
+tells most, and leaves out what takes long to compile or to run; it takes a few minutes. `--grid=first` are its first
+shapes, without what takes torch.compile: some seconds.
 Without a GPU: the products that the Triton kernels make, of those asked for, counted in Triton's interpreter. All of it
 goes to bench/results/attention.jsonl.
 """
@@ -17,7 +18,7 @@ import pytest
 
 from bench.cases import PASSES
 from bench.contest import GPU, TAPE, contenders
-from bench.report import WINDOWED, WINDOWS, multiplied, written
+from bench.report import multiplied, written
 from kernels import OPS
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +27,8 @@ TOKENS = 16384
 HEADS = ((12, 12, 64), (16, 16, 64), (32, 8, 128), (16, 16, 128), (8, 8, 256))  # of queries, of keys, width
 SWEPT = (HEADS[0], HEADS[3])  # over lengths and masks, in the short grid
 LENGTHS = tuple(128 << i for i in range(8))
+WINDOWS = (256, 1024)
+WINDOWED = {"B": 4, "T": 4096, "S": 4096, "H": 12, "KV": 12, "D": 64}  # where the window is swept
 
 
 def shaped(heads: tuple[int, int, int], t: int, **mask: int) -> dict[str, int]:
@@ -39,8 +42,12 @@ def masks(t: int) -> list[dict[str, int]]:
 
 
 def grid(size: str) -> list[dict[str, int]]:
-    """The shapes of the short grid, or of all."""
-    shapes = [shaped(heads, t) for t in (1024, 4096) for heads in HEADS]
+    """The shapes of a grid, the most telling first."""
+    shapes = [shaped(HEADS[0], t) for t in (128, 256, 512, 1024, 4096)]
+    shapes += [shaped(HEADS[3], t) for t in (1024, 4096)] + [shaped(HEADS[3], 4096, W=512)]
+    if size == "first":
+        return shapes
+    shapes += [shaped(heads, t) for t in (1024, 4096) for heads in HEADS]
     shapes += [shaped(heads, 4096, **mask) for heads in SWEPT for mask in masks(4096)]
     shapes += [shaped(heads, t) for heads in SWEPT for t in LENGTHS]
     shapes += [WINDOWED | {"W": 64 << i} for i in range(6)]
@@ -49,9 +56,13 @@ def grid(size: str) -> list[dict[str, int]]:
     return list({tuple(shape.items()): shape for shape in shapes}.values())
 
 
-def spared(shape: dict[str, int]) -> set[str]:
-    """Whom the short grid goes without: compilers but for one shape of heads, and scores held in memory but up to a
-    length where they may win."""
+def spared(shape: dict[str, int], size: str) -> set[str]:
+    """Whom a grid goes without: compilers but for one shape of heads, and scores held in memory but up to a length
+    where they may win; both in the first one."""
+    if size == "all":
+        return set()
+    if size == "first":
+        return {"torch", "torch.compile", "FlexAttention"}
     names = {"torch", "torch.compile"} if shape["T"] > 1024 else set()
     if (shape["H"], shape["KV"], shape["D"]) != HEADS[0]:
         names |= {"torch.compile", "FlexAttention"}
@@ -68,10 +79,9 @@ def pytest_generate_tests(metafunc):
 @pytest.mark.parametrize("name", PASSES)
 def test_speed(shape, name, contest, left_out, pytestconfig):
     functions = contenders(OP, lambda who, why: left_out[why].add(f"attention by {who}"))
-    if pytestconfig.getoption("grid") == "short":
-        for who in spared(shape) & functions.keys():
-            del functions[who]
-            left_out["at some shapes, timed with --grid=all"].add(f"attention by {who}")
+    for who in spared(shape, pytestconfig.getoption("grid")) & functions.keys():
+        del functions[who]
+        left_out["at some shapes, timed with --grid=all"].add(f"attention by {who}")
     contest("attention", OP, shape, name, functions, multiplied)
 
 

@@ -5,7 +5,8 @@
 What is timed has first been checked against float64. On a GPU: the card's time by CUDA-graph replay, with the inputs
 cold or warm in L2, the host's time for an eager call, and peak memory. pytest-benchmark shows our kernel's samples with
 cold inputs; all of it goes to bench/results/kernels.jsonl. Without a GPU: torch against torch.compile at a 132nd of the
-rows or fewer, and the bytes that the Triton kernels move, counted in Triton's interpreter.
+rows or fewer, the bytes that the Triton kernels move, counted in Triton's interpreter, and the functions that the host
+calls around them.
 """
 
 import json
@@ -23,7 +24,8 @@ from bench.report import written
 from kernels import TESTED
 
 ROOT = Path(__file__).parents[1]
-COUNTED = ("rmsnorm", "rope", "swiglu", "cross_entropy")  # what they move, their kernels move: the rest is in matmuls
+# What they move, their kernels move: the rest is in matmuls.
+COUNTED = [op for op in TESTED if op.name in ("rmsnorm", "rope", "swiglu", "cross_entropy", "adamw")]
 WASTE = 1.05
 
 
@@ -38,11 +40,11 @@ def pytest_generate_tests(metafunc):
     if "shape" in metafunc.fixturenames:
         shapes = [[(op, shape) for shape in (op.bench_shapes if GPU else [small_enough(op)])] for op in ops]
         cases = [case for turn in zip_longest(*shapes) for case in turn if case]  # --within cuts no op altogether
-        metafunc.parametrize(
-            "op, shape", cases, ids=[f"{op.name}-{'x'.join(map(str, shape.values()))}" for op, shape in cases]
-        )
+        cases = [(*case, name) for case in cases for name in PASSES if name == "forward" or case[0].differentiable]
+        ids = [f"{op.name}-{'x'.join(map(str, shape.values()))}-{name}" for op, shape, name in cases]
+        metafunc.parametrize("op, shape, name", cases, ids=ids)
     else:
-        ops = [op for op in ops if op.name in COUNTED]
+        ops = [op for op in ops if op in COUNTED]
         metafunc.parametrize("op", ops, ids=[op.name for op in ops])
 
 
@@ -52,7 +54,6 @@ def small_enough(op) -> dict[str, int]:
 
 
 @pytest.mark.benchmark(timer=TAPE)
-@pytest.mark.parametrize("name", PASSES)
 def test_speed(op, shape, name, contest, left_out):
     functions = contenders(op, lambda who, why: left_out[why].add(f"{op.name} by {who}"))
     contest("kernels", op, shape, name, functions)
@@ -63,7 +64,8 @@ def counters(pytestconfig) -> Iterator[dict[str, subprocess.Popen]]:
     """The process that counts, for each op, all at work at once."""
     wanted, command = pytestconfig.getoption("kernel"), [sys.executable, "-m", "bench.bytes_moved"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    found = {n: subprocess.Popen([*command, n], cwd=ROOT, **pipes) for n in COUNTED if wanted in (None, n)}
+    names = [op.name for op in COUNTED if wanted in (None, op.name)]
+    found = {name: subprocess.Popen([*command, name], cwd=ROOT, **pipes) for name in names}
     yield found
     for process in found.values():
         process.kill()
@@ -76,9 +78,23 @@ def test_bytes_moved(op, counters, record, capsys):
     assert counters[op.name].returncode == 0, stderr
     for row in map(json.loads, stdout.splitlines()):
         record("kernels", {"bench": "bytes moved"} | row)
-        ratios = {name: row[name][0] / row[name][1] for name in PASSES}
+        ratios = {name: row[name][0] / row[name][1] for name in PASSES if name in row}
         with capsys.disabled():
             shown = ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items())
             print(f"\n{op.name} {written(row['shape'])} bfloat16, bytes moved, of the least: {shown}", end="")
         if row["shape"].get("V", 0) <= 50304:
             assert max(ratios.values()) <= WASTE
+
+
+@pytest.mark.skipif(GPU, reason="the host's time is measured where there is a GPU")
+def test_host_calls(record, capsys):
+    done = subprocess.run([sys.executable, "-m", "bench.host"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for row in map(json.loads, done.stdout.splitlines()):
+        record("kernels", {"bench": "host calls"} | row)
+        shown = [f"{name} {' / '.join(map(str, calls.values()))}" for name, calls in row["calls"].items()]
+        with capsys.disabled():
+            print(
+                f"\n{row['op']}, functions that the host calls, {' / '.join(row['launches'])}: {', '.join(shown)}",
+                end="",
+            )

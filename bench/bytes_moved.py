@@ -12,7 +12,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
-from bench.cases import PASSES, Case, small_share
+from bench.cases import Case, small_share
 from kernels import TESTED
 from kernels.interpreter import sanitize
 from kernels.spec import Op
@@ -24,9 +24,9 @@ def count(op: Op, shape: dict[str, int]) -> dict:
     """Bytes moved and the least possible, `[moved, least]`, of each pass."""
     case = Case(op, shape, torch.bfloat16, torch.device("cpu"))
     moved = {}
-    for name in PASSES:
+    for name in case.passes():
         with sanitize(bounds=False, races=False, overflow=False) as record:
-            case.call(op.implementations["triton"], name)()
+            case.call(op.implementations["triton"], name).run()
         moved[name] = [record.bytes_read + record.bytes_written, case.cost(name).bytes]
     return {"op": op.name, "shape": shape} | moved
 

@@ -1,10 +1,12 @@
-"""An op at a shape: inputs, calls of an implementation forward and with gradients, the least work, and the truth."""
+"""An op at a shape: inputs, calls of an implementation forward and with gradients, and the least work."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from bench.timing import Call
 from kernels.spec import Cost, Op
 
 PASSES = ("forward", "forward+backward")
@@ -26,10 +28,28 @@ def share_of_rows(shape: dict[str, int], parts: int = MULTIPROCESSORS) -> dict[s
 
 
 def small_share(shape: dict[str, int], amount: Callable[[dict[str, int]], int], most: int) -> dict[str, int]:
-    """One multiprocessor's share of the rows, halved until the `amount` of work it is does not exceed `most`."""
+    """One multiprocessor's share of the rows, halved while the `amount` of work it is exceeds `most`."""
     shape = share_of_rows(shape)
-    while amount(shape) > most:
-        shape = share_of_rows(shape, 2)
+    while amount(shape) > most and (fewer := share_of_rows(shape, 2)) != shape:
+        shape = fewer
+    return shape
+
+
+def checked_share(op: Op, shape: dict[str, int]) -> dict[str, int]:
+    """The shape with fewer sequences or rows, then fewer heads, so that the reference in float64 fits in memory and
+    takes little time. Sequences and rows stay as long as they are: other lengths may have other kernels."""
+
+    def large(shape: dict[str, int]) -> bool:
+        cost = op.cost(shape, 2)
+        return cost.flops > 5e10 or cost.bytes > 2**26
+
+    while large(shape):
+        fewer = share_of_rows(shape, 2)
+        if fewer.get("T") != shape.get("T"):
+            fewer = shape | {"H": shape["H"] // shape["KV"], "KV": 1}
+        if fewer == shape:
+            break
+        shape = fewer
     return shape
 
 
@@ -39,9 +59,14 @@ class Case:
     def __init__(self, op: Op, shape: dict[str, int], dtype: torch.dtype, device: torch.device):
         self.op, self.shape, self.dtype, self.device = op, shape, dtype, device
 
+    def passes(self) -> tuple[str, ...]:
+        """Both passes; the forward alone of an op without gradients."""
+        return PASSES if self.op.differentiable else PASSES[:1]
+
     def draw(self) -> tuple[dict, tuple[Tensor, ...]]:
         """New inputs, those to differentiate requiring it, and the gradients arriving at the outputs (1 at a loss)."""
-        generator = torch.Generator(self.device).manual_seed(0)
+        meta = self.device.type == "meta"  # where there are no values to draw
+        generator = None if meta else torch.Generator(self.device).manual_seed(0)
 
         def make(*size):
             return torch.randn(size, generator=generator, dtype=self.dtype, device=self.device)
@@ -49,28 +74,37 @@ class Case:
         inputs = self.op.inputs(self.shape, make)
         for key in self.op.differentiable:
             inputs[key].requires_grad_()
+        if not self.op.differentiable:
+            return inputs, ()
         shapes = self.op.inputs(self.shape, lambda *size: torch.empty(size, dtype=self.dtype, device="meta"))
         outputs = as_tuple(self.op.implementations["torch"](**shapes))
         ones = torch.ones((), dtype=torch.float32, device=self.device)
         return inputs, tuple(make(*out.shape).to(out.dtype) if out.ndim else ones for out in outputs)
 
-    def call(self, function: Callable, name: str, exact: bool = False) -> Callable[[], tuple[Tensor, ...]]:
-        """A call on inputs of its own, in float64 with `exact`. It returns outputs, then what gradients it takes."""
+    def call(self, function: Callable, name: str) -> Call:
+        """A call on inputs of its own. It returns outputs, then what gradients it takes; of an op that writes to its
+        arguments, those."""
         inputs, upstream = self.draw()
-        if exact:
-            inputs = {key: _widened(value) for key, value in inputs.items()}
-            upstream = tuple(map(_widened, upstream))
         leaves = [inputs[key] for key in self.op.differentiable]
+        written = [x for key in self.op.mutates for x in tree_leaves(inputs[key]) if torch.is_tensor(x)]
 
         def forward():
             with torch.no_grad():
-                return as_tuple(function(**inputs))
+                outputs = function(**inputs)
+            return tuple(written) if self.op.mutates else as_tuple(outputs)
 
         def forward_backward():
             outputs = as_tuple(function(**inputs))
             return *outputs, *torch.autograd.grad(outputs, leaves, upstream)
 
-        return forward if name == "forward" else forward_backward
+        def restore():
+            drawn, _ = self.draw()
+            with torch.no_grad():
+                for old, new in zip(tree_leaves(inputs), tree_leaves(drawn), strict=True):
+                    if torch.is_tensor(old):
+                        old.copy_(new)
+
+        return Call(forward if name == "forward" else forward_backward, restore)
 
     def cost(self, name: str) -> Cost:
         """The least work of a pass."""
@@ -83,17 +117,3 @@ class Case:
 
 def as_tuple(outputs) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
-
-
-def _widened(value):
-    if not (torch.is_tensor(value) and value.is_floating_point()):
-        return value
-    return value.detach().double().requires_grad_(value.requires_grad)
-
-
-def relative_error(results: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> float:
-    """The largest ‖result - truth‖ / ‖truth‖ of several tensors; NaN where one holds a NaN."""
-    errors = []
-    for result, exact in zip(results, truth, strict=True):
-        errors.append((result.double() - exact).norm() / exact.norm().clamp(min=torch.finfo(torch.float64).tiny))
-    return torch.stack(errors).max().item()

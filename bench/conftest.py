@@ -21,7 +21,7 @@ LEFT_OUT = pytest.StashKey[dict[str, set[str]]]()
 def pytest_addoption(parser):
     parser.addoption("--seconds", type=float, help="train small.py and the baseline for so long each, in bench_train")
     parser.addoption("--kernel", help="the one op to time in bench_kernels")
-    parser.addoption("--grid", choices=("short", "all"), default="short", help="shapes and rivals of bench_attention")
+    parser.addoption("--grid", choices=("first", "short", "all"), default="short", help="shapes of bench_attention")
     parser.addoption(
         "--within", type=float, help="seconds after which no more cases are begun; those left out are said"
     )

@@ -4,20 +4,17 @@ Only the newest row of each bench is shown; nothing between the README's markers
 shown once one was measured, and not before.
 """
 
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable
-from itertools import product
 from pathlib import Path
 
 from bench import records
 from bench.cases import PASSES
 
 ROOT = Path(__file__).parents[1]
-OURS = ("triton", "sdpa", "torch")  # of an op's implementations, the one that stands for it
-# Attention's tables: by length, causal or in these windows; and, at this shape, by window.
-WINDOWS = (256, 1024)
-WINDOWED = {"B": 4, "T": 4096, "S": 4096, "H": 12, "KV": 12, "D": 64}
+OURS = "triton"
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -50,10 +47,11 @@ def train_table(rows: list[dict]) -> str:
 
 
 def kernels_table(rows: list[dict]) -> str:
-    """What was measured of the kernels: on a GPU their speed; without one, the bytes they move and torch's speed."""
-    on_gpu, on_cpu, moved = newest(rows, "speed", "cuda"), newest(rows, "speed", "cpu"), newest(rows, "bytes moved")
+    """What was measured of the kernels: on a GPU their speed; without one, what they move, call, and torch's speed."""
+    on_gpu, on_cpu = newest(rows, "speed", "cuda"), newest(rows, "speed", "cpu")
+    moved, called = newest(rows, "bytes moved"), newest(rows, "host calls")
     tables = [gpu_table(on_gpu)] if on_gpu else []
-    return "\n\n".join(tables + ([cpu_table(moved, on_cpu)] if moved or on_cpu else []))
+    return "\n\n".join(tables + ([cpu_table(moved, on_cpu, called)] if moved or on_cpu or called else []))
 
 
 def newest(rows: list[dict], bench: str, device: str | None = None) -> list[dict]:
@@ -64,46 +62,67 @@ def newest(rows: list[dict], bench: str, device: str | None = None) -> list[dict
 
 
 def gpu_table(rows: list[dict]) -> str:
-    head = ["op", "shape", "pass", "kernel", "us", "speed", "of the card's", "us, host", "memory", "times as fast as"]
+    head = [
+        "op",
+        "shape",
+        "pass",
+        "ours, us",
+        "fastest rival, us",
+        "limit, us",
+        "ours, of the limit",
+        "host, us",
+        "memory",
+    ]
     cells = []
     for row in sorted(rows, key=lambda row: row["op"]):
-        results = row["results"]
-        name = next(name for name in OURS if name in results)
-        ours = results[name]
-        start = [row["op"], written(row["shape"]), row["pass"], name]
-        if "failed" in ours:
-            cells.append([*start, ours["failed"], *[""] * 5])
+        start = [row["op"], written(row["shape"]), row["pass"]]
+        seconds = cold(row)
+        ours = seconds.pop(OURS, math.inf)
+        rival = min(seconds, key=seconds.get, default=None)
+        theirs = f"{rival} {microseconds(seconds[rival], ours)}" if rival else ""
+        if ours == math.inf:
+            cells.append([*start, row["results"][OURS]["failed"], theirs, *[""] * 4])
             continue
-        amount, unit, most = bound(row)
-        speed = amount / ours["cold"]
-        rivals = [
-            f"{other} {'failed' if 'failed' in theirs else format(theirs['cold'] / ours['cold'], '.2f')}"
-            for other, theirs in results.items() if other != name
-        ]  # fmt: skip
-        sizes = [f"{ours['host'] * 1e6:,.0f}", f"{ours['memory'] / 2**20:,.0f} MiB", ", ".join(rivals)]
-        cells.append([*start, f"{ours['cold'] * 1e6:,.1f}", rate(speed, unit), f"{speed / most:.0%}", *sizes])
-    plots = [f"![{op}](bench/results/{op}.png)" for op in dict.fromkeys(row["op"] for row in rows)]
-    return f"{table(head, cells)}\n\n{card(rows[-1])}\n\n{chr(10).join(plots)}"
+        amount, _, most = bound(row)
+        host, memory = (row["results"][OURS][key] for key in ("host", "memory"))
+        limits = [f"{1e6 * amount / most:,.0f}", f"{amount / most / ours:.0%}"]
+        best = min(seconds.values(), default=math.inf)
+        sizes = [f"{1e6 * host:,.0f}", f"{memory / 2**20:,.0f} MiB"]
+        cells.append([*start, microseconds(ours, best), theirs, *limits, *sizes])
+    plots = [f"![{op}](bench/results/{op}.png)" for op in plotted(rows)]
+    most = "the limit is what moving the bytes takes at the speed of a copy, or the products at that of a large one"
+    return "\n\n".join([table(head, cells), f"{card(rows[-1])} There {most}.", *plots])
+
+
+def microseconds(seconds: float, other: float) -> str:
+    """Bold where it is less than the other's."""
+    text = f"{1e6 * seconds:,.0f}"
+    return f"**{text}**" if seconds < other else text
 
 
 def card(row: dict) -> str:
     most = row["ceiling"]
     rates = f"The card copies {rate(most['copy'], 'B/s')} and multiplies {rate(most['matmul'], 'FLOP/s')}"
-    versions = where(row, f"driver {row['driver']}", f"triton {row['triton']}")
-    return f"{rates}; inputs cold in L2. {versions}."
+    return f"{rates}; inputs cold in L2. One card: {versions(row)}."
 
 
-def cpu_table(moved: list[dict], speed: list[dict]) -> str:
+def versions(row: dict) -> str:
+    return where(row, f"driver {row['driver']}", f"triton {row['triton']}")
+
+
+def cpu_table(moved: list[dict], speed: list[dict], called: list[dict]) -> str:
     head = ["op", *(f"bytes moved, of the least: {name}" for name in PASSES)]
     head += [f"torch.compile, times eager's speed: {name}" for name in PASSES]
+    head += ["functions the host calls, forward and backward: ours, torch's"]
     cells = []
-    for op in dict.fromkeys(row["op"] for row in (*moved, *speed)):
-        ratios = [sorted(row[name][0] / row[name][1] for row in moved if row["op"] == op) for name in PASSES]
-        spans = [" to ".join(dict.fromkeys((f"{r[0]:.3f}", f"{r[-1]:.3f}"))) for r in ratios if r]
+    for op in dict.fromkeys(row["op"] for row in (*moved, *speed, *called)):
+        ratios = [sorted(row[n][0] / row[n][1] for row in moved if row["op"] == op and n in row) for n in PASSES]
+        spans = [" to ".join(dict.fromkeys((f"{r[0]:.3f}", f"{r[-1]:.3f}"))) if r else "" for r in ratios]
         times = {row["pass"]: row["results"] for row in speed if row["op"] == op}
         faster = [compiled_over_eager(times[name]) if name in times else "" for name in PASSES]
-        cells.append([op, *(spans or ["", ""]), *faster])
-    return f"{table(head, cells)}\n\n{interpreted((*moved, *speed)[-1])}"
+        calls = {row["op"]: [max(row["calls"][who].values()) for who in (OURS, "torch")] for row in called}
+        cells.append([op, *spans, *faster, ", ".join(map(str, calls.get(op, ())))])
+    return f"{table(head, cells)}\n\n{interpreted((*moved, *speed, *called)[-1])}"
 
 
 def interpreted(row: dict) -> str:
@@ -118,30 +137,29 @@ def compiled_over_eager(results: dict[str, dict]) -> str:
 
 
 def attention_table(rows: list[dict]) -> str:
-    """Attention on a GPU, by length and by window; without one, the products that its kernels make."""
+    """What was measured of attention: on a GPU its speed; without one, the products that its kernels make."""
     timed, counted = newest(rows, "speed", "cuda"), newest(rows, "work done")
-    if not timed:
-        return work_table(counted)
-    return "\n\n".join([length_table(timed), *window_table(timed), card(timed[-1])])
+    return "\n\n".join(([rivals_table(timed)] if timed else []) + ([work_table(counted)] if counted else []))
 
 
-def length_table(rows: list[dict]) -> str:
-    lengths, passes = sorted({row["shape"]["T"] for row in rows}), {}
-    for row in rows:
-        shape = row["shape"]
-        if shape.get("W") in (None, *WINDOWS):
-            line = (shape["D"], shape["H"], shape["KV"]), sees(shape)
-            passes.setdefault(line, {}).setdefault(shape["T"], {})[row["pass"]] = row
+def rivals_table(rows: list[dict]) -> str:
+    """TFLOP/s of all that were timed, a line for each shape, those of a width together, then by length."""
+    by_shape: dict[str, dict[str, dict]] = {}
+    for row in sorted(rows, key=lambda row: (row["shape"]["D"], sees(row["shape"]), row["shape"]["T"])):
+        by_shape.setdefault(written(row["shape"]), {})[row["pass"]] = row
+    rivals = list(dict.fromkeys(who for row in rows for who in row["results"] if who != OURS))
     cells = []
-    for ((d, h, kv), seen), by_length in sorted(passes.items()):
-        taken = {t: with_backward(by_length[t]) for t in by_length}
-        heads = f"{h} of {d}" + (f", {kv} of keys" if kv < h else "")
-        for name in (PASSES[0], "backward", PASSES[1]):
-            results = [taken.get(t, {}).get(name) for t in lengths]
-            cells.append([heads, seen, name, *(beside_best(*result) if result else "" for result in results)])
-    head = ["heads", "a query sees", "pass", *(f"T {t:,}" for t in lengths)]
-    said = "TFLOP/s on scores that are not masked (of the card's), and times as fast as the fastest rival"
-    return f"{table(head, cells)}\n\n{said}; the backward is what forward+backward takes beyond the forward."
+    for passes in by_shape.values():
+        shape = next(iter(passes.values()))["shape"]
+        heads = f"{shape['H']} of {shape['D']}" + (f", {shape['KV']} of keys" if shape["KV"] < shape["H"] else "")
+        cells.append([f"{shape['B']} x {shape['T']:,}", heads, sees(shape)])
+        for name in PASSES:
+            seconds = cold(passes[name]) if name in passes else {}
+            for who in (OURS, *rivals):
+                rate = f"{passes[name]['flops'] / seconds[who] / 1e12:,.0f}" if who in seconds else "-"
+                cells[-1].append(f"**{rate}**" if who in seconds and seconds[who] == min(seconds.values()) else rate)
+    head = ["sequences", "heads", "a query sees", *(f"{name}: {who}" for name in PASSES for who in ("ours", *rivals))]
+    return f"{table(head, cells)}\n\nTFLOP/s on the scores that are not masked. {card(rows[-1])}"
 
 
 def sees(shape: dict[str, int]) -> str:
@@ -151,48 +169,27 @@ def sees(shape: dict[str, int]) -> str:
     return f"its document, T/{shape['T'] // shape['L']}" if "L" in shape else "all before it"
 
 
-def with_backward(rows: dict[str, dict]) -> dict[str, tuple[float, dict[str, float], float]]:
-    """By pass FLOPs, the seconds of all that were timed, and the card's FLOP/s; the backward's are differences."""
-    found = {}
-    for name, row in rows.items():
-        found[name] = row["flops"], cold(row), row["ceiling"]["matmul"]
-    if len(found) == len(PASSES):
-        (least, forward, _), (flops, both, most) = (found[name] for name in PASSES)
-        found["backward"] = flops - least, {who: both[who] - forward[who] for who in both if who in forward}, most
-    return found
-
-
 def cold(row: dict) -> dict[str, float]:
     """Seconds of all that were timed."""
     return {who: result["cold"] for who, result in row["results"].items() if "cold" in result}
 
 
-def beside_best(flops: float, seconds: dict[str, float], most: float) -> str:
-    if OURS[0] not in seconds:
-        return "failed"
-    ours = flops / seconds[OURS[0]]
-    rivals = {who: taken for who, taken in seconds.items() if who != OURS[0]}
-    best = min(rivals, key=rivals.get, default=None)
-    ratio = f", {rivals[best] / seconds[OURS[0]]:.2f} {best}" if best else ""
-    return f"{ours / 1e12:,.0f} ({ours / most:.0%}){ratio}"
-
-
-def window_table(rows: list[dict]) -> list[str]:
-    """Ours and FlexAttention's time by window, the causal mask as the window of all; nothing without a window."""
-    times = {}
-    for row in rows:
-        window = row["shape"].get("W", WINDOWED["T"])
-        if row["shape"] in (WINDOWED, WINDOWED | {"W": window}):
-            times |= {(who, row["pass"], window): seconds for who, seconds in cold(row).items()}
-    windows = sorted({window for _, _, window in times})
-    if windows in ([], [WINDOWED["T"]]):
-        return []
-    head = [f"us, {written(WINDOWED)}", "pass", *(f"window {window:,}" for window in windows)]
+def steps_table(rows: list[dict]) -> str:
+    """Whole training steps on the machine of the last row, the newest of each shape, variant and optimizer."""
+    timed = [row for row in rows if "failed" not in row and row["mfu"] and row["device"] == rows[-1]["device"]]
+    latest = {(row["shape"], row["variant"], row["optimizer"]): row for row in timed}
     cells = []
-    for who, name in product((OURS[0], "FlexAttention"), PASSES):
-        taken = [times.get((who, name, window)) for window in windows]
-        cells.append([who, name, *(f"{seconds * 1e6:,.0f}" if seconds else "" for seconds in taken)])
-    return [table(head, cells)]
+    for (shape, variant, optimizer), row in latest.items():
+        best = min(other["ms"] for other in latest.values() if other["shape"] == shape)
+        ms = f"**{row['ms']:.1f}**" if row["ms"] == best else f"{row['ms']:.1f}"
+        sizes = f"{row['batch']} x {row['seq_len']:,}"
+        speeds = [ms, f"{row['tok_s']:,.0f}", f"{row['mfu']:.1%}", f"{row['memory'] / 2**30:.1f} GiB"]
+        cells.append([shape, sizes, f"{variant}, {optimizer}", *speeds, f"{row['host_ms']:.1f}"])
+    head = ["model", "sequences", "step", "ms", "tok/s", "MFU", "memory", "ms of the host"]
+    said = (
+        "Captured and eager are the Triton kernels, torch the references, with SDPA; MFU is of the card's rated FLOP/s"
+    )
+    return f"{table(head, cells)}\n\nOne card, in bf16: {versions(timed[-1])}. {said}." if cells else ""
 
 
 def work_table(rows: list[dict]) -> str:
@@ -227,6 +224,14 @@ def rate(per_second: float, unit: str) -> str:
     return f"{per_second / 1e9:,.0f} GB/s" if unit == "B/s" else f"{per_second / 1e12:,.2f} TFLOP/s"
 
 
+def plotted(rows: list[dict]) -> list[str]:
+    """Ops that were timed at more shapes than one."""
+    shapes: dict[str, set[str]] = {}
+    for row in rows:
+        shapes.setdefault(row["op"], set()).add(written(row["shape"]))
+    return [op for op in shapes if len(shapes[op]) > 1]
+
+
 def plot(rows: list[dict], folder: Path) -> None:
     """`<op>.png`: GB/s or TFLOP/s by shape of everything that was timed on a GPU, a panel for each pass."""
     import matplotlib
@@ -235,7 +240,7 @@ def plot(rows: list[dict], folder: Path) -> None:
     from matplotlib import pyplot as plt
 
     timed = newest(rows, "speed", "cuda")
-    for op in dict.fromkeys(row["op"] for row in timed):
+    for op in plotted(timed):
         figure, panels = plt.subplots(1, len(PASSES), figsize=(12, 5), layout="constrained")
         for name, axes in zip(PASSES, panels, strict=True):
             here = [row for row in timed if (row["op"], row["pass"]) == (op, name)]
@@ -261,6 +266,7 @@ TABLES: dict[str, tuple[str, Callable[[list[dict]], str]]] = {
     "results": ("train", train_table),
     "kernels": ("kernels", kernels_table),
     "attention": ("attention", attention_table),
+    "steps": ("steps", steps_table),
 }
 
 

@@ -3,19 +3,50 @@
 A GPU's time is that of a CUDA graph of several calls, so that launching is not in it. Cold, the calls go round enough
 sets of inputs that none is in the L2 cache when its turn comes; warm, there is one set. What a host spends on an eager
 call is timed apart, without waiting for the device. On a CPU there are no graphs, and only warm calls.
+
+A graph reads and writes fixed addresses, whoever owns them by then. So a captured loop keeps the inputs of its calls
+alive, and what it computes is compared once all is timed with what it computed before.
 """
 
+import fcntl
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import cycle, islice
+from pathlib import Path
 from statistics import median
 
 import torch
+from torch import Tensor
 
 SAMPLE_S = 4e-3  # a sample is at least so long: launching its graph, some 10 us, is then nothing
-Calls = Sequence[Callable[[], object]]
+Results = tuple[Tensor, ...]
+
+
+def nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function on inputs of its own, and `restore`, which puts back those that it has written to."""
+
+    run: Callable[[], Results]
+    restore: Callable[[], None] = nothing
+
+
+Calls = Sequence[Call]
+
+
+@contextmanager
+def card_held(lock: Path, alone: bool = True) -> Iterator[None]:
+    """Among processes that name the same file, one that holds the card `alone` keeps all others from it meanwhile."""
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
 
 
 def synchronize() -> None:
@@ -37,24 +68,35 @@ def stopwatch(run: Callable[[], object]) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def repeated(calls: Calls, n: int) -> Callable[[], None]:
-    """`n` calls, going round `calls`. The last results of each stay, so that it writes to memory of its own."""
+def repeated(calls: Calls, n: int) -> Callable[[], Results]:
+    """`n` calls, going round `calls`; returns the last one's results. The last results of each stay until the end, so
+    that it writes to memory of its own."""
 
-    def run() -> None:
+    def run() -> Results:
         results = deque(maxlen=len(calls))
         for call in islice(cycle(calls), n):
-            results.append(call())
+            results.append(call.run())
+        return results[-1]
 
     return run
 
 
-def captured(run: Callable[[], None], pool: tuple[int, int]) -> Callable[[], None]:
-    """`run` as one CUDA graph. Graphs share the memory of `pool`: each writes what it reads."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        run()
-    graph.replay()
-    return graph.replay
+class Captured:
+    """`run` as one CUDA graph, on the current stream. Called, it replays, and returns the results that it overwrites.
+
+    It keeps `run`, and with it the inputs: the graph goes on reading their addresses when they are freed and given to
+    others. Graphs share the memory of `pool`, where each writes what it reads, but for results, which are kept.
+    """
+
+    def __init__(self, run: Callable[[], Results], pool: tuple[int, int]):
+        self.run, self.graph = run, torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
+            self.results = run()
+        self.graph.replay()
+
+    def __call__(self) -> Results:
+        self.graph.replay()
+        return self.results
 
 
 def synchronizes(call: Callable[[], object]) -> bool:
@@ -91,7 +133,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def take_turns(runs: Mapping[str, Callable[[], None]], budget: float) -> dict[str, list[float]]:
+def take_turns(runs: Mapping[str, Callable[[], object]], budget: float) -> dict[str, list[float]]:
     """Samples of each run for `budget` seconds in all, one of each after the other: what drifts, drifts for all."""
     samples = {key: [] for key in runs}
     begin, turns = time.perf_counter(), 0
@@ -102,36 +144,76 @@ def take_turns(runs: Mapping[str, Callable[[], None]], budget: float) -> dict[st
     return samples
 
 
+def relative_error(results: Results, truth: Results) -> float:
+    """The largest ‖result - truth‖ / ‖truth‖ of several tensors; NaN where one holds a NaN."""
+    errors = []
+    for result, exact in zip(results, truth, strict=True):
+        exact = exact.double()
+        errors.append((result.double() - exact).norm() / exact.norm().clamp(min=torch.finfo(torch.float64).tiny))
+    return torch.stack(errors).max().item() if errors else 0.0
+
+
+def copies(results: Iterable[Tensor]) -> Results:
+    return tuple(x.detach().clone() for x in results)
+
+
+@dataclass
+class Loops:
+    """A contender's calls in a row, ready to be timed, and what the warm ones gave before."""
+
+    warm: Callable[[], Results]
+    cold: Callable[[], Results] | None
+    n: int
+    restore: Callable[[], None]
+    before: Results = ()
+
+    def runs(self) -> dict[str, Callable[[], Results]]:
+        return {"warm": self.warm} | ({"cold": self.cold} if self.cold else {})
+
+    def results(self) -> Results:
+        """What the warm loop gives from its inputs as they were drawn."""
+        self.restore()
+        return copies(self.warm())
+
+
+def prepare(calls: Calls, pool: tuple[int, int] | None) -> tuple[Loops, dict]:
+    """The loops of a contender, each call run once before, and what is known of it without turns."""
+    for call in calls:  # compiles, loads
+        call.run()
+    first = calls[0]
+    n = max(len(calls), math.ceil(SAMPLE_S / stopwatch(first.run)))
+    warm, cold, found = repeated(calls[:1], n), repeated(calls, n) if pool and len(calls) > 1 else None, {}
+    if pool is not None:
+        graph = not synchronizes(first.run)
+        found = {"graph": graph, "memory": peak_bytes(first.run), "host": host_seconds(first.run, min(n, 10))}
+        if graph:
+            first.restore()
+            warm, cold = Captured(warm, pool), cold and Captured(cold, pool)
+    loops = Loops(warm, cold, n, first.restore)
+    loops.before = loops.results()
+    return loops, found
+
+
 def measure(contenders: Mapping[str, Callable[[], Calls]], budget: float) -> dict[str, dict]:
     """What each contender takes, in seconds and bytes a call; it makes its `Calls`, one on each set of inputs.
 
     `warm` and, on a GPU, `cold` are samples; `host`, `memory` and `graph` (False: the host waits within a call, so that
-    eager calls were timed) are of a GPU only. A contender that raises has only `failed`, the reason.
+    eager calls were timed) are of a GPU only. `drift` is the relative error of the results after all turns to those
+    before them. A contender that raises has only `failed`, the reason.
     """
     pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
-    results, runs, n_calls = {}, {}, {}
+    results, loops = {}, {}
     for name, make in contenders.items():
         try:
-            calls = make()
-            for call in calls:  # compiles, loads
-                call()
-            seconds = stopwatch(calls[0])
-            n = n_calls[name] = max(len(calls), math.ceil(SAMPLE_S / seconds))
-            loops, result = {"warm": repeated(calls[:1], n)}, {}
-            if pool is not None:
-                if len(calls) > 1:
-                    loops["cold"] = repeated(calls, n)
-                graph = not synchronizes(calls[0])
-                result = {"graph": graph, "memory": peak_bytes(calls[0]), "host": host_seconds(calls[0], min(n, 10))}
-                if graph:
-                    loops = {kind: captured(loop, pool) for kind, loop in loops.items()}
-            runs |= {(name, kind): loop for kind, loop in loops.items()}
-            results[name] = result
+            loops[name], results[name] = prepare(make(), pool)
         except Exception as error:  # whatever a rival raises, the others are timed
             results[name] = {"failed": reason(error)}
+    runs = {(name, kind): run for name, own in loops.items() for kind, run in own.runs().items()}
     for (name, kind), samples in take_turns(runs, budget).items():
-        results[name][kind] = [seconds / n_calls[name] for seconds in samples]
-        if pool is not None and (name, "cold") not in runs:
+        results[name][kind] = [seconds / loops[name].n for seconds in samples]
+    for name, own in loops.items():
+        results[name]["drift"] = relative_error(own.results(), own.before)
+        if pool is not None and own.cold is None:
             results[name]["cold"] = results[name]["warm"]  # one set of inputs is more than L2 holds
     return results
 

@@ -1,171 +1,352 @@
-"""Other tiles for attention's kernels on this card, timed beside those of its table: `python -m bench.tune`.
+"""Other launch parameters for every kernel on this card, timed beside those of its table: `python -m bench.tune`.
 
-The candidates of a kernel and width, those nearest to the table's tiles, take their place in the table in turn: all are
-compiled side by side, held against the table's own results, then timed by CUDA-graph replay, in bf16, causal. Of a
-backward all is timed, and only the kernel's share changes. What is not timed is listed with the reason; up to a width
-of 128 a spill is one. At the end are the lines for CONFIGS in kernels/attention.py: it is for you to write them there.
+    python -m bench.tune --kernel attention    kernels by a part of the name of their op or their own
+
+The candidates of a size take the place of the table's entry in turn. All are compiled side by side, held against
+float64, then timed by CUDA-graph replay in turns, in bf16; a kernel of a backward within forward and backward. What is
+not timed is listed with the reason: it raises, is wrong, or spills where the table's own does not. At the end are the
+entries for the tables: it is for you to write them there.
+
+Each kernel has a process of its own, since an illegal access ends a process. It is begun again without the candidate
+that was running. Some processes work side by side, the kernels with the largest share of a training step first: while
+one has the card for itself, the others compile.
 """
 
 import argparse
+import faulthandler
+import json
 import math
+import os
+import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from operator import truediv
 from pathlib import Path
 from statistics import geometric_mean, median
+from typing import Any
 from unittest.mock import patch
 
 import torch
 
 from bench import records
-from bench.cases import relative_error
-from bench.timing import measure, reason
-from kernels.attention import CONFIGS, ONE_PASS, tiles_of
+from bench.cases import PASSES, Case
+from bench.contest import DEVICE, DTYPE, Checker, doubt, input_sets, least_seconds
+from bench.timing import Call, card_held, measure, reason, synchronize
+from kernels import TESTED
 from kernels.launch import IMPLEMENTATIONS, card, triton
+from kernels.spec import LaunchTable, Op
+from model.hardware import device_name
 
-Tiles = tuple[int, int, int, int]  # as in CONFIGS: rows of queries, rows of keys, warps, stages
-Calls = dict[Tiles | None, Callable[[], tuple[torch.Tensor, ...]]]
-DTYPE, TOKENS = torch.bfloat16, 16384
-HEADS = {64: 12, 128: 16, 256: 8}  # by width
-ROWS, WARPS, STAGES = (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)
-REGISTERS, LANES = 255, 32  # of a thread, and threads of a warp: NVIDIA's; AMD has more of both
-TURNS_S, GAIN = 0.05, 0.01  # some ten samples of each candidate at each length; a gain that is more than noise
-
-
-def candidates(kernel: str, width: int, start: Tiles, shared: int, most: int) -> list[Tiles]:
-    """`start`, then others by how many doublings and halvings they are from it, `most` in all. Registers may hold their
-    sums and scores, in float32, and `shared` bytes what they load ahead; they need more, so that some spill or fail."""
-    found = {start: 0.0}
-    for tiles in product(ROWS, (ONE_PASS,) if kernel == "one pass" else ROWS, WARPS, STAGES):
-        queries, keys, warps, stages = tiles
-        if kernel in ("dkv", "one pass"):
-            held, loaded = 2 * keys * (width + queries), queries
-        else:
-            held, loaded = queries * (width + keys * (2 if kernel == "dq" else 1)), keys
-        ahead = max(1, stages - 1) * 2 * loaded * width * DTYPE.itemsize
-        if held <= REGISTERS * LANES * warps and ahead <= shared:
-            found[tiles] = sum(abs(math.log2(a / b)) for a, b in zip(tiles, start, strict=True))
-    return sorted(found, key=found.get)[:most]
+CHILD = [sys.executable, "-m", "bench.tune"]
+# An op's share of the seconds, after its share of a 124M model's training step; its kernels share it out.
+WEIGHTS = {"attention": 4, "linear_cross_entropy": 3, "cross_entropy": 3, "rmsnorm": 2}
+TURNS_S, GAIN = 0.05, 0.01  # some ten samples of each candidate at each shape; a gain that is more than noise
+HANGS_S, RESTARTS = 30, 8
+BEGUN = 0.75  # of the seconds there are: after that no size is begun
 
 
-def launcher(kernel: str, width: int, t: int, device: torch.device) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """What is timed, on random inputs: the forward, or the backward with what the forward saved."""
-    q, k, v, do = torch.randn(4, TOKENS // t, t, HEADS[width], width, dtype=DTYPE, device=device)
-    options = {"scale": width**-0.5, "causal": True, "window": 0, "softcap": 0.0}
-    forward = partial(IMPLEMENTATIONS["attention_fwd"], q, k, v, None, None, None, **options)
-    if kernel == "fwd":
-        return forward
-    return partial(IMPLEMENTATIONS["attention_bwd"], do, q, k, v, None, None, *forward(), **options)
+@dataclass(frozen=True)
+class Job:
+    """The kernel of an op, whose table is gone over by one process."""
+
+    op: Op
+    table: LaunchTable
+
+    @property
+    def name(self) -> str:
+        return f"{self.op.name}:{self.table.kernel}"
+
+    @property
+    def step(self) -> str:
+        return PASSES[self.table.backward]
 
 
-def compile_all(calls: Calls) -> dict[Tiles | None, list]:
-    """The kernels that each call is the first to launch, compiled side by side. Nothing runs, and one that does not
-    compile raises its error when it is launched."""
-    run, found = triton.JITFunction.run, {}
+def jobs(part: str = "") -> list[Job]:
+    """All whose name has `part` in it, the most telling first."""
+    found = [Job(op, table) for op in TESTED for table in op.launches]
+    found.sort(key=lambda job: -WEIGHTS.get(job.op.name, 1))
+    return [job for job in found if part in job.name]
+
+
+# In the process of one kernel.
+
+
+def say(event: dict) -> None:
+    """To the process that started this one: `trying` what, a `row`, or what is `left` at the end."""
+    print(json.dumps(event), flush=True)
+
+
+def in_place(table: LaunchTable, size: Any, entry: Any | None) -> AbstractContextManager:
+    """While it is entered, `entry` is the table's for this card; None leaves the table as it is."""
+    return nullcontext() if entry is None else patch.dict(table.entries[size], {card(DEVICE): entry})
+
+
+@contextmanager
+def on_meta() -> Iterator[list]:
+    """Host functions run on meta tensors, and what they launch is compiled, not run: the list of it."""
+    library, launched = torch.library.Library("nanofuse", "IMPL"), []
+    for name, function in IMPLEMENTATIONS.items():
+        library.impl(name, function, "Meta", allow_override=True)
+    run = triton.JITFunction.run
+
+    def compile_only(*args, warmup, **options):
+        launched.append(run(*args, warmup=True, **options))
+
     with (
-        ThreadPoolExecutor() as pool,
-        triton.AsyncCompileMode(pool, ignore_errors=True) as mode,
-        patch.object(triton.JITFunction, "run", lambda *args, warmup, **options: run(*args, warmup=True, **options)),
+        patch.object(triton.JITFunction, "run", compile_only),
+        patch.object(torch, "is_autocast_enabled", lambda device: False),  # torch has none for meta, and raises
     ):
-        for tiles, call in calls.items():
-            known = set(mode.future_kernels)
-            call()
-            found[tiles] = [kernel for key, kernel in mode.future_kernels.items() if key not in known]
+        yield launched
+    library._destroy()
+
+
+def compile_all(job: Job, size: Any, variants: dict[str, Any]) -> dict[str, list]:
+    """The kernels that each variant launches, compiled side by side. One that does not compile raises its error when it
+    is launched."""
+    found = {name: [] for name in variants}
+    with on_meta() as launched, ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        for shape in job.table.shapes(size):
+            call = Case(job.op, shape, DTYPE, torch.device("meta")).call(job.op.implementations["triton"], job.step)
+            for name, entry in variants.items():
+                launched.clear()
+                with in_place(job.table, size, entry):
+                    call.run()
+                found[name] += launched
     return found
 
 
-def check(calls: Calls, compiled: dict[Tiles | None, list], width: int) -> dict[Tiles | None, dict]:
-    """A result for each, without seconds yet; `failed` instead, the reason, where it raises, spills, or is further from
-    the first, the table's own, than the rounding of results explains."""
-    found = {tiles: {"seconds": []} for tiles in calls}
-    (_, own), *others = calls.items()
-    truth, allowed = tuple(x.float() for x in own()), torch.finfo(DTYPE).eps
-    for tiles, call in others:
+def spilled(kernels: list) -> int:
+    """Bytes a thread of the one that spills most; it is known once a kernel has been loaded."""
+    done = (kernel.result() if hasattr(kernel, "result") else kernel for kernel in kernels)
+    return 4 * max((getattr(kernel, "n_spills", 0) for kernel in done), default=0)
+
+
+def check(
+    job: Job, size: Any, shape: dict[str, int], variants: dict[str, Any], compiled: dict[str, list], own: str
+) -> dict[str, str]:
+    """Why a variant is not to be timed; it may spill where the table's `own` does. Raises when the card fails."""
+    checker, failed = Checker(job.op, shape, job.step), {}
+    for name, entry in variants.items():
+        say({"trying": [repr(size), name]})
+        faulthandler.dump_traceback_later(HANGS_S, exit=True)
         try:
-            error, spilled = (
-                relative_error(call(), truth),
-                4 * sum(kernel.result().n_spills for kernel in compiled[tiles]),
-            )
-            if not error <= allowed or (spilled and width <= 128):
-                found[tiles] = {"failed": f"{error:.1e} from the table's results, spills {spilled} bytes a thread"}
+            with in_place(job.table, size, entry):
+                _, wrong = checker.error(job.op.implementations["triton"])
+            if wrong:
+                failed[name] = wrong
+            elif spilled(compiled[name]) and not spilled(compiled.get(own, [])):
+                failed[name] = f"spills {spilled(compiled[name])} bytes a thread"
         except Exception as error:  # whatever one raises, the others are timed
-            found[tiles] = {"failed": reason(error)}
-    return found
+            synchronize()  # raises where the card takes no more work from this process
+            failed[name] = reason(error)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+    say({"trying": None})
+    return failed
 
 
-def tune(kernel: str, width: int, most: int, device: torch.device, shared: int) -> dict:
-    """Try up to `most` tiles. Returns the row to record: `own` tiles, the table's, None where this card takes two
-    passes; then the results, best first, each with seconds by length and their mean ratio to `own`, or `failed`."""
-    table, name, lengths = CONFIGS[kernel, width], card(device), (ONE_PASS,) if kernel == "one pass" else (1024, 4096)
-    own = tiles_of(kernel, width, device)
-    tried = candidates(kernel, width, own or next(iter(table.values())), shared, most)
-    found = {}
-    for t in lengths:
-        run = launcher(kernel, width, t, device)
-        calls = {own: run} | {tiles: patch.dict(table, {name: tiles})(run) for tiles in tried if tiles != own}
-        found = found or check(calls, compile_all(calls), width)
-        left = {tiles: partial(list, [call]) for tiles, call in calls.items() if "failed" not in found[tiles]}
-        for tiles, result in measure(left, TURNS_S * len(left)).items():
-            seconds = found[tiles]["seconds"]
-            found[tiles] = result if "failed" in result else {"seconds": [*seconds, median(result["warm"])]}
-    if "failed" in found[own]:
-        raise RuntimeError(f"{kernel} {width}: the table's own {own} cannot be timed: {found[own]['failed']}")
-    for result in found.values():
-        if "failed" not in result:
-            result["ratio"] = geometric_mean(map(truediv, result["seconds"], found[own]["seconds"]))
-    results = [{"tiles": tiles} | result for tiles, result in found.items()]
+def calls_of(job: Job, size: Any, entry: Any | None, calls: list[Call]) -> list[Call]:
+    """The calls with an entry in place; all variants share their inputs."""
+
+    def placed(run: Callable) -> Callable:
+        def placed_run():
+            with in_place(job.table, size, entry):
+                return run()
+
+        return placed_run
+
+    return [Call(placed(call.run), call.restore) for call in calls]
+
+
+def tune(job: Job, size: Any, most: int, lock: Path, known: dict[str, str]) -> dict:
+    """Try up to `most` candidates for a size; `known` are those not to be tried, and why. Returns the row to record:
+    the table's `own` entry, None where this card does not run the kernel, and the `results`, best first, each with
+    seconds by shape and their mean ratio to those of `own` (or the first that could be timed), or `failed`."""
+    own = job.table.pick(size, card(DEVICE))
+    variants = {repr(own): own}
+    for entry in job.table.candidates(size):
+        if len(variants) <= most:
+            variants.setdefault(repr(entry), entry)
+    failed = {name: why for name, why in known.items() if name in variants}
+    left = {name: entry for name, entry in variants.items() if name not in failed}
+    compiled = compile_all(job, size, left)
+    seconds = {name: [] for name in variants}
+    with card_held(lock):
+        for shape in job.table.shapes(size):
+            failed |= check(job, size, shape, left, compiled, repr(own))
+            left = {name: entry for name, entry in left.items() if name not in failed}
+            case = Case(job.op, shape, DTYPE, DEVICE)
+            sets = [case.call(job.op.implementations["triton"], job.step) for _ in range(input_sets(case))]
+            timed = {name: partial(calls_of, job, size, entry, sets) for name, entry in left.items()}
+            least = least_seconds(case, job.step, device_name(DEVICE))
+            say({"trying": [repr(size), ""]})
+            for name, result in measure(timed, TURNS_S * len(left)).items():
+                if why := result.get("failed") or doubt(result, least):
+                    failed[name] = why
+                else:
+                    seconds[name].append(median(result.get("cold", result["warm"])))
+            synchronize()
+            left = {name: entry for name, entry in left.items() if name not in failed}
+            say({"trying": None})
+    results = [{"entry": name, "failed": why} for name, why in failed.items()]
+    base = repr(own) if repr(own) in left else next(iter(left), None)
+    for name in left:
+        ratio = geometric_mean(map(truediv, seconds[name], seconds[base]))
+        results.append({"entry": name, "seconds": seconds[name], "ratio": ratio})
     results.sort(key=lambda result: result.get("ratio", math.inf))
-    row = {"bench": "tune", "op": "attention", "dtype": "bfloat16", "kernel": kernel, "width": width, "card": name}
-    return row | {"own": own, "lengths": lengths, "results": results}
+    row = {"bench": "tune", "op": job.op.name, "kernel": job.table.kernel, "size": repr(size), "card": card(DEVICE)}
+    row |= {"dtype": str(DTYPE).removeprefix("torch."), "pass": job.step, "shapes": list(job.table.shapes(size))}
+    return row | {"own": repr(own), "results": results}
+
+
+def run_job(job: Job, most: int, seconds: float, lock: Path, known: dict[str, dict[str, str]]) -> None:
+    """Go over the sizes of a table for so many seconds; one with `known[size][""]` is left out."""
+    begin, left = time.monotonic(), [size for size in job.table.entries if "" not in known.get(repr(size), ())]
+    while left and time.monotonic() - begin < seconds:
+        size = left.pop(0)
+        say({"row": tune(job, size, most, lock, known.get(repr(size), {}))})
+    say({"left": list(map(repr, left))})
+
+
+# In the process that starts the others.
+
+
+class Tuner:
+    """Goes over jobs within some seconds: prints and records what comes of each."""
+
+    def __init__(self, results: Path, seconds: float, most: int, workers: int):
+        self.results, self.most, self.workers = results, most, workers
+        self.until, self.deadline = (time.monotonic() + share * seconds for share in (BEGUN, 1))
+        self.rows: list[dict] = []
+        self.untried: list[str] = []
+        self.printing = threading.Lock()
+
+    def run(self, wanted: list[Job]) -> None:
+        kernels = Counter(job.op.name for job in wanted)
+        weights = [WEIGHTS.get(job.op.name, 1) / kernels[job.op.name] for job in wanted]
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(self.workers) as pool:
+            shares = [self.workers * weight / sum(weights[i:]) for i, weight in enumerate(weights)]
+            list(pool.map(self.tune, wanted, shares, [Path(folder, "lock")] * len(wanted)))
+
+    def tune(self, job: Job, share: float, lock: Path) -> None:
+        """One job, begun again after each candidate that ends its process."""
+        known: dict[str, dict[str, str]] = {}
+        for _ in range(RESTARTS):
+            seconds = min(1.0, share) * (self.until - time.monotonic())
+            if seconds <= 0:
+                self.untried.append(job.name)
+                return
+            trying, why = self.attempt(job, seconds, lock, known)
+            if why is None:
+                return
+            size, name = trying or (None, "")
+            self.say(f"{job.name} {size or ''} {name}: ended its process: {why}")
+            if size is None:
+                return
+            known.setdefault(size, {})[name] = why
+
+    def attempt(self, job: Job, seconds: float, lock: Path, known: dict) -> tuple[list[str] | None, str | None]:
+        """What ran when the process ended, and why it did: None where it came to its end."""
+        options = {"job": job.name, "seconds": seconds, "candidates": self.most, "lock": lock}
+        command = [*CHILD, *(f"--{key}={value}" for key, value in options.items()), f"--known={json.dumps(known)}"]
+        trying, ended = None, False
+        with tempfile.TemporaryFile("w+", errors="replace") as errors:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+            over = threading.Timer(self.deadline - time.monotonic(), process.kill)
+            over.start()
+            for line in process.stdout:
+                if not line.startswith("{"):
+                    continue
+                said = json.loads(line)
+                trying, ended = said.get("trying", trying), "left" in said
+                if "row" in said:
+                    self.rows.append(said["row"])
+                    records.append(self.results, "tune", said["row"])
+                    known.setdefault(said["row"]["size"], {})[""] = "done"
+                    self.say(table(said["row"]))
+                self.untried += [f"{job.name} {size}" for size in said.get("left", ())]
+            process.wait()
+            over.cancel()
+            if ended:
+                return None, None
+            errors.seek(0)
+            lines = [line.strip() for line in errors if line.strip()] or [f"exit code {process.returncode}"]
+        return trying, next((line for line in lines if line.startswith("Timeout")), lines[-1])
+
+    def say(self, text: str) -> None:
+        with self.printing:
+            print(text, flush=True)
 
 
 def table(row: dict) -> str:
     """Who is faster than whom, then who was not timed."""
-    lines = [f"{row['kernel']} {row['width']}, {row['card']}: time to that of {row['own']}, us at T {row['lengths']}"]
+    shapes = "; ".join(" ".join(f"{key}={size}" for key, size in shape.items()) for shape in row["shapes"])
+    head = f"{row['op']} {row['kernel']} {row['size']}, {row['card']}, {row['pass']}"
+    lines = [f"{head}: time to that of {row['own']}, us at {shapes}"]
+    width = max(len(result["entry"]) for result in row["results"])
     for result in row["results"]:
         times = [f"{1e6 * seconds:10,.1f}" for seconds in result.get("seconds", ())]
-        lines.append(" ".join((f"  {result['tiles']!s:18s}", result.get("failed") or f"{result['ratio']:.3f}", *times)))
+        lines.append(
+            " ".join((f"  {result['entry']:{width}s}", result.get("failed") or f"{result['ratio']:.3f}", *times))
+        )
     return "\n".join(lines)
 
 
 def entry(row: dict) -> str:
-    """The line for CONFIGS: the fastest where it gains more than noise, else what is there."""
-    best, own = row["results"][0], row["own"]
-    tiles = best["tiles"] if best["ratio"] < 1 - GAIN else own
-    changed = "" if tiles == own else f"  # changed: {best['ratio']:.3f} of the time of {own}"
-    return f'("{row["kernel"]}", {row["width"]}): ... "{row["card"]}": {tiles},{changed}'
+    """The entry of a size and this card: the fastest where it gains more than noise, else what is there."""
+    best, own, start = row["results"][0], row["own"], f'    {row["size"]}: "{row["card"]}": '
+    if "failed" in best:
+        return f"{start}none could be timed"
+    own_failed = next(
+        (result["failed"] for result in row["results"] if result["entry"] == own and "failed" in result), ""
+    )
+    if own_failed:
+        return f"{start}{best['entry']},  # changed: {own} could not be timed: {own_failed}"
+    if best["ratio"] >= 1 - GAIN:
+        return f"{start}{own},"
+    return f"{start}{best['entry']},  # changed: {best['ratio']:.3f} of the time of {own}"
+
+
+def entries(rows: list[dict]) -> str:
+    """The entries by table, ready to be written there."""
+    lines = []
+    for op, kernel in dict.fromkeys((row["op"], row["kernel"]) for row in rows):
+        lines.append(f"entries of {op}'s {kernel}:")
+        lines += [entry(row) for row in rows if (row["op"], row["kernel"]) == (op, kernel)]
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code, 0; exits with 2 without a GPU."""
+    """Returns the exit code: 0, or 1 where no size was timed; exits with 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.partition("\n")[0])
-    parser.add_argument("--kernel", choices=sorted({kernel for kernel, _ in CONFIGS}), help="only this one")
-    parser.add_argument("--width", type=int, choices=HEADS, help="only heads of this width")
-    parser.add_argument("--candidates", type=int, default=48, help="tiles to try of a kernel and width, at most (48)")
-    parser.add_argument("--seconds", type=float, default=480, help="begin no kernel and width after so long (480)")
+    parser.add_argument("--kernel", default="", help="a part of the name of an op or a kernel (all)")
+    parser.add_argument("--candidates", type=int, default=8, help="to try of a size, at most (8)")
+    parser.add_argument("--seconds", type=float, default=150, help="for all (150)")
     parser.add_argument("--results", type=Path, default=records.RESULTS, help="folder of the record (bench/results)")
+    for option in ("--job", "--lock", "--known"):  # of the process of one kernel
+        parser.add_argument(option, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    wanted = [key for key in CONFIGS if args.kernel in (None, key[0]) and args.width in (None, key[1])]
-    if not wanted:
-        parser.error(f"{args.kernel} has no tiles for a width of {args.width}")
+    if args.job:
+        (job,) = (job for job in jobs() if job.name == args.job)
+        run_job(job, args.candidates, args.seconds, Path(args.lock), json.loads(args.known))
+        return 0
     if not torch.cuda.is_available():
-        instead = "`python -m bench.compile --kernel attention` shows registers, spills and an estimate without one"
+        instead = "`python -m bench.compile` shows registers, spills and an estimate without one"
         parser.exit(2, f"bench.tune times a GPU, and torch finds none here: {instead}\n")
-    shared = triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"]
-    wanted.sort(key=lambda key: key[1])  # the rarest last
-    rows, begin = [], time.monotonic()
-    while len(rows) < len(wanted) and time.monotonic() - begin < args.seconds:
-        rows.append(tune(*wanted[len(rows)], args.candidates, torch.device("cuda"), shared))
-        records.append(args.results, "tune", rows[-1])
-        print(table(rows[-1]), flush=True)
-    print("CONFIGS of kernels/attention.py:", *map(entry, rows), sep="\n    ")
-    if left := wanted[len(rows) :]:
-        print(f"not tried in {args.seconds:g} s: {', '.join(f'{kernel} {width}' for kernel, width in left)}")
-    return 0
+    tuner = Tuner(args.results, args.seconds, args.candidates, max(1, min(6, (os.cpu_count() or 1) // 3)))
+    tuner.run(jobs(args.kernel))
+    print(entries(tuner.rows))
+    if tuner.untried:
+        print(f"not tried in {args.seconds:g} s: {', '.join(tuner.untried)}")
+    return 0 if tuner.rows else 1
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def most(shape: dict[str, int], config: str, of_keys: bool) -> float:
 def count(shape: dict[str, int]) -> dict:
     case = Case(OP, shape, torch.bfloat16, DEVICE)
     with sanitize(bounds=False, races=False, overflow=False) as record:
-        case.call(OP.implementations["triton"], "forward+backward")()
+        case.call(OP.implementations["triton"], "forward+backward").run()
     made = {name: counts.flops for name, counts in record.kernels.items() if counts.flops}
     known = KERNELS if "_attention_bwd_dq_kernel" in made else KERNELS | ONE_PASS
     row = {"op": OP.name, "shape": shape, "most": {}}

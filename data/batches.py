@@ -6,6 +6,8 @@ whose low loss takes no model to reach.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
 
@@ -49,6 +51,36 @@ class Batches:
             offset = random.integers(len(self.tokens))
             self._epoch = (epoch, offset + self.seq_len * random.permutation(self.windows_per_epoch))
         return self._epoch[1]
+
+
+class Prefetcher:
+    """Batches of `size` windows in order, each read in a thread while the one before it is trained on.
+
+    With `pin` they are in pinned memory, from which a GPU copies without making the host wait.
+    """
+
+    def __init__(self, batches: Batches, first: int, size: int, pin: bool = False):
+        """`first`: the window that the first batch begins with."""
+        self.batches, self.first, self.size, self.pin = batches, first, size, pin
+
+    def __enter__(self) -> Prefetcher:
+        self.pool = ThreadPoolExecutor(1)
+        self.ahead = self.pool.submit(self._read, self.first)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.pool.shutdown()
+
+    def next(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next batch, as of `Batches.get`."""
+        batch = self.ahead.result()
+        self.first += self.size
+        self.ahead = self.pool.submit(self._read, self.first)
+        return batch
+
+    def _read(self, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, targets = self.batches.get(first, self.size)
+        return (inputs.pin_memory(), targets.pin_memory()) if self.pin else (inputs, targets)
 
 
 def eval_batches(

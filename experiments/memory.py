@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import get_total_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -46,6 +46,7 @@ from kernels import KernelError, bind
 from kernels.linear_cross_entropy import chunk_rows, padded
 from model import hardware
 from model.config import ConfigError, UserError, as_dict, flatten
+from model.evaluate import evaluating
 from model.gpt import GPT
 from model.optim import build_optimizers
 from model.run import commit
@@ -118,6 +119,9 @@ def predict(config: train.Config) -> Plan:
     precision = hardware.pick_precision(config.precision, device)
     dtype = hardware.DTYPES[precision]
     kernels = bind(config.kernels, device)
+    compiled, _ = hardware.pick_compile(config.compile, device)
+    redraws = bool(config.model.recompute and config.model.dropout)
+    captured, _ = hardware.pick_capture(config.capture, device, precision, compiled, redraws)
     shape = config.model.resolved(config.data.expected_vocab_size, config.data.separator)
     rows = config.micro_batch or config.batch_size
     sizes = {}
@@ -139,9 +143,13 @@ def predict(config: train.Config) -> Plan:
     counted = replace(kernels, functions=kernels.functions | {"linear_cross_entropy": head})
     with FakeTensorMode(), torch.device(device), _Tally() as tally:
         model = GPT(shape, counted)
+        model.residual = hardware.pick_residual(config.residual, device, precision)
+        if precision != "fp32":
+            model.keep_copies(dtype)
         rates, betas = (config.lr, config.muon_lr, config.weight_decay), (config.beta1, config.beta2)
         optimizers = build_optimizers(model, config.optimizer, *rates, betas, config.eps)
-        for _ in range(2):  # the first makes the optimizer's state
+        model_and_state = tally.live
+        for _ in range(2):  # what the first leaves is there in the second
             tally.peak = tally.live
             for _ in range(1 if rows == config.batch_size else 2):  # the second finds gradients there
                 before = tally.live
@@ -150,11 +158,17 @@ def predict(config: train.Config) -> Plan:
                     loss = model(ids, ids, "sum")
                 loss.backward()
                 del loss
-            clip_grad_norm_(model.parameters(), config.clip or float("inf"))
+            clipping = (config.clip or 1.0) / get_total_norm([p.grad for p in model.parameters()])
             sizes["gradients"] = _bytes(p.grad for p in model.parameters())
             for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.step(clipping)
+            model.zero_grad()
+        if captured:  # a graph keeps the memory of the step, which what runs between its replays cannot use
+            step, tally.peak, of_training = tally.peak, tally.live, dict(sizes)
+            if not config.diag:  # and a diagnosed step is a whole one more
+                with torch.no_grad(), evaluating(model), hardware.autocast(device, precision):
+                    model(ids, ids, "sum")
+            tally.peak, sizes = step + (step if config.diag else tally.peak) - model_and_state, of_training
         state = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
         sizes |= {
             "weights": _bytes([*model.parameters(), *model.buffers()]),

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import torch
 
-from kernels import attention, linear_cross_entropy, rmsnorm, rope, swiglu
+from kernels import adamw, attention, linear_cross_entropy, rmsnorm, rope, swiglu
 from kernels.launch import AVAILABLE
 from kernels.spec import Op
 
@@ -25,6 +25,7 @@ OPS: dict[str, Op] = {
         attention,
         swiglu,
         linear_cross_entropy,
+        adamw,
     )
 }
 

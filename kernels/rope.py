@@ -13,12 +13,14 @@ Sources: Su et al., "RoFormer", 2021, equation 34; Dehghani et al., "Scaling Vis
 Parameters", 2023, section 2 (QK normalisation).
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launch import heads_of, library_op, multiprocessors, rows_of, tl, triton
-from kernels.spec import Cost, Op, accumulation_dtype
+from kernels.launch import card, cdiv, heads_of, library_op, n_sm, next_power_of_2, rows_of, tl, triton
+from kernels.spec import Cost, LaunchTable, Op, accumulation_dtype
 
 
 def rope_tables(
@@ -185,7 +187,7 @@ def _rope_bwd_heads(
     dout_ptrs, x_ptrs, dx_ptrs, gain_ptr, dgain_a, dgain_b, cos, sin, mask, n_heads, stride_dh, eps,
     HALF: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of the heads; return `dgain_a`, `dgain_b` `[T, BLOCK]` with these heads' shares added."""
+    """Write the gradient of the heads; return `dgain_a`, `dgain_b` `[T, BLOCK]` with these heads' sums added."""
     if gain_ptr is not None:
         gain_a, gain_b = _load_gain(gain_ptr, HALF, BLOCK, INTERLEAVED)
     for head in range(n_heads):
@@ -251,10 +253,46 @@ def _rope_bwd_kernel(
             _store_pairs(share + i * 2 * HALF, a, b, first == 0, HALF, BLOCK, INTERLEAVED)
 
 
-def _blocks(half: int) -> dict[str, int]:
-    """A tile of 1024 pairs for 4 warps: 8 a thread, loads of 16 bytes in half precision."""
-    block = triton.next_power_of_2(half)
-    return {"BLOCK_T": max(1, 1024 // block), "BLOCK": block, "num_warps": 4}
+@dataclass(frozen=True)
+class Tile:
+    """Launch parameters: pairs of a block (tokens times half a head), warps, and the backward's programs on an SM, each
+    walking over its share of the tokens; the forward has a program for every block."""
+
+    pairs: int
+    num_warps: int
+    programs_per_sm: int = 0
+
+
+# A size is the width of a head, up to a power of two.
+SIZES = (64, 128, 256)
+
+
+def _shapes(size):
+    shapes = tuple(s for s in OP.bench_shapes if _size(s["D"]) == size)
+    return shapes or ({"B": 4, "T": 4096, "H": 8, "KV": 4, "D": size},)
+
+
+def _size(d: int) -> int:
+    return min(256, max(64, next_power_of_2(d)))
+
+
+_FORWARD = Tile(1024, 4), Tile(512, 4), Tile(2048, 4), Tile(2048, 8), Tile(512, 2), Tile(4096, 8)
+# Four programs an SM are as many as are resident at once, at 128 registers a thread.
+_BACKWARD = (
+    Tile(1024, 4, 4), Tile(512, 4, 4), Tile(512, 4, 8), Tile(1024, 4, 8), Tile(2048, 8, 2), Tile(512, 2, 8),
+    Tile(512, 2, 16),
+)  # fmt: skip
+FORWARD = LaunchTable("_rope_fwd_kernel", {size: {"": _FORWARD[0]} for size in SIZES}, lambda size: _FORWARD, _shapes)
+BACKWARD = LaunchTable(
+    "_rope_bwd_kernel", {size: {"": _BACKWARD[0]} for size in SIZES}, lambda size: _BACKWARD, _shapes, backward=True
+)
+
+
+def _pick(table: LaunchTable, x: Tensor, half: int) -> tuple[Tile, dict[str, int]]:
+    """The tile for heads of `2 * half`, and the arguments of a kernel that follow from it."""
+    tile = table.pick(_size(2 * half), card(x.device))
+    block = next_power_of_2(half)
+    return tile, {"BLOCK_T": max(1, tile.pairs // block), "BLOCK": block, "num_warps": tile.num_warps}
 
 
 def _allocate_fwd(qkv, cos, sin, q_gain, k_gain, positions, n_head, n_kv_head, eps, interleaved):
@@ -270,10 +308,11 @@ def _rope_fwd(
     """q and k."""
     q, k = _allocate_fwd(qkv, cos, sin, q_gain, k_gain, positions, n_head, n_kv_head, eps, interleaved)
     t, half, qkv = q.shape[1], q.shape[-1] // 2, rows_of(qkv)
-    blocks = _blocks(half)
-    _rope_fwd_kernel[(max(1, triton.cdiv(len(qkv), blocks["BLOCK_T"])),)](
+    _, blocks = _pick(FORWARD, qkv, half)
+    n_tokens = qkv.shape[0]
+    _rope_fwd_kernel[(max(1, cdiv(n_tokens, blocks["BLOCK_T"])),)](
         qkv, cos, sin, q_gain, k_gain, positions, q, k,
-        len(qkv), t, n_head, n_kv_head, qkv.stride(0), eps, half, interleaved, **blocks,
+        n_tokens, t, n_head, n_kv_head, qkv.stride(0), eps, half, interleaved, **blocks,
     )  # fmt: skip
     return q, k
 
@@ -295,17 +334,16 @@ def _rope_bwd(
     n_tokens, n_kv_head = dqkv.shape[0] * t, dk.shape[2]
     dq, dk, dv = map(heads_of, (dq, dk, dv))
     qkv = None if qkv is None else rows_of(qkv)
-    blocks = _blocks(d // 2)
-    # As many as are resident at once, at 128 registers.
-    programs = max(1, min(4 * multiprocessors(dq.device), triton.cdiv(n_tokens, blocks["BLOCK_T"])))
-    shares = None if q_gain is None else dq.new_empty((programs, 2, d), dtype=torch.float32)
+    tile, blocks = _pick(BACKWARD, dq, d // 2)
+    programs = max(1, min(tile.programs_per_sm * n_sm(dq.device), cdiv(n_tokens, blocks["BLOCK_T"])))
+    partial_sums = None if q_gain is None else dq.new_empty((programs, 2, d), dtype=torch.float32)
     _rope_bwd_kernel[(programs,)](
-        dq, dk, dv, qkv, cos, sin, q_gain, k_gain, positions, dqkv, shares,
+        dq, dk, dv, qkv, cos, sin, q_gain, k_gain, positions, dqkv, partial_sums,
         n_tokens, t, n_head, n_kv_head, 0 if qkv is None else qkv.stride(0), eps,
         *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
         d // 2, interleaved, **blocks,
     )  # fmt: skip
-    return dqkv, dgains if q_gain is None else shares.sum(0)
+    return dqkv, dgains if q_gain is None else partial_sums.sum(0)
 
 
 class _RoPE(torch.autograd.Function):
@@ -387,4 +425,5 @@ OP = Op(
         {"B": 4, "T": 4096, "H": 16, "KV": 8, "D": 128},
         {"B": 4, "T": 4096, "H": 32, "KV": 8, "D": 128},
     ),
+    launches=(FORWARD, BACKWARD),
 )

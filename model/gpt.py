@@ -19,10 +19,11 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from kernels import KernelError, Kernels
-from kernels.attention import document_ranges
+from kernels.attention import choice, document_ranges
 from kernels.rope import rope_tables
 from model.config import ConfigError
 
@@ -171,6 +172,45 @@ class Context(NamedTuple):
     cache: Cache | None
 
 
+class Linear(nn.Linear):
+    """`nn.Linear`, which multiplies by `copy`, its weight in half precision, where there is one (`GPT.keep_copies`)."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True):
+        super().__init__(in_features, out_features, bias)
+        self.register_buffer("copy", None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.copy is None:
+            return super().forward(x)
+        return _CopiedLinear.apply(x, self.weight, self.bias, self.copy)
+
+
+class _CopiedLinear(torch.autograd.Function):
+    """x @ copy.T + bias. The gradient of `weight` is a product in the precision of `copy`, summed and kept in that of
+    the weight."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, copy):
+        cast = x.to(copy.dtype)
+        ctx.save_for_backward(cast, copy)
+        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        return F.linear(cast, copy, None if bias is None else bias.to(copy.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (x, copy), (x_dtype, weight_dtype, bias_dtype) = ctx.saved_tensors, ctx.dtypes
+        rows = dy.flatten(0, -2)
+        dw = product(rows.t(), x.flatten(0, -2), weight_dtype)
+        db = None if bias_dtype is None else rows.sum(0, dtype=torch.float32).to(bias_dtype)
+        return (dy @ copy).to(x_dtype), dw, db, None
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """`a @ b` in `dtype`, which a GPU sums it in: nothing is rounded on the way."""
+    return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else (a @ b).to(dtype)
+
+
 class Attention(nn.Module):
     """Self-attention over a packed projection `[C, (H + 2 KV) D]`."""
 
@@ -179,8 +219,8 @@ class Attention(nn.Module):
         self.config, self.kernels, self.layer = config, kernels, layer
         self.window = config.windows[layer]
         heads = config.n_head + 2 * config.n_kv_head
-        self.qkv = nn.Linear(config.d_model, heads * config.head_dim, bias=config.bias)
-        self.out = nn.Linear(config.n_head * config.head_dim, config.d_model, bias=config.bias)
+        self.qkv = Linear(config.d_model, heads * config.head_dim, bias=config.bias)
+        self.out = Linear(config.n_head * config.head_dim, config.d_model, bias=config.bias)
         self.q_gain = nn.Parameter(torch.ones(config.head_dim)) if config.qk_norm else None
         self.k_gain = nn.Parameter(torch.ones(config.head_dim)) if config.qk_norm else None
         self.interleaved = config.position == "rope-interleaved"
@@ -216,8 +256,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self.kernels, gated = kernels, config.activation == "swiglu"
         self.activation = ("silu" if gated else config.activation), gated
-        self.gate_up = nn.Linear(config.d_model, (1 + gated) * config.d_ff, bias=config.bias)
-        self.down = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
+        self.gate_up = Linear(config.d_model, (1 + gated) * config.d_ff, bias=config.bias)
+        self.down = Linear(config.d_ff, config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.kernels.swiglu(self.gate_up(x), *self.activation))
@@ -369,9 +409,11 @@ class GPT(nn.Module):
     """The model: token ids to the loss of the tokens that follow, or to logits."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels):
-        """`config` must be resolved. Parameters are float32 on the current default device. Raises `KernelError` for a
-        dropout that the bound attention does not have."""
+        """`config` must be resolved. Parameters are float32 on the current default device. The residual stream is in
+        the embedding's dtype, or in `residual`, which may be set to another. Raises `KernelError` for a dropout that
+        the bound attention does not have."""
         super().__init__()
+        self.residual: torch.dtype | None = None
         if config.dropout and kernels.names["attention"] == "triton":
             raise KernelError("the triton kernel of attention has no dropout: take --kernels.attention=sdpa (or torch)")
         self.config, self.kernels = config, kernels
@@ -380,7 +422,7 @@ class GPT(nn.Module):
         block = BLOCKS[config.norm_place]
         self.blocks = nn.ModuleList(block(config, kernels, layer) for layer in range(config.n_layer))
         self.norm = NORMS[config.norm](config, kernels)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = Linear(config.d_model, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embedding.weight
         device, std = self.embedding.weight.device, config.embedding_std or 0.25 * config.d_model**-0.5
@@ -411,14 +453,18 @@ class GPT(nn.Module):
         Raises `ValueError` when that makes more than `config.seq_len` tokens."""
         context = self._context(ids, cache)
         x, residual = self.embedding(ids), None
+        if self.residual is not None:
+            x = x.to(self.residual)
         if self.position is not None:
             start = 0 if cache is None else cache.length
             at = slice(start, start + ids.shape[1]) if context.positions is None else context.positions
-            x = x + self.position[at]
+            x = x + self.position[at].to(x.dtype)
         x, recomputed = self.dropout(x), round(self.config.recompute * len(self.blocks))
         for layer, block in enumerate(self.blocks):
             if layer < recomputed:
-                x, residual = checkpoint(block, x, residual, context, use_reentrant=False)
+                # The random state is kept for dropout alone: reading it is an error while a CUDA graph is captured.
+                options = {"use_reentrant": False, "preserve_rng_state": bool(self.config.dropout)}
+                x, residual = checkpoint(block, x, residual, context, **options)
             else:
                 x, residual = block(x, residual, context)
         if cache is not None:
@@ -442,13 +488,50 @@ class GPT(nn.Module):
         positions = torch.arange(start, end, device=ids.device) - documents[0, :, start:]
         return Context(self.cos, self.sin, positions, documents, cache)
 
-    def forward(self, ids: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        """Cross-entropy in nats of `targets` `[B, T]` (`IGNORE` where none is meant) given `ids` `[B, T]`."""
-        return self.kernels.linear_cross_entropy(self.hidden(ids), self.head.weight, targets, reduction)
+    def forward(self, ids: Tensor, targets: Tensor, reduction: str = "mean", scale: Tensor | None = None) -> Tensor:
+        """Cross-entropy in nats of `targets` `[B, T]` (`IGNORE` where none is meant) given `ids` `[B, T]`, times
+        `scale`, a tensor without dimensions."""
+        loss, head = self.kernels.linear_cross_entropy, self.head
+        return loss(self.hidden(ids), head.weight, targets, reduction, scale=scale, head_cast=head.copy)
 
     def logits(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """Logits of the token after the last of each row, `[B, T]` to `[B, V]`, float32; `cache` as in `hidden`."""
-        return self.head(self.hidden(ids, cache)[:, -1]).float()
+        return self.head(self.hidden(ids, cache)[:, -1])[..., : self.config.vocab_size].float()
+
+    def keep_copies(self, dtype: torch.dtype) -> None:
+        """Keep a copy of every matrix that tokens are multiplied by, in `dtype`, so that no step casts one. Optimizers
+        write it with the weight; loading does too. The head's has rows of 0 up to a multiple of 64, for which matrix
+        units have a fast path."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                rows = 64 * math.ceil(len(module.weight) / 64) if module is self.head else len(module.weight)
+                module.copy = module.weight.new_zeros(rows, module.in_features, dtype=dtype)
+        self.refresh_copies()
+
+    def copies(self) -> dict[Tensor, Tensor]:
+        """The copies by parameter, without the rows that the head's was padded by."""
+        linears = [module for module in self.modules() if isinstance(module, Linear) and module.copy is not None]
+        return {module.weight: module.copy[: len(module.weight)] for module in linears}
+
+    @torch.no_grad()
+    def refresh_copies(self) -> None:
+        """Make the copies what the weights are now."""
+        for weight, copy in self.copies().items():
+            copy.copy_(weight)
+
+    def load_state_dict(self, *args, **options):
+        """As of `nn.Module`; copies follow."""
+        result = super().load_state_dict(*args, **options)
+        self.refresh_copies()
+        return result
+
+    def attention_choice(self, half: bool) -> str:
+        """What attention's `auto` takes on a GPU to train in half precision or in float32, and why."""
+        c = self.config
+        asked = {"documents": c.separator >= 0 or None, "dropout": c.dropout, "slopes": c.position == "alibi" or None}
+        sizes = c.seq_len, c.seq_len, c.head_dim
+        chosen = (choice(*sizes, True, half, window=window, **asked) for window in c.windows)
+        return ", ".join(f"{name} for {why}" for name, why in dict.fromkeys(chosen))
 
     def n_parameters(self) -> int:
         """Parameters, a tied head counted once."""

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from model.capture import WARM_UP
 from model.config import UserError
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -86,8 +87,18 @@ def rated_flops(card: str) -> float | None:
     return None
 
 
+def pick_residual(name: str, device: torch.device, precision: Precision) -> torch.dtype | None:
+    """Dtype of the residual stream, None for the parameters' own. `auto` is bf16 for bf16 on a GPU, where it halves the
+    norms' traffic. Raises `HardwareError` for bf16 under another precision."""
+    if name == "bf16" and precision != "bf16":
+        raise HardwareError(f"a bf16 residual stream takes --precision=bf16, not {precision}; --residual=fp32 does not")
+    bf16 = name == "bf16" or (name == "auto" and device.type == "cuda" and precision == "bf16")
+    return torch.bfloat16 if bf16 else None
+
+
 def pick_compile(name: str, device: torch.device) -> tuple[bool, str]:
-    """Whether to use torch.compile, and what to say of it. Raises `HardwareError` where it is asked for in vain."""
+    """Whether to use torch.compile, and what to say of it: `auto` does on a CPU, while a GPU's step is captured in a
+    CUDA graph. Raises `HardwareError` where it is asked for in vain."""
     lacking = ""
     if device.type == "mps":
         lacking = "torch.compile does not serve mps well yet"
@@ -97,18 +108,44 @@ def pick_compile(name: str, device: torch.device) -> tuple[bool, str]:
         lacking = "Python's C headers are missing (python3-dev)"
     if name == "on" and lacking:
         raise HardwareError(f"cannot compile on this machine: {lacking}; --compile=off runs without")
-    if name == "off" or lacking:
-        return False, "no" + (f": {lacking}" if lacking else "")
+    if name == "off" or (name == "auto" and device.type == "cuda"):
+        return False, "no"
+    if lacking:
+        return False, f"no: {lacking}"
     return True, "yes: the first step takes up to a minute, a few seconds when it finds its code in the cache"
 
 
+def pick_capture(
+    name: str, device: torch.device, precision: Precision, compiled: bool, redraws: bool
+) -> tuple[bool, str]:
+    """Whether to capture the training step in a CUDA graph, and what to say of it. `redraws`: dropout is drawn again
+    where activations are recomputed. Raises `HardwareError` where it is asked for in vain."""
+    lacking = ""
+    if device.type != "cuda":
+        lacking = f"{device.type} has no CUDA graphs"
+    elif precision == "fp16":
+        lacking = "fp16's loss scale is decided on the host"
+    elif redraws:
+        lacking = "model.recompute with model.dropout reads the random state on the host"
+    if name == "on" and lacking:
+        raise HardwareError(f"cannot capture the step: {lacking}; --capture=off runs without")
+    if not lacking and name == "auto" and compiled:
+        lacking = "the model is compiled; --capture=on does both"
+    if name == "off" or lacking:
+        return False, "no" + (f": {lacking}" if lacking and name != "off" else "")
+    return True, f"yes: after {WARM_UP} eager steps, forward, backward and optimizers are replayed as CUDA graphs"
+
+
 def set_up(device: torch.device, deterministic: bool) -> None:
-    """What the process needs before it computes: deterministic operations if asked for, and memory that is kept.
+    """What the process needs before it computes: deterministic operations if asked for, its GPU as the current one, on
+    which graphs are captured, and memory that is kept.
 
     On a CPU a step allocates what the last one freed. Taken from the system each time, page by page, that is a sixth of
     a small model's step, so glibc is told to keep what is freed."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without
     torch.use_deterministic_algorithms(deterministic)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     if device.type == "cpu":
         with suppress(AttributeError):  # another C library
             mallopt = ctypes.CDLL(None).mallopt
@@ -135,13 +172,14 @@ def describe(device: torch.device, precision: Precision) -> str:
     return f"{device.type} ({device_name(device)}), {precision}, {rated}"
 
 
-def memory(device: torch.device) -> dict[str, int | None]:
-    """Bytes held at the peak (by the process on a CPU), bytes reserved, and allocations that had to be retried."""
+def memory(device: torch.device, graphs: bool = False) -> dict[str, int | None]:
+    """Bytes held at the peak (by the process on a CPU), bytes reserved, and allocations that had to be retried. CUDA
+    graphs hold what is reserved for them, allocated or not."""
     if device.type != "cuda":
         return {"memory": _peak_resident(), "memory_reserved": None, "memory_retries": None}
     stats = torch.cuda.memory_stats(device)
     return {
-        "memory": stats["allocated_bytes.all.peak"],
+        "memory": stats["reserved_bytes.all.peak" if graphs else "allocated_bytes.all.peak"],
         "memory_reserved": stats["reserved_bytes.all.peak"],
         "memory_retries": stats["num_alloc_retries"],
     }

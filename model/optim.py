@@ -1,13 +1,15 @@
-"""Optimisers and the learning-rate schedule."""
+"""Optimizers and the learning-rate schedule."""
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
+
+from model.gpt import GPT
 
 Schedule = Literal["constant", "linear", "cosine", "wsd"]
 OptimizerName = Literal["adam", "adamw", "muon"]
@@ -23,42 +25,110 @@ def orthogonalised(x: Tensor) -> Tensor:
     return x
 
 
-class Muon(Optimizer):
-    """Nesterov's momentum, orthogonalised, on matrices: `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, but
-    that matrices of one size, transposed or not, are orthogonalised as one stack, in fewer and larger products.
+class _Optimizer(Optimizer):
+    """An optimizer whose step a CUDA graph can replay: its state is there from the start, and what changes from step to
+    step is read from tensors on the parameters' device. `rates` holds the learning rate of each parameter group, which
+    `set_lr` writes; a group's own "lr" is the same as a float."""
 
-    Its rate is scaled by 0.2 sqrt(max(rows, columns)), which gives its update AdamW's usual RMS, so that the two rates
-    are alike in size (Liu et al., "Muon is Scalable for LLM Training", 2025).
+    def __init__(self, groups: Iterable[Tensor] | list[dict], copies: dict[Tensor, Tensor], **defaults):
+        super().__init__(groups, defaults)
+        self.copies = copies
+        device = next(p for group in self.param_groups for p in group["params"]).device
+        self.rates = [torch.tensor(group["lr"], dtype=torch.float32, device=device) for group in self.param_groups]
+        self.no_clipping = torch.ones((), device=device)
+
+
+class AdamW(_Optimizer):
+    """AdamW, or Adam with `decoupled=False`: its weight decay is part of the gradient. `torch.optim.AdamW`'s state.
+
+    The update is `kernel`'s, an implementation of `kernels.adamw`, which also writes the weights' `copies`: tensors by
+    parameter, in the dtype that products are made in, with as many elements.
     """
 
-    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float, momentum: float = 0.95):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+    def __init__(
+        self,
+        groups: list[dict],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        kernel: Callable,
+        copies: dict[Tensor, Tensor],
+        decoupled: bool = True,
+    ):
+        super().__init__(groups, copies, lr=lr, betas=betas, eps=eps)
+        self.kernel, self.decoupled = kernel, decoupled
+        self.steps = torch.zeros_like(self.no_clipping)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] = {"step": self.steps, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            self.steps.copy_(state["step"])
+            state["step"] = self.steps
 
     @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
+    def step(self, grad_scale: Tensor | None = None) -> None:
+        """Update every parameter that has a gradient, multiplied by `grad_scale` first."""
+        self.steps += 1
+        scale = self.no_clipping if grad_scale is None else grad_scale
+        for group, lr in zip(self.param_groups, self.rates, strict=True):
             params = [p for p in group["params"] if p.grad is not None]
-            grads = [p.grad for p in params]
-            for p in params:
-                if not self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            moments = ([self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq"))
+            lists = params, [p.grad for p in params], *moments, [self.copies.get(p) for p in params]
+            constants = *group["betas"], group["eps"], group["weight_decay"], self.decoupled
+            self.kernel(*lists, lr, self.steps, scale, *constants)
+
+
+class Muon(_Optimizer):
+    """Nesterov momentum, orthogonalised, for matrices: `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, except
+    that matrices of one size, transposed or not, are orthogonalised as one batch, in fewer and larger products.
+
+    Its rate is scaled by 0.2 sqrt(max(rows, columns)), which gives its update AdamW's usual RMS, so that the two rates
+    are alike in size (Liu et al., "Muon is Scalable for LLM Training", 2025). `copies` are as of `AdamW`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        weight_decay: float,
+        momentum: float = 0.95,
+        copies: dict[Tensor, Tensor] | None = None,
+    ):
+        super().__init__(params, copies or {}, lr=lr, weight_decay=weight_decay, momentum=momentum)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+    @torch.no_grad()
+    def step(self, grad_scale: Tensor | None = None) -> None:
+        """Update every parameter that has a gradient, multiplied by `grad_scale` first."""
+        scale = self.no_clipping if grad_scale is None else grad_scale
+        for group, lr in zip(self.param_groups, self.rates, strict=True):
+            params = [p for p in group["params"] if p.grad is not None]
+            grads = torch._foreach_mul([p.grad for p in params], scale)
             momenta = [self.state[p]["momentum_buffer"] for p in params]
             torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
             updates = torch._foreach_lerp(grads, momenta, group["momentum"])
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            alike = defaultdict(list)
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            same_size = defaultdict(list)
             for p, update in zip(params, updates, strict=True):
                 rows, columns = sorted(p.shape)
                 wide = (p, update) if p.shape[0] == rows else (p.mT, update.mT)
-                alike[rows, columns].append(wide)
-            for (_, columns), pairs in alike.items():
+                same_size[rows, columns].append(wide)
+            for (_, columns), pairs in same_size.items():
                 wide, updates = zip(*pairs, strict=True)
-                stack = orthogonalised(torch.stack(updates).bfloat16())
-                torch._foreach_add_(wide, stack.unbind(), alpha=-group["lr"] * 0.2 * columns**0.5)
+                batch = orthogonalised(torch.stack(updates).bfloat16())
+                torch._foreach_sub_(wide, (batch * (lr * 0.2 * columns**0.5)).unbind())
+            copied = [p for p in params if p in self.copies]
+            if copied:
+                torch._foreach_copy_([self.copies[p] for p in copied], copied)
 
 
 def build_optimizers(
-    model: nn.Module,
+    model: GPT,
     name: OptimizerName,
     lr: float,
     muon_lr: float,
@@ -66,11 +136,10 @@ def build_optimizers(
     betas: tuple[float, float],
     eps: float,
 ) -> list[Optimizer]:
-    """AdamW on everything, or Muon on the matrices of the blocks and AdamW on the rest; or Adam, whose weight decay is
-    part of the gradient where theirs is decoupled.
+    """AdamW on everything, or Muon on the matrices of the blocks and AdamW on the rest; or Adam.
 
     Weight decay is on matrices only: on a gain it would pull towards 0, which is not where a gain starts. Each
-    parameter group keeps its peak in `peak_lr`, which `set_lr` scales.
+    parameter group keeps its peak in `peak_lr`, which `set_lr` scales. The model's copies are kept up to date.
     """
     named = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
     hidden = [p for key, p in named if p.ndim == 2 and key.startswith("blocks.")] if name == "muon" else []
@@ -80,10 +149,10 @@ def build_optimizers(
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
-    adam = torch.optim.Adam if name == "adam" else torch.optim.AdamW
-    optimizers: list[Optimizer] = [adam(groups, lr=lr, betas=betas, eps=eps, fused=True)]
+    copies = model.copies()
+    optimizers = [AdamW(groups, lr, betas, eps, model.kernels.adamw, copies, decoupled=name != "adam")]
     if hidden:
-        optimizers.append(Muon(hidden, muon_lr, weight_decay))
+        optimizers.append(Muon(hidden, muon_lr, weight_decay, copies=copies))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -102,8 +171,9 @@ def load_optimizers(optimizers: list[Optimizer], states: list[dict]) -> None:
 def set_lr(optimizers: list[Optimizer], factor: float) -> None:
     """Set every group's learning rate to `factor` of its peak."""
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
+        for group, rate in zip(optimizer.param_groups, optimizer.rates, strict=True):
             group["lr"] = group["peak_lr"] * factor
+            rate.fill_(group["lr"])
 
 
 def lr_factor(schedule: Schedule, progress: float, warmup: float, decay: float, final: float) -> float:

@@ -1,5 +1,7 @@
-"""Attention's features, alone and together: masks by length, window and document, softcap, sink, strides, one pass."""
+"""Attention's features, alone and together: masks by length, window and document, softcap, sink, strides, lengths of
+sequences that kernels of their own serve, launch parameters, large scores, and what `auto` takes."""
 
+import math
 from dataclasses import replace
 from itertools import combinations, product
 
@@ -8,8 +10,20 @@ import torch
 from test_kernels import DEVICE, assert_as_right_as_the_reference, call, checked, make_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import attention as room
-from kernels.attention import OP, attention_sdpa, attention_torch, attention_triton, document_ranges, visible
+from kernels import attention
+from kernels.attention import (
+    LOWEST,
+    OP,
+    TABLES,
+    Tile,
+    attention_auto,
+    attention_sdpa,
+    attention_torch,
+    attention_triton,
+    choice,
+    document_ranges,
+    visible,
+)  # fmt: skip
 from kernels.interpreter import sanitize
 from kernels.launch import IMPLEMENTATIONS
 
@@ -27,7 +41,7 @@ AXES = {
     "slopes": [False, True],
     "scale": [None, 0.4],
     "dtype": [torch.float32, torch.bfloat16, torch.float16],
-    "one_pass": [True, False],
+    "short": [True, False],
 }
 
 
@@ -79,7 +93,7 @@ def test_pairs_are_all_there():
 
 @pytest.mark.parametrize("case", pairwise(AXES), ids=lambda case: "-".join(map(str, case.values())))
 def test_parity_of_features_together(case, monkeypatch):
-    allow_one_pass(monkeypatch, case["one_pass"])
+    allow_short(monkeypatch, case["short"])
     (t, s), (h, kv), dtype = case["lengths"], case["heads"], case["dtype"]
     inputs = inputs_of(t, s, h, kv, case["d"], b=9 if t == 1 else 2 if s <= 100 else 1, dtype=dtype)
     inputs |= {name: case[name] for name in ("causal", "window", "softcap", "scale")}
@@ -108,7 +122,8 @@ def test_saved_log_sum_exp(causal, packed):
     seen = visible(41, 60, causal, 9, documents, DEVICE)
     scores = scores.masked_fill(~(seen[:, None] if packed else seen), -torch.inf)
     truth = torch.cat((scores, sink.double().view(1, 4, 1, 1).expand(2, 4, 41, 1)), -1).logsumexp(-1)
-    torch.testing.assert_close(lse.double() * torch.log(torch.tensor(2.0)), truth, rtol=1e-6, atol=1e-6)
+    relative, m = lse.double()  # base 2, and in units of the softcap
+    torch.testing.assert_close(relative * math.log(2) + 2 * m, truth, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -123,8 +138,10 @@ def test_a_query_that_sees_nothing_gives_zero_and_takes_no_gradient(name, dtype)
 
 def test_a_query_that_sees_nothing_has_a_finite_log_sum_exp():
     q, k, v = inputs_of(20, 7).values()
-    lse = IMPLEMENTATIONS["attention_fwd"](q, k, v, None, None, None, 0.3, True, 0, 0.0)[1]
-    assert lse.isfinite().all() and (lse[..., :13] == room.LOWEST).all() and (lse[..., 13:] > -100).all()
+    for dtype in (torch.float32, torch.bfloat16):
+        given = (x.to(dtype) for x in (q, k, v))
+        lse = IMPLEMENTATIONS["attention_fwd"](*given, None, None, None, 0.3, True, 0, 0.0)[1]
+        assert lse.isfinite().all() and (lse[-1, ..., :13] < 0.1 * LOWEST).all() and (lse[-1, ..., 13:] > -100).all()
 
 
 @pytest.mark.parametrize("window", [150, 151, 10**6])
@@ -238,46 +255,91 @@ def test_tiles_that_are_hidden_are_skipped(options):
     record = launched(inputs_of(256, 256, d=16, dtype=torch.bfloat16, b=1), **options)
     seen = visible(256, 256, device="cpu", **options).view(256, 256)
     for kernel, transposed, products in ("fwd", False, 2), ("dkv", True, 4), ("dq", False, 3):
-        config = room._config(kernel, torch.empty(1, 256, 4, 16, dtype=torch.bfloat16), 256, 256)
-        tile = config["BLOCK_T"], config["BLOCK_S"]
+        chosen = TABLES[kernel].pick((64, 256), "sm_90")
         name = f"_attention_{'bwd_' * (kernel != 'fwd')}{kernel}_kernel"
+        if name not in record.kernels:
+            assert options["causal"] and not options["window"] and documents is None
+            continue
+        tile = chosen.block_t, chosen.block_s
         expected = work(seen.T, *reversed(tile)) if transposed else work(seen, *tile)
         assert record.kernels[name].flops == 4 * products * 2 * 16 * expected, kernel
 
 
-def allow_one_pass(monkeypatch, allowed=True):
+def allow_short(monkeypatch, allowed=True):
     """However few the heads, or not at all."""
-    monkeypatch.setattr(room, "multiprocessors", lambda device: 1)
-    monkeypatch.setattr(room, "ONE_PASS", 128 if allowed else 0)
+    monkeypatch.setattr(attention, "multiprocessors", lambda device: 1 if allowed else 10**9)
 
 
-def test_one_pass_makes_what_two_make(monkeypatch):
-    inputs = inputs_of(70, 100, d=64, dtype=torch.bfloat16)
-    options = {"window": 30, "documents": ranges_of(2, 100)}
-    launched = []
-    for allowed in (True, False):
-        allow_one_pass(monkeypatch, allowed)
-        launched.append(call(OP, "triton", inputs, torch.bfloat16, **options))
-    for key, one in launched[0].items():
-        torch.testing.assert_close(one, launched[1][key], rtol=2e-2, atol=2e-2)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 1, 2, 2, 64), (2, 37, 4, 2, 16), (1, 128, 2, 1, 64), (1, 130, 2, 2, 48)], ids=str
+)
+def test_short_sequences(shape, dtype, monkeypatch):
+    b, t, h, kv, d = shape
+    allow_short(monkeypatch)
+    inputs = inputs_of(t, t, h, kv, d, b, dtype)
+    assert_as_right_as_the_reference(OP, "triton", inputs, dtype, scale=0.2)
+    results = [call(OP, "triton", inputs, dtype)]
+    allow_short(monkeypatch, False)
+    results.append(call(OP, "triton", inputs, dtype))
+    for key, short in results[0].items():
+        torch.testing.assert_close(short, results[1][key], rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_one_pass_takes_nothing_from_keys_that_are_not_there(causal, monkeypatch):
+def test_short_sequences_take_nothing_from_keys_that_are_not_there(monkeypatch):
     """Scores of -190, beside which a score of 0 for a padded key would weigh more than a float32 holds."""
-    allow_one_pass(monkeypatch)
+    allow_short(monkeypatch)
     inputs = inputs_of(100, 100, d=64, dtype=torch.bfloat16)
-    inputs |= {"q": -inputs["q"].abs(), "k": 4 + inputs["k"].abs(), "scale": 0.75, "causal": causal}
+    inputs |= {"q": -inputs["q"].abs(), "k": 4 + inputs["k"].abs(), "scale": 0.75}
     assert_as_right_as_the_reference(OP, "triton", inputs, torch.bfloat16)
 
 
+SHORT, GENERAL = {"short_fwd", "short_bwd"}, {"fwd", "bwd_dq", "bwd_dkv"}
+
+
 @interpreted
-@pytest.mark.parametrize(
-    "s, kernels", [(128, {"fwd", "bwd_delta", "bwd_dkv"}), (129, {"fwd", "bwd_delta", "bwd_dkv", "bwd_dq"})]
-)
-def test_one_pass_serves_keys_that_fit_a_tile(s, kernels):
-    record = launched(inputs_of(s, s, d=16, dtype=torch.float16))
+@pytest.mark.parametrize("t, s, dtype, options, kernels", [
+    (128, 128, torch.float16, {}, SHORT),
+    (257, 257, torch.float16, {}, GENERAL),
+    (20, 20, torch.float16, {"window": 20}, SHORT),
+    (20, 20, torch.float16, {"window": 19}, GENERAL),
+    (20, 20, torch.float16, {"causal": False}, GENERAL),
+    (20, 20, torch.float16, {"softcap": 1.0}, GENERAL),
+    (20, 20, torch.float16, {"sink": torch.zeros(4)}, GENERAL),
+    (20, 20, torch.float16, {"slopes": torch.zeros(4)}, GENERAL),
+    (20, 20, torch.float32, {}, GENERAL),
+    (19, 20, torch.float16, {}, GENERAL),
+], ids=str)  # fmt: skip
+def test_which_kernels_serve(t, s, dtype, options, kernels):
+    record = launched(inputs_of(t, s, d=16, b=1, dtype=dtype), **options)
     assert set(record.kernels) == {f"_attention_{kernel}_kernel" for kernel in kernels}
+
+
+@interpreted
+def test_few_heads_are_no_programs_enough_for_the_short_kernels(monkeypatch):
+    monkeypatch.setattr(attention, "multiprocessors", lambda device: 3)
+    for b, kernels in ((1, GENERAL), (2, SHORT)):
+        record = launched(inputs_of(20, 20, d=16, b=b, dtype=torch.bfloat16))
+        assert set(record.kernels) == {f"_attention_{kernel}_kernel" for kernel in kernels}
+
+
+@pytest.mark.parametrize("factor, offset", [(3, 0), (10, 0), (1, 10)])
+def test_large_scores_lose_no_digits_in_float32(factor, offset):
+    """Scores of tens or hundreds, and all of them `offset` squared higher. They are exact, since q and k are multiples
+    of 1/8: the error is the softmax's, some roundoffs of the differences of scores that are left a weight. Where that
+    of one key is nearly 1 the gradients of q and k are differences of nearly equal numbers, and lose more."""
+    inputs = inputs_of(50, 50, d=16)
+    for key in "q", "k":
+        inputs[key] = (8 * factor * inputs[key]).round() / 8
+        inputs[key][..., 0] = offset
+    exact, ours = (
+        call(OP, name, inputs, dtype, scale=1.0)
+        for name, dtype in (("torch", torch.float64), ("triton", torch.float32))
+    )
+    roundoffs = {"output 0": 3, "gradient of v": 3} | dict.fromkeys(("gradient of q", "gradient of k"), 12 + factor**2)
+    for key, truth in exact.items():
+        error = (ours[key].double() - truth).norm() / truth.norm()
+        assert error <= roundoffs[key] * torch.finfo(torch.float32).eps, key
 
 
 @pytest.mark.parametrize("per_head", ["sink", "slopes"])
@@ -341,3 +403,93 @@ def test_dropout_keeps_the_mean(name):
     plain, dropped = (OP.implementations[name](**inputs, dropout=p) for p in (0.0, 0.5))
     assert not torch.equal(dropped[0], dropped[1])
     torch.testing.assert_close(dropped.mean(0), plain[0], rtol=0, atol=0.3)
+
+
+@interpreted
+@pytest.mark.parametrize("kernel", TABLES)
+def test_every_candidate_passes_the_sanitizer(kernel, monkeypatch):
+    """One and a part of its tiles of what stays in a program, whatever its warps and stages, which are a GPU's."""
+    table, short = TABLES[kernel], kernel.startswith("short")
+    monkeypatch.setattr(attention, "multiprocessors", lambda device: 1 if short else 10**9)
+    distinct = {
+        (size[1] if short else 0, tile.block_t, tile.block_s, tile.descriptors): tile
+        for size in table.entries
+        for tile in table.candidates(size)
+    }
+    for (length, *_), tile in distinct.items():
+        t = length - 7 if short else (tile.block_s if kernel == "dkv" else tile.block_t) + 5
+        monkeypatch.setitem(table.entries[attention._size(16, t)], "sm_90", tile)
+        leaves = [x.requires_grad_() for x in inputs_of(t, t, 1, 1, 16, 1, torch.bfloat16).values()]
+        with sanitize() as record:
+            out = attention_triton(*leaves)
+            if table.backward:
+                out.sum().backward()
+        results = [x.grad for x in leaves] if table.backward else [out]
+        assert all(x.isfinite().all() for x in results), tile
+        assert any(name.endswith(f"_{kernel.replace(' ', '_')}_kernel") for name in record.kernels)
+
+
+@interpreted
+def test_descriptors_load_what_pointers_load(monkeypatch):
+    """Bit for bit, or pointers are taken: TMA reads from multiples of 16 bytes."""
+    made = []
+    monkeypatch.setattr(
+        attention, "_descriptor", lambda *args, make=attention._descriptor: made.append(1) or make(*args)
+    )
+    options = {"window": 30, "softcap": 3.0}
+    packed, odd = (inputs_of(40, 70, 2, 1, d, 1, torch.bfloat16) for d in (16, 12))
+    for inputs, expected in ((packed, 11), (odd, 0)):
+        results = []
+        for descriptors in (False, True):
+            for kernel in ("fwd", "dq", "dkv"):
+                monkeypatch.setitem(TABLES[kernel].entries[64, 128], "sm_90", Tile(32, 32, 4, 2, descriptors))
+            results.append(call(OP, "triton", inputs, torch.bfloat16, **options))
+        assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+        assert len(made) == expected
+        made.clear()
+
+
+@pytest.mark.parametrize("kernel", TABLES)
+def test_tables_have_candidates_and_shapes_for_every_size(kernel):
+    table = TABLES[kernel]
+    for size, cards in table.entries.items():
+        found = table.candidates(size)
+        assert found[0] == replace(table.pick(size, "sm_90")) and len(set(found)) == len(found)
+        assert all(isinstance(tile, Tile) for tile in cards.values())
+        for shape in table.shapes(size):
+            assert attention._size(shape["D"], shape["S"]) == size
+
+
+@pytest.mark.parametrize("asked, expected", [
+    ({}, "sdpa"),
+    ({"t": 1, "s": 300}, "sdpa"),
+    ({"t": 20}, "triton"),
+    ({"t": 20, "causal": False}, "sdpa"),
+    ({"window": 1023}, "triton"),
+    ({"window": 1024}, "sdpa"),
+    ({"window": 1024, "causal": False}, "triton"),
+    ({"documents": True}, "triton"),
+    ({"softcap": 50.0}, "triton"),
+    ({"sink": True}, "triton"),
+    ({"slopes": True}, "triton"),
+    ({"dropout": 0.1}, "sdpa"),
+    ({"dropout": 0.1, "documents": True}, "sdpa"),
+    ({"dropout": 0.1, "sink": True}, "torch"),
+    ({"d": 512}, "sdpa"),
+    ({"d": 512, "softcap": 1.0}, "torch"),
+    ({"t": 128, "s": 128}, "triton"),
+    ({"t": 128, "s": 128, "training": False}, "sdpa"),
+    ({"t": 128, "s": 128, "half": False}, "sdpa"),
+    ({"t": 128, "s": 128, "d": 128}, "sdpa"),
+    ({"t": 129, "s": 129}, "sdpa"),
+], ids=str)  # fmt: skip
+def test_what_auto_takes(asked, expected):
+    name, why = choice(**{"t": 1024, "s": 1024, "d": 64, "training": True} | asked)
+    assert name == expected and why
+
+
+def test_auto_hands_on_what_it_was_given(monkeypatch):
+    """Everything there is, to the implementation that the choice names."""
+    inputs = inputs_of(9, 9) | {"scale": 0.3, "window": 3, "softcap": 2.0, "slopes": torch.rand(4, device=DEVICE)}
+    inputs |= {"documents": ranges_of(2, 9), "sink": torch.rand(4, device=DEVICE), "causal": False}
+    torch.testing.assert_close(attention_auto(**inputs), attention_torch(**inputs))

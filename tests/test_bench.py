@@ -1,11 +1,15 @@
 """The benches' own logic: what is checked before it is timed, what is counted, what the tables say; no timing."""
 
+import gc
 import json
 import math
 import re
 import subprocess
 import sys
+import time
 import warnings
+import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,12 +18,14 @@ import torch
 import torch.nn.functional as F
 
 import train
-from bench import bench_attention, contest, gpu, records, report, rivals, timing
-from bench.cases import Case, relative_error, share_of_rows
+from bench import bench_attention, contest, gpu, host, records, report, rivals, shard, steps, timing
+from bench.cases import Case, checked_share, share_of_rows, small_share
 from bench.gpu import Part
 from bench.rivals import RIVALS
+from bench.timing import Call, relative_error
 from kernels import TESTED
 from kernels.attention import attention_torch
+from kernels.spec import Cost, Op
 
 ROOT = Path(__file__).parents[1]
 OPS = {op.name: op for op in TESTED}
@@ -48,15 +54,161 @@ def test_a_contender_that_raises_does_not_stop_the_rest():
         raise RuntimeError("no such kernel\nand more")
 
     if not torch.cuda.is_available():
-        results = timing.measure({"fails": lambda: [fails], "cannot be made": fails, "works": lambda: [list]}, budget=0)
+        contenders = {"fails": lambda: [Call(fails)], "cannot be made": fails, "works": lambda: [Call(tuple)]}
+        results = timing.measure(contenders, budget=0)
         assert results["fails"] == results["cannot be made"] == {"failed": "RuntimeError: no such kernel"}
         assert len(results["works"]["warm"]) == 3 and min(results["works"]["warm"]) > 0
 
 
 def test_repeated_calls_go_round_the_inputs():
     made = []
-    timing.repeated([lambda i=i: made.append(i) for i in range(3)], 7)()
-    assert made == [0, 1, 2, 0, 1, 2, 0]
+    last = timing.repeated([Call(lambda i=i: made.append(i) or i) for i in range(3)], 7)()
+    assert made == [0, 1, 2, 0, 1, 2, 0] and last == 0
+
+
+class FakeGraph:
+    """Replays nothing, and holds on to nothing: what a CUDA graph does to the memory that it was captured with."""
+
+    def replay(self):
+        pass
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Timing as on a GPU, whose every run takes a millisecond."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(timing, "stopwatch", lambda run: (run() and 1e-3) or 1e-3)
+    monkeypatch.setattr(timing, "synchronizes", lambda call: False)
+    monkeypatch.setattr(timing, "peak_bytes", lambda call: 0)
+
+
+def test_what_a_graph_touches_lives_as_long_as_it_is_replayed(graphs, monkeypatch):
+    """Inputs of a contender that are freed when the next one's are made would be read by its replays all the same."""
+    inputs = []
+
+    def make():
+        calls = []
+        for _ in range(2):
+            x = torch.ones(3)
+            inputs.append(weakref.ref(x))
+            calls.append(Call(lambda x=x: (x + 1,)))
+        return calls
+
+    alive = []
+    take_turns = timing.take_turns
+
+    def turns(runs, budget):
+        gc.collect()
+        alive.extend(ref() is not None for ref in inputs)
+        return take_turns(runs, budget)
+
+    monkeypatch.setattr(timing, "take_turns", turns)
+    results = timing.measure({"first": make, "second": make}, budget=0)
+    assert alive == [True] * 4
+    gc.collect()
+    assert all(ref() is None for ref in inputs)
+    assert {"warm", "cold", "host", "memory"} < results["first"].keys() and results["first"]["drift"] == 0
+
+
+def test_results_are_compared_after_timing_with_those_before(monkeypatch):
+    x, steady = torch.ones(4), torch.ones(4)
+    monkeypatch.setattr(timing, "stopwatch", lambda run: run() and timing.SAMPLE_S)  # one call a sample
+
+    def grows():
+        x.add_(1)
+        return (x,)
+
+    results = timing.measure({
+        "puts back": lambda: [Call(grows, lambda: x.fill_(0))], "does not": lambda: [Call(grows)],
+        "changed by another": lambda: [Call(lambda: (steady,))],
+        "another": lambda: [Call(lambda: (steady.add_(1),))],
+    }, budget=0)  # fmt: skip
+    assert results["puts back"]["drift"] == 0
+    assert all(not results[name]["drift"] <= 1e-3 for name in ("does not", "changed by another", "another"))
+
+
+def test_what_is_not_believed():
+    case = Case(OPS["swiglu"], {"rows": 2**16, "F": 2048}, torch.bfloat16, torch.device("cpu"))
+    card = "NVIDIA H100 80GB HBM3"
+    forward = contest.least_seconds(case, "forward", card)
+    assert forward == pytest.approx(3 * 2 * 2**16 * 2048 / 3.35e12)
+    assert contest.least_seconds(case, "forward+backward", card) == pytest.approx(forward * 5 / 3)  # of the backward
+    wide = Case(OPS["linear_cross_entropy"], {"N": 16384, "D": 768, "V": 50304}, torch.bfloat16, torch.device("cpu"))
+    products = contest.least_seconds(wide, "forward+backward", card)
+    assert products == wide.cost("forward+backward").flops / 989e12
+    assert contest.least_seconds(case, "forward", "a card of tomorrow") == 0
+
+    measured = {"warm": [0.9], "cold": [1.0, 9.0, 1.0], "drift": 0.0}
+    assert contest.doubt(measured, 1.0) is None
+    assert (
+        contest.doubt(measured, 1.01) == "impossible: 1,000,000.0 us, where the card's rated speeds allow 1,010,000.0"
+    )
+    for drift in (0.5, math.nan):
+        assert contest.doubt(measured | {"drift": drift}, 0).startswith("other results after it was timed")
+
+
+def decay_torch(params, lr, decay=0.5):
+    for p in params:
+        p.mul_(1 - lr * decay)
+
+
+DECAY = Op(
+    name="decay",
+    implementations={"torch": decay_torch, "triton": decay_torch, "auto": decay_torch},
+    inputs=lambda shape, make: {"params": [make(shape["n"]) for _ in range(shape["N"])], "lr": torch.tensor(0.5)},
+    differentiable=(),
+    cost=lambda shape, itemsize: Cost(2 * itemsize * shape["N"] * shape["n"], 0),
+    backward_cost=lambda shape, itemsize: Cost(0, 0),
+    test_shapes=({"N": 1, "n": 3}, {"N": 2, "n": 5}),
+    bench_shapes=({"N": 2, "n": 5},),
+    mutates=("params",),
+)
+
+
+def test_an_op_that_writes_to_its_arguments():
+    case = Case(DECAY, DECAY.bench_shapes[0], torch.float32, torch.device("cpu"))
+    assert case.passes() == ("forward",)
+    call = case.call(decay_torch, "forward")
+    first = timing.copies(call.run())
+    assert len(first) == 2 and relative_error(call.run(), first) > 0.1
+    call.restore()
+    assert relative_error(call.run(), first) == 0
+    functions = {"right": decay_torch, "wrong": lambda params, lr: decay_torch(params, 1.01 * lr)}
+    results = contest.check(DECAY, DECAY.bench_shapes[0], functions, "forward")
+    assert "failed" not in results["right"] and results["wrong"]["failed"].startswith("wrong")
+    row, samples = contest.hold(DECAY, DECAY.bench_shapes[0], "forward", {"right": decay_torch}, {})
+    assert "failed" not in row["results"]["right"] and samples["right"]
+
+
+def test_a_choice_between_implementations_is_no_contender():
+    found = contest.contenders(DECAY, lambda who, why: None)
+    assert {"torch", "torch.compile"} <= found.keys() and "auto" not in found
+
+
+def test_calls_of_functions_are_counted():
+    def inner(n):
+        return [abs(i) for i in range(n)]  # from Python 3.12 on the list is no function of its own
+
+    inner(1)
+    counts = [host.python_calls(lambda n=n: inner(n)) for n in (1, 11)]
+    assert counts[1] - counts[0] == 10
+
+
+def test_an_op_of_triton_is_counted_without_launching():
+    code = """
+from bench.host import *
+op = next(op for op in TESTED if op.name == "swiglu")
+print(json.dumps([count(op, name) for name in ("triton", "torch")]))
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    (calls, launches), (_, none) = json.loads(done.stdout)
+    assert launches == {"forward": 1, "forward+backward": 2} and none == {"forward": 0, "forward+backward": 0}
+    assert 10 < calls["forward"] < calls["forward+backward"] < 1000
 
 
 @pytest.mark.parametrize(
@@ -137,17 +289,19 @@ def test_a_backend_says_why_it_refuses(monkeypatch):
 
 
 def test_the_grids_of_attention():
-    short, everything = map(bench_attention.grid, ("short", "all"))
-    assert everything[: len(short)] == short and len({str(shape) for shape in everything}) == len(everything)
+    first, short, everything = map(bench_attention.grid, ("first", "short", "all"))
+    assert everything[: len(short)] == short and short[: len(first)] == first
+    assert len({str(shape) for shape in everything}) == len(everything)
     for shape in everything:
         assert shape["B"] * shape["T"] == 16384 and shape["T"] == shape["S"] > shape.get("W", 0)
         assert shape["T"] % shape.get("L", 1) == 0 and OPS["attention"].cost(shape, 2).flops > 0
-    windows = {shape["W"] for shape in short if shape | report.WINDOWED == shape and "W" in shape}
-    assert report.WINDOWED in short and windows == {64, 128, 256, 512, 1024, 2048}
+    windows = {shape["W"] for shape in short if shape | bench_attention.WINDOWED == shape and "W" in shape}
+    assert bench_attention.WINDOWED in short and windows == {64, 128, 256, 512, 1024, 2048}
     known = {"torch", "torch.compile"} | RIVALS["attention"].keys()
-    spared = [bench_attention.spared(shape) for shape in short]
+    spared = [bench_attention.spared(shape, "short") for shape in short]
     assert set.union(*spared) <= known and not set.intersection(*spared)
-    assert not bench_attention.spared(report.WINDOWED) & {"FlexAttention"}
+    assert not bench_attention.spared(bench_attention.WINDOWED, "short") & {"FlexAttention"}
+    assert not bench_attention.spared(first[0], "all") and bench_attention.spared(first[0], "first") < known
 
 
 def test_products_are_counted_in_the_interpreter():
@@ -186,14 +340,25 @@ def test_a_share_of_the_rows():
     window = {"B": 1, "T": 64, "S": 64, "W": 9, "L": 8}
     assert share_of_rows(window, 2) == window | {"T": 32, "S": 32}
     assert share_of_rows({"rows": 1, "D": 768}) == {"rows": 1, "D": 768}
+    assert small_share({"rows": 1320, "D": 8}, lambda shape: shape["rows"], 3) == {"rows": 2, "D": 8}
+    assert small_share({"rows": 1320, "D": 8}, lambda shape: 9, 3) == {"rows": 1, "D": 8}  # no fewer than one
+
+
+def test_results_are_checked_at_fewer_rows_and_heads_and_no_other_length():
+    attention, loss, adamw = (OPS[name] for name in ("attention", "cross_entropy", "adamw"))
+    short = {"B": 128, "T": 128, "S": 128, "H": 12, "KV": 12, "D": 64}
+    assert checked_share(attention, short) == short | {"B": 64}
+    longer = short | {"B": 4, "T": 4096, "S": 4096, "H": 32, "KV": 8, "D": 128}
+    assert checked_share(attention, longer) == longer | {"B": 1, "H": 4, "KV": 1}
+    assert checked_share(loss, {"N": 8192, "V": 128256}) == {"N": 256, "V": 128256}
+    assert checked_share(adamw, {"N": 1, "n": 2**30}) == {"N": 1, "n": 2**30}  # it has no fewer
 
 
 def test_a_case_draws_the_same_again_and_costs_both_passes():
     op, shape = OPS["rmsnorm"], {"rows": 3, "D": 8}
     case = Case(op, shape, torch.float32, torch.device("cpu"))
-    results = [case.call(op.implementations["torch"], "forward+backward")() for _ in range(2)]
+    results = [case.call(op.implementations["torch"], "forward+backward").run() for _ in range(2)]
     assert len(results[0]) == 2 + len(op.differentiable) and relative_error(results[0], results[1]) == 0
-    assert relative_error(results[0], case.call(op.implementations["torch"], "forward+backward", exact=True)()) > 0
     forward, backward = op.cost(shape, 4), op.backward_cost(shape, 4)
     assert case.cost("forward+backward").bytes == forward.bytes + backward.bytes
 
@@ -213,35 +378,88 @@ print(json.dumps(count(op, {"rows": 3, "F": 200})))
 
 
 def test_a_failing_part_does_not_stop_the_next_and_the_exit_code_says_so(tmp_path, capfd):
-    stages = [[
-        Part("exits", [sys.executable, "-c", "print('half'); raise SystemExit(3)"], 20),
-        Part("hangs", ["sh", "-c", "sleep 300 & sleep 300"], 0.2),  # its child holds the pipe too
-    ], [
-        Part("works", [sys.executable, "-c", "print('done')"], 20, lambda: {"tok_s": 5, "loss": 2.5}),
-    ]]  # fmt: skip
-    assert gpu.run_all(stages, tmp_path) == 1
+    shows = "import os; print(os.environ['SHARD']); print('done')"
+    python = [sys.executable, "-c"]
+    parts = [
+        Part("exits", [[*python, "pass"], [*python, "print('FAILED a'); print('half'); raise SystemExit(3)"]], 20),
+        Part("hangs", [["sh", "-c", "sleep 300 & sleep 300"]], 0.2),  # its child holds the pipe too
+        Part("works", [[*python, shows]], 20, {"SHARD": "7"}),
+    ]
+    assert gpu.run_all(parts, tmp_path) == 1
     rows = records.read(tmp_path, "gpu")
-    assert [row["status"] for row in rows] == ["failed (3)", "over 0.2 s", "passed"]
-    assert rows[0]["last"] == "half" and rows[2]["tok_s"] == 5 and all("commit" in row for row in rows)
-    assert "2.5000" in capfd.readouterr().out
-    assert gpu.run_all(stages[1:], tmp_path) == 0
+    assert [(row["part"], row["status"]) for row in rows] == [
+        ("exits", "failed (3)"),
+        ("hangs", "over 0.2 s"),
+        ("works", "passed"),
+    ]
+    assert rows[0]["last"] == "half" and rows[0]["failures"] == ["FAILED a"] and all("commit" in row for row in rows)
+    assert "7\ndone" in capfd.readouterr().out
+    assert gpu.run_all(parts[2:], tmp_path) == 0
 
 
-def test_the_parts_fit_in_nine_minutes_and_train_with_knobs_that_exist(tmp_path):
-    part = gpu.training("torch", tmp_path)
-    config, folder, _ = train.configure([*part.command[2:]])
-    assert folder == tmp_path / "torch" and config.kernels.every == "torch" and config.time_limit < part.limit
-    stages = gpu.stages(tmp_path, tmp_path)
-    assert sum(max(part.limit for part in stage) for stage in stages) < 540
-    limits = [(flag, part.limit) for stage in stages for part in stage for flag in part.command if "within" in flag]
-    assert len(limits) == 2  # a bench ends by itself, a case or so before it is killed
-    assert all(float(flag.removeprefix("--within=")) <= limit - 15 for flag, limit in limits)
+def test_the_parts_fit_in_five_minutes_and_end_by_themselves(tmp_path):
+    parts = gpu.parts(tmp_path, 16)
+    assert [part.name for part in parts] == ["tests", "steps", "kernels", "attention", "tune"]
+    assert sum(part.limit for part in parts) <= 300 and len(parts[0].commands) == 16
+    assert all((ROOT / path).exists() for path in gpu.TESTS)
+    for part in parts[1:]:  # those that are timed, a case or so before they are killed
+        (command,) = part.commands
+        (seconds,) = (float(flag.partition("=")[2]) for flag in command if flag.startswith(("--within=", "--seconds=")))
+        assert seconds <= part.limit - 5 and f"--results={tmp_path}" in command
+
+
+def test_parts_are_chosen_by_name(monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "run_all", lambda parts, results: ran.extend(part.name for part in parts) or 0)
+    assert gpu.main(["tune", "steps"]) == 0 and ran == ["steps", "tune"]
+    with pytest.raises(SystemExit):
+        gpu.main(["tunes"])
+    assert "no part is called tunes: there are tests, steps" in capsys.readouterr().err
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["gpu"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main() != 0 and "no GPU" in capsys.readouterr().err
+    assert gpu.main([]) != 0 and "no GPU" in capsys.readouterr().err
+
+
+def test_shards_run_each_test_once():
+    items, config = list(range(7)), SimpleNamespace(hook=SimpleNamespace(pytest_deselected=lambda items: None))
+    seen = []
+    for i in range(3):
+        config.getoption, own = lambda _, i=i: f"{i}/3", list(items)
+        shard.pytest_collection_modifyitems(config, own)
+        seen += own
+    assert sorted(seen) == items and len(seen) == 7
+
+
+@pytest.mark.parametrize("shape", steps.SHAPES)
+def test_steps_are_trained_with_knobs_that_exist(shape, tmp_path):
+    (tmp_path / "defaults.py").touch()
+    for variant in steps.VARIANTS.values():
+        knobs = steps.SHAPES[shape] | variant | {"config": tmp_path / "defaults.py", "steps": 1, "out": tmp_path}
+        config, *_ = train.configure([f"--{key}={value}" for key, value in knobs.items()])
+        assert config.model.resolved(256).vocab_size == steps.SHAPES[shape]["model.vocab_size"]
+
+
+def test_a_step_is_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(steps, "SAMPLE_S", 1e-3)
+    knobs = {"model.n_layer": 1, "model.n_head": 2, "model.d_model": 32, "model.seq_len": 16, "batch_size": 2}
+    knobs |= {"model.vocab_size": 300, "device": "cpu", "precision": "fp32"}
+    row = steps.measure(steps.trainer_of(knobs | steps.VARIANTS["eager"], tmp_path), tmp_path / "lock")
+    assert row["batch"] == 2 and row["seq_len"] == 16 and row["tok_s"] == pytest.approx(32 / row["ms"] * 1e3)
+    assert row["loss"] < row["first_loss"] and row["mfu"] is None and row["kernels"] == []
+    assert json.loads(json.dumps(row)) == row
+
+
+def test_a_step_that_fails_is_recorded_and_the_rest_go_on(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(steps, "VARIANTS", {"captured": {"no.such.knob": 1}})
+    assert steps.main(["--shape=M0", "--seconds=0", f"--results={tmp_path}"]) == 1
+    assert "M0" in capsys.readouterr().out
+    (row,) = records.read(tmp_path, "steps")
+    assert row["failed"] == "not begun: the time was up" and row["variant"] == "captured"
+    late = time.monotonic() + 60
+    assert "failed" in steps.run("M0", "no such variant", tmp_path / "lock", late)
 
 
 MACHINE = {"date": "2020-01-02", "commit": "abc", "device": "Card", "driver": "1.2", "torch": "9", "triton": "8"}
@@ -262,42 +480,59 @@ def test_the_kernels_table_of_a_gpu():
     older = SPEED | {"results": {"triton": {"failed": "crashed"}}}
     elsewhere = SPEED | {"device": "Another", "shape": {"rows": 9, "D": 9}}
     text = report.kernels_table([elsewhere, older, SPEED])
-    assert "| rmsnorm | rows=4 D=8 | forward | triton | 1,000.0 | 4,000 GB/s | 80% | 20 | 1 MiB |" in text
-    assert "torch 3.00, Liger failed" in text and not re.search("crashed|Another|=9", text) and "driver 1.2" in text
+    line = "| rmsnorm | rows=4 D=8 | forward | **1,000** | torch 3,000 | 800 | 80% | 20 | 1 MiB |"
+    assert line in text and not re.search("crashed|Another|=9", text) and "One card: Card, driver 1.2" in text
+    lost = SPEED | {"results": SPEED["results"] | {"torch": {"cold": 5e-4}}}
+    assert "| 1,000 | torch **500** |" in report.kernels_table([lost])
+    assert "| crashed |  | " in report.kernels_table([older])
 
 
 def test_the_kernels_table_without_a_gpu_says_nothing_of_one():
     wide = MOVED | {"shape": {"D": 9}, "forward": [104, 100]}
-    text = report.kernels_table([ON_CPU, MOVED, wide])
-    assert "| rmsnorm | 1.010 to 1.040 | 1.025 | 2.00 |  |" in text
-    assert not re.search("GB/s|TFLOP|driver|us", text)
+    called = MACHINE | {"bench": "host calls", "op": "rmsnorm", "shape": {"D": 8}}
+    called |= {"calls": {"torch": {"forward": 1, "forward+backward": 90}, "triton": {"forward": 120}}}
+    written = MOVED | {"op": "adamw"}
+    del written["forward+backward"]
+    text = report.kernels_table([ON_CPU, MOVED, wide, called, written])
+    assert (
+        "| rmsnorm | 1.010 to 1.040 | 1.025 | 2.00 |  | 120, 90 |" in text and "| adamw | 1.010 |  |  |  |  |" in text
+    )
+    assert not re.search("GB/s|TFLOP|driver|us,", text)
 
 
 def attention_row(name, flops, **seconds):
     results = {who: {"cold": taken} if taken else {"failed": "wrong"} for who, taken in seconds.items()}
-    return SPEED | {"op": "attention", "shape": report.WINDOWED, "pass": name, "flops": flops, "results": results}
+    shape = bench_attention.WINDOWED
+    return SPEED | {"op": "attention", "shape": shape, "pass": name, "flops": flops, "results": results}
 
 
 def test_the_attention_table_of_a_gpu():
     rows = [
-        attention_row("forward", 4e12, triton=1e-2, flash=8e-3, slow=9.0, FlexAttention=3e-2),
-        attention_row("forward+backward", 14e12, triton=3e-2, flash=4.8e-2, FlexAttention=5e-2),
+        attention_row("forward", 4e12, triton=1e-2, flash=8e-3, slow=1.0),
+        attention_row("forward+backward", 14e12, triton=3e-2, flash=4.8e-2),
     ]
-    narrow = [row | {"shape": row["shape"] | {"W": 64}} for row in rows]
-    other = attention_row("forward", 1e12, triton=None) | {"shape": report.WINDOWED | {"KV": 4, "T": 512, "L": 128}}
-    text = report.attention_table([*rows, *narrow, other])
-    assert "| heads | a query sees | pass | T 512 | T 4,096 |" in text
-    assert "| 12 of 64 | all before it | forward |  | 400 (40%), 0.80 flash |" in text
-    assert "| 12 of 64 | all before it | backward |  | 500 (50%), 1.00 FlexAttention |" in text
-    assert "| 12 of 64 | all before it | forward+backward |  | 467 (47%), 1.60 flash |" in text
-    assert "| 12 of 64, 4 of keys | its document, T/4 | forward | failed |  |" in text
-    assert "the last 64" not in text  # a window of the other table alone
-    assert (
-        "| pass | window 64 | window 4,096 |" in text
-        and "| FlexAttention | forward+backward | 50,000 | 50,000 |" in text
-    )
+    other = attention_row("forward", 1e12, triton=None, flash=1e-2)
+    other |= {"shape": bench_attention.WINDOWED | {"KV": 4, "T": 512, "L": 128}}
+    text = report.attention_table([*rows, other])
+    assert "| forward: ours | forward: flash | forward: slow | forward+backward: ours |" in text
+    assert "| 4 x 4,096 | 12 of 64 | all before it | 400 | **500** | 4 | **467** | 292 | - |" in text
+    assert "| 4 x 512 | 12 of 64, 4 of keys | its document, T/4 | - | **100** | - | - | - | - |" in text
     assert "multiplies 1,000.00 TFLOP/s" in text and "driver 1.2" in text
-    assert "window" not in report.attention_table(rows)
+
+
+def test_the_table_of_training_steps():
+    row = MACHINE | {"bench": "steps", "shape": "124M", "variant": "eager", "optimizer": "adamw", "batch": 32}
+    row |= {"seq_len": 1024, "ms": 70.0, "tok_s": 468114.3, "mfu": 0.378, "memory": 13 * 2**30, "host_ms": 36.0}
+    rows = [
+        row | {"ms": 99.0},
+        row,
+        row | {"variant": "torch.compile", "ms": 66.0},
+        row | {"shape": "M0", "failed": "no"},
+    ]
+    text = report.steps_table(rows)
+    assert "| 124M | 32 x 1,024 | eager, adamw | 70.0 | 468,114 | 37.8% | 13.0 GiB | 36.0 |" in text
+    assert "| torch.compile, adamw | **66.0** |" in text and "99.0" not in text and "M0" not in text
+    assert report.steps_table([row | {"mfu": None}]) == ""
 
 
 def test_the_attention_table_without_a_gpu():
@@ -320,6 +555,8 @@ def test_plots_are_of_what_a_gpu_did(tmp_path):
     report.plot([ON_CPU, MOVED], tmp_path)
     assert not list(tmp_path.iterdir())
     report.plot([SPEED], tmp_path)
+    assert not list(tmp_path.iterdir())  # of one shape
+    report.plot([SPEED, SPEED | {"shape": {"rows": 9, "D": 9}}], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["rmsnorm.png"]
 
 

@@ -12,6 +12,7 @@ from experiments import ledger, memory
 from experiments.run import configuration
 from experiments.spec import Outcome, Results
 from kernels import bind
+from model import hardware
 from model.config import ConfigError
 from model.gpt import GPT
 from model.optim import build_optimizers
@@ -99,6 +100,15 @@ def test_the_chunk_of_logits_inside_the_triton_head_counts():
     planned = plan(kernels="triton", model__vocab_size=50_000)
     assert planned.logits > 4 * 64 * 50_000 * 4 + 50_000 * 32 * 4  # of the chunk and of the head's gradient
     assert planned.peak >= planned.weights + planned.optimizer + planned.activations + planned.logits
+
+
+def test_graphs_keep_the_memory_of_a_step_beside_what_runs_between_them(monkeypatch):
+    eager = plan()
+    monkeypatch.setattr(hardware, "pick_capture", lambda *args: (True, "yes"))
+    replayed, diagnosed = plan(), plan(diag=10)
+    assert eager.peak < replayed.peak < diagnosed.peak
+    assert diagnosed.peak - eager.peak == pytest.approx(eager.peak - eager.weights - eager.optimizer, rel=0.02)
+    assert replayed.activations == eager.activations and replayed.logits == eager.logits
 
 
 def test_a_plan_reads_as_a_table():

@@ -530,3 +530,66 @@ def test_generation_repeats_with_its_seed_and_ends_at_the_stop_token():
     assert write(0) == write(0) != write(1)
     stop = write(0)[10]
     assert write(0, stop) == write(0)[: write(0).index(stop)]
+
+
+# Weights in half precision, and the residual stream
+
+
+@pytest.mark.parametrize("kernels", ["torch", pytest.param("triton", marks=NO_TRITON)])
+@pytest.mark.parametrize("features", [{}, {"tied": False, "bias": True}, {"norm": "none", "recompute": 1.0}], ids=str)
+def test_copies_of_the_weights_change_no_result(features, kernels):
+    """The products are those of autocast, whose cast of a weight is what the copy holds, but for rounding: the gradient
+    of a weight is rounded to bf16 there."""
+    results = []
+    for copied in (False, True):
+        model = build(kernels=kernels, **features)
+        if copied:
+            model.keep_copies(torch.bfloat16)
+        ids = documents(9, 15, rows=2)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(ids, ids.roll(-1, 1))
+            logits = model.logits(ids).detach()
+        loss.backward()
+        results.append((loss.detach(), logits, [p.grad for p in model.parameters()]))
+    (loss, logits, gradients), (copied_loss, copied_logits, copied_gradients) = results
+    assert torch.equal(loss, copied_loss) and torch.equal(logits, copied_logits)
+    for ours, plain in zip(copied_gradients, gradients, strict=True):
+        assert ours.dtype == torch.float32 and (ours - plain).norm() <= 0.01 * plain.norm()
+
+
+def test_copies_follow_what_is_loaded_and_are_not_saved():
+    source, model = build(seed=1, bias=True), build(seed=2, bias=True)
+    model.keep_copies(torch.bfloat16)
+    assert model.state_dict().keys() == source.state_dict().keys()
+    model.load_state_dict(source.state_dict())
+    matrices = {p for name, p in model.named_parameters() if p.ndim == 2 and "blocks" in name} | {model.head.weight}
+    assert model.copies().keys() == matrices
+    assert all(torch.equal(copy, weight.bfloat16()) for weight, copy in model.copies().items())
+    assert model.head.copy.shape == (128, 64) and not model.head.copy[101:].any()  # of 101 rows
+
+
+def test_the_residual_stream_is_in_the_dtype_asked_for():
+    model, dtypes = build(n_layer=3), set()
+    model.residual = torch.bfloat16
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, inputs, outputs: dtypes.update(x.dtype for x in outputs))
+    with torch.autocast("cpu", torch.bfloat16):
+        ids = documents(9, 15)
+        loss = model(ids, ids.roll(-1, 1))
+        model.residual = None
+        exact = model(ids, ids.roll(-1, 1))
+    assert dtypes == {torch.bfloat16, torch.float32}
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-3) and loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "changes, half, said",
+    [
+        ({}, True, "sdpa for a plain mask"),
+        ({"window": "SL:5"}, True, "triton for windows, sdpa for a plain mask"),
+        ({"separator": SEPARATOR, "position": "alibi"}, False, "triton for documents, slopes"),
+        ({"dropout": 0.1, "window": "5"}, True, "sdpa for dropout"),
+    ],
+)
+def test_what_attentions_auto_takes_on_a_gpu_is_said(changes, half, said):
+    assert build(**changes, head_dim=128).attention_choice(half) == said

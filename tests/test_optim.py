@@ -181,3 +181,58 @@ def test_budget_by_the_clock_begins_after_the_first_step(monkeypatch):
     assert resumed.progress(12) == pytest.approx(0.75)
     now[0] = 1020.0
     assert resumed.progress(15) == 1
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "muon"])
+def test_every_step_writes_the_copies(model, name):
+    model.keep_copies(torch.bfloat16)
+    optimizers = optimizers_of(model, name)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    before = [copy.clone() for copy in model.copies().values()]
+    for optimizer in optimizers:
+        optimizer.step()
+    for (weight, copy), old in zip(model.copies().items(), before, strict=True):
+        assert torch.equal(copy, weight.bfloat16()) and not torch.equal(copy, old)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "muon"])
+def test_a_clipped_step_is_the_step_of_smaller_gradients(model, name):
+    start, ends = {key: value.clone() for key, value in model.state_dict().items()}, []
+    for factor, scale in ((0.25, None), (1.0, torch.tensor(0.25))):
+        model.load_state_dict(start)
+        generator, optimizers = torch.Generator().manual_seed(0), optimizers_of(model, name)
+        for p in model.parameters():
+            p.grad = factor * torch.randn(p.shape, generator=generator)
+        for optimizer in optimizers:
+            optimizer.step(scale)
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_loaded_state_keeps_the_tensors_of_a_graph(model):
+    """Rates and the number of steps are read where they were when the graph was captured."""
+    optimizers = optimizers_of(model)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    for optimizer in optimizers:
+        optimizer.step()
+    steps, rates = optimizers[0].steps, [rate for optimizer in optimizers for rate in optimizer.rates]
+    load_optimizers(optimizers, [optimizer.state_dict() for optimizer in optimizers])
+    set_lr(optimizers, 0.5)
+    assert optimizers[0].steps is steps and steps == 1
+    assert all(state["step"] is steps for state in optimizers[0].state.values())
+    assert [rate.item() for rate in rates] == pytest.approx([5e-3, 5e-3, 1e-2])
+
+
+def test_state_of_torchs_adamw_loads(model):
+    """Checkpoints hold what `torch.optim.AdamW` made of the same groups."""
+    ours = optimizers_of(model, "adamw")[0]
+    theirs = torch.optim.AdamW([dict(group) for group in ours.param_groups], lr=1e-2, betas=(0.9, 0.95), fused=True)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    theirs.step()
+    load_optimizers([ours], [theirs.state_dict()])
+    assert ours.steps == 1
+    for p, state in theirs.state.items():
+        assert torch.equal(ours.state[p]["exp_avg_sq"], state["exp_avg_sq"])

@@ -7,7 +7,7 @@ pytest.importorskip("hypothesis")
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels import BY_NAME, DEVICE, assert_as_right_as_the_reference, checked
+from test_kernels import BY_NAME, DEVICE, assert_accurate, checked
 
 from kernels.attention import document_ranges
 from kernels.linear_cross_entropy import IGNORE
@@ -30,14 +30,14 @@ def test_rmsnorm(rows, d, dtype, residual, seed):
     inputs = {"x": normal((rows, d), dtype, seed), "gain": normal(d, dtype, seed + 1)}
     inputs["residual"] = normal((rows, d), dtype, seed + 2)
     options = {} if residual else {"residual": None}
-    assert_as_right_as_the_reference(BY_NAME["rmsnorm"], "triton", inputs, dtype, **options)
+    assert_accurate(BY_NAME["rmsnorm"], "triton", inputs, **options)
 
 
 @drawn
 @given(sizes, st.integers(1, 600), dtypes, st.sampled_from(["silu", "gelu", "relu", "relu2"]), seeds)
 def test_swiglu(rows, f, dtype, activation, seed):
     inputs = {"x": normal((rows, 2 * f), dtype, seed)}
-    assert_as_right_as_the_reference(BY_NAME["swiglu"], "triton", inputs, dtype, activation=activation)
+    assert_accurate(BY_NAME["swiglu"], "triton", inputs, activation=activation)
 
 
 @drawn
@@ -51,7 +51,7 @@ def test_rope(b, t, kv, group, half, dtype, interleaved, seed):
         "q_gain": normal(2 * half, dtype, seed + 1), "k_gain": normal(2 * half, dtype, seed + 2),
         "positions": torch.randint(50, (b, t), generator=torch.Generator().manual_seed(seed)).to(DEVICE),
     }  # fmt: skip
-    assert_as_right_as_the_reference(BY_NAME["rope"], "triton", inputs, dtype, interleaved=interleaved)
+    assert_accurate(BY_NAME["rope"], "triton", inputs, interleaved=interleaved)
 
 
 @drawn
@@ -62,7 +62,7 @@ def test_cross_entropy(n, v, dtype, reduction, label_smoothing, seed):
     targets = torch.randint(IGNORE, v, (n,), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     inputs = {"logits": normal((n, v), dtype, seed), "targets": targets}
     options = {"reduction": reduction, "label_smoothing": label_smoothing}
-    assert_as_right_as_the_reference(BY_NAME["cross_entropy"], "triton", inputs, dtype, **options)
+    assert_accurate(BY_NAME["cross_entropy"], "triton", inputs, **options)
 
 
 @drawn
@@ -76,7 +76,7 @@ def test_attention(t, s, kv, group, d, dtype, causal, window, lengths, seed):
     inputs |= {name: normal((2, s, kv, d), dtype, seed + i) for i, name in enumerate("kv", 1)}
     documents = torch.searchsorted(torch.tensor(lengths).cumsum(0), torch.arange(s), right=True)
     options = {"causal": causal, "window": window, "documents": document_ranges(documents.repeat(2, 1).to(DEVICE))}
-    assert_as_right_as_the_reference(BY_NAME["attention"], "triton", inputs, dtype, **options)
+    assert_accurate(BY_NAME["attention"], "triton", inputs, **options)
 
 
 @drawn

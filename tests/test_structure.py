@@ -1,4 +1,4 @@
-"""The shape of the house: what may import what, and how long the loop may be."""
+"""What may import what."""
 
 import ast
 import subprocess
@@ -36,10 +36,6 @@ def test_imports_run_one_way(path):
     if here == "kernels" and path.stem != "__init__":  # ops never import each other, but for the loss in the head
         shared = {"spec", "launch"} | ({"cross_entropy"} if path.stem == "linear_cross_entropy" else set())
         assert {name.removeprefix("kernels.").split(".")[0] for name in ours} <= shared
-
-
-def test_the_loop_stays_short():
-    assert len((ROOT / "train.py").read_text().splitlines()) < 350
 
 
 def test_another_package_called_kernels_is_not_needed_by_transformers():

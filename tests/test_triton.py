@@ -16,7 +16,7 @@ from kernels.launch import IMPLEMENTATIONS, _on_its_gpu
 from kernels.rope import rope_tables
 from model.gpt import GPT, ModelConfig
 
-WITH_TRITON = [op for op in TESTED if "triton" in op.implementations]
+WITH_TRITON = [op for op in TESTED if "triton" in op.implementations and not op.mutates]
 interpreted = pytest.mark.skipif(DEVICE.type == "cuda", reason="asks the interpreter what was launched")
 by_op = pytest.mark.parametrize("op", WITH_TRITON, ids=lambda op: op.name)
 
@@ -202,14 +202,67 @@ def test_offsets_of_heads_beyond_two_to_the_31():
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
+# Launch parameters.
+
+CANDIDATES = [
+    pytest.param(op, table, tile, id=f"{op.name}{table.kernel}-{tile}")
+    for op in WITH_TRITON if op.name in ("rmsnorm", "rope", "swiglu") for table in op.launches
+    for tile in table.candidates(min(table.entries))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("op, table, tile", CANDIDATES)
+def test_every_candidate_is_right(op, table, tile, monkeypatch):
+    """At the smallest size; those of other sizes are its multiples."""
+    shape = {"rmsnorm": {"rows": 9, "D": 600}, "rope": {"B": 1, "T": 9, "H": 2, "KV": 1, "D": 64}}.get(
+        op.name, {"rows": 5, "F": 1200}
+    )
+    inputs = make_inputs(op, shape, torch.float32)
+    expected = call(op, "torch", inputs, torch.float32)
+    for size in table.entries:
+        monkeypatch.setitem(table.entries, size, {"": tile})
+    torch.testing.assert_close(call(op, "triton", inputs, torch.float32), expected, rtol=1e-5, atol=1e-5)
+
+
 # As torch.library ops, and compiled.
 
 
-def test_a_launch_is_on_the_gpu_of_the_tensors(monkeypatch):
-    entered = []
-    monkeypatch.setattr(torch.cuda, "device_of", lambda x: entered.append(x) or nullcontext())
-    x, y = torch.ones(2), torch.ones(3)
-    assert _on_its_gpu(lambda *tensors: tensors)(x, y) == (x, y) and entered == [x]
+@pytest.mark.parametrize("current, entered", [(0, []), (1, [0])])
+def test_a_launch_is_on_the_gpu_of_the_tensors(monkeypatch, current, entered):
+    """Which is entered unless it is the current one; a list of tensors is where its first is."""
+    devices = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: devices.append(index) or nullcontext())
+
+    class OnGpu0:
+        def get_device(self):
+            return 0
+
+    x, y = OnGpu0(), torch.ones(3)
+    assert _on_its_gpu(lambda *tensors: tensors)(x, y) == (x, y) and devices == entered
+    assert _on_its_gpu(lambda *tensors: tensors)([x], y) == ([x], y) and devices == 2 * entered
+
+
+def test_the_host_function_is_called_unless_something_looks_on():
+    """A mode, a subclass of tensors and a compiler see the op; plain calls save the way through the dispatcher."""
+
+    class Plain(torch.Tensor):
+        pass
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **kwargs or {})
+
+    op, x, seen = OPS["swiglu"].implementations["triton"], torch.randn(2, 8, device=DEVICE), []
+    expected = op(x)
+    with torch.profiler.profile() as profile:
+        op(x)
+        assert torch.equal(op(x.as_subclass(Plain)), expected)
+    assert sum(event.name == "nanofuse::swiglu_fwd" for event in profile.events()) == 1
+    with Recorder():
+        op(x)
+    assert seen == [torch.ops.nanofuse.swiglu_fwd.default]
 
 
 def library_calls():
@@ -227,7 +280,12 @@ def library_calls():
     logits, targets = inputs["cross_entropy"].values()
     loss, stats = torch.ops.nanofuse.cross_entropy_fwd(logits, targets, 0.0, 0.0, 0.0, IGNORE)
     hidden, head, head_targets = inputs["linear_cross_entropy"].values()
+    *tensors, copies, lr, step, grad_scale, beta1, beta2, eps, decay = (
+        OPS["adamw"].inputs({"N": 2, "n": 9}, lambda *size: torch.randn(*size, device=DEVICE)).values()
+    )
+    scalars = lr, step, grad_scale, beta1, beta2, eps, decay
     return {
+        "adamw_": [(*tensors, copies[1:], [1], *scalars, True), (*tensors, [], [], *scalars, False)],
         "attention_fwd": [
             (query, key, value, None, None, None, 0.2, True, 0, 0.0),
             (query, key, value, documents, sink, sink, 0.2, False, 3, 5.0),
@@ -295,13 +353,13 @@ def test_whole_model_compiles_as_one_graph(autocast):
 
 
 @interpreted
-@pytest.mark.parametrize("op", [name for name in OPS if "triton" in OPS[name].implementations])
+@pytest.mark.parametrize("op", [op.name for op in WITH_TRITON if op.name in OPS])
 def test_a_flag_swaps_its_op_and_no_other(op):
     model = small_gpt(KernelChoice(**{"every": "torch", op: "triton"}))
     with sanitize() as record:
         model(*batch()).backward()
-    room = "cross_entropy|scale" if op == "linear_cross_entropy" else op
-    assert record.kernels and all(any(part in name for part in room.split("|")) for name in record.kernels)
+    own = {"linear_cross_entropy": ("cross_entropy", "scale")}.get(op, (op, "sum_rows"))
+    assert record.kernels and all(any(part in name for part in own) for name in record.kernels)
 
 
 @interpreted

@@ -1,10 +1,13 @@
-"""The search for attention's tiles: what it tries, what it leaves out and says. Times are made up."""
+"""The search for launch parameters: what it tries, what it leaves out and says. Times are made up."""
 
 import os
+import re
 import subprocess
 import sys
+import textwrap
 from collections import defaultdict
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,54 +15,52 @@ import pytest
 import torch
 
 from bench import tune
-from kernels.attention import CONFIGS
-from kernels.launch import card
+from kernels import TESTED
+from kernels.spec import Cost, LaunchTable, Op
 
 pytest.importorskip("triton", reason="triton is not published for this system")
 
 ROOT = Path(__file__).parents[1]
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-H100 = 227 * 1024
-OWN, FAST, SLOW, WRONG, RAISES, SPILLS, DIES = (
-    (64, 128, 4, 2), (128, 128, 8, 2), (32, 64, 4, 1), (16, 16, 4, 1), (16, 32, 4, 1), (16, 64, 4, 1), (16, 128, 4, 1),
-)  # fmt: skip
+TABLES = [pytest.param(op, table, id=f"{op.name}-{table.kernel}") for op in TESTED for table in op.launches]
 
 
-@pytest.mark.parametrize("kernel, width", CONFIGS)
-def test_candidates(kernel, width):
-    start = next(iter(CONFIGS[kernel, width].values()))
-    every = tune.candidates(kernel, width, start, H100, 1000)
-    assert every[0] == start and len(set(every)) == len(every) > 8
-    assert tune.candidates(kernel, width, start, H100, 5) == every[:5]
-    assert kernel != "one pass" or {keys for _, keys, _, _ in every} == {128}
-    for queries, keys, warps, stages in every:
-        least = queries * keys + width * (queries if kernel in ("fwd", "dq") else 2 * keys)  # of scores and of sums
-        assert least <= 255 * 32 * warps
-        two_tiles = 4 * width * (keys if kernel in ("fwd", "dq") else queries)
-        assert two_tiles * max(1, stages - 1) <= H100
-    assert set(tune.candidates(kernel, width, start, 64 * 1024, 1000)) < set(every)
-    assert tune.candidates(kernel, width, start, 0, 1000) == [start]
+@dataclass(frozen=True)
+class Tile:
+    block: int
+    num_warps: int = 4
 
 
-def test_a_stage_is_not_loaded_ahead():
-    """Three of four are 192 KiB here, all four would be 256."""
-    assert (64, 64, 8, 4) in tune.candidates("fwd", 256, (64, 32, 8, 2), H100, 1000)
+OWN, FAST, SLOW, WRONG, RAISES, SPILLS, DIES, DRIFTS = (Tile(i) for i in range(8))
+SHAPES = {"rows": 2, "D": 8}, {"rows": 4, "D": 8}
+LAUNCHES = LaunchTable(
+    kernel="double",
+    entries={"narrow": {"": OWN}, "wide": {"": OWN}},
+    candidates=lambda size: (SLOW, OWN, FAST, WRONG, RAISES, SPILLS, DIES, DRIFTS),
+    shapes=lambda size: SHAPES,
+)
+launched = []
 
 
-@pytest.mark.parametrize("kernel", ["fwd", "dkv", "one pass", "dq"])
-def test_tiles_in_the_table_are_launched_and_agree(kernel, monkeypatch):
-    """Forward and backward, as they are timed; with tiles that are no power of two they are launched too, and fail."""
-    t = 32 if kernel == "one pass" else 144
-    # On a GPU one pass wants as many heads as there are multiprocessors.
-    monkeypatch.setattr(tune, "TOKENS", t if DEVICE.type == "cpu" else 512 * t)
-    monkeypatch.setattr(tune, "HEADS", {64: 1})
-    run, table = tune.launcher(kernel, 64, t, DEVICE), CONFIGS[kernel, 64]
-    right, wrong = (16, 128 if kernel == "one pass" else 32, 4, 1), (24, 24, 4, 1)
-    calls = {None: run} | {tiles: tune.patch.dict(table, {card(DEVICE): tiles})(run) for tiles in (right, wrong)}
-    results = tune.check(calls, defaultdict(list), 64)
-    assert len(run()) == (2 if kernel == "fwd" else 4)
-    assert results[right] == {"seconds": []}
-    assert results[wrong]["failed"]
+def double(x):
+    tile = LAUNCHES.pick("narrow", tune.card(x.device))
+    launched.append((x.shape[0], tile))
+    if tile == RAISES:
+        raise RuntimeError("does not fit\nat all")
+    return x * (2.1 if tile == WRONG else 2.0)
+
+
+DOUBLE = Op(
+    name="doubling",
+    implementations={"torch": lambda x: 2 * x, "triton": double},
+    inputs=lambda shape, make: {"x": make(shape["rows"], shape["D"])},
+    differentiable=("x",),
+    cost=lambda shape, itemsize: Cost(1, 1),
+    backward_cost=lambda shape, itemsize: Cost(0, 0),
+    test_shapes=SHAPES,
+    bench_shapes=SHAPES,
+    launches=(LAUNCHES,),
+)
+JOB = tune.Job(DOUBLE, LAUNCHES)
 
 
 def future_of(spills):
@@ -68,137 +69,237 @@ def future_of(spills):
 
 @pytest.fixture
 def fake(monkeypatch):
-    """A card whose forward takes `us` by tiles, twice that at T 4096, and where some tiles are no good."""
-    us = {OWN: 100.0, FAST: 80.0, SLOW: 130.0, SPILLS: 1.0, WRONG: 1.0}
-    launched, table = [], CONFIGS["fwd", 64]
-
-    def launcher(kernel, width, t, device):
-        def run():
-            tiles = table.get(card(device))
-            launched.append((t, tiles))
-            if tiles == RAISES:
-                raise RuntimeError("does not fit\nat all")
-            return (torch.ones(4) * (1.1 if tiles == WRONG else 1.001),)
-
-        return run
+    """A card where a tile takes so many microseconds, and twice that at the second shape."""
+    us, said = {OWN: 100.0, FAST: 80.0, SLOW: 130.0, DRIFTS: 1.0}, []
 
     def measure(contenders, budget):
         results = {}
-        for tiles, make in contenders.items():
-            (call,) = make()
-            call()
-            t, seen = launched[-1]
-            assert seen == tiles
-            seconds = us.get(tiles, 1) * (2e-6 if t == 4096 else 1e-6)
-            results[tiles] = {"warm": [seconds, 9.0, seconds]}
-            if tiles == DIES and t == 4096:
-                results[tiles] = {"failed": "died"}
+        for name, make in contenders.items():
+            calls = make()
+            calls[0].run()
+            rows, tile = launched[-1]
+            assert repr(tile) == name
+            seconds = us.get(tile, 1) * (2e-6 if rows == 4 else 1e-6)
+            results[name] = {"warm": [seconds, 9.0, seconds], "drift": 0.5 if tile == DRIFTS else 0.0}
+            if tile == DIES and rows == 4:
+                results[name] = {"failed": "died"}
         return results
 
-    kernels = defaultdict(list, {SPILLS: [future_of(spills=0), future_of(spills=3)]})
-    monkeypatch.setitem(table, card(DEVICE), OWN)
-    monkeypatch.setattr(tune, "candidates", lambda *_: [OWN, SLOW, FAST, WRONG, RAISES, SPILLS, DIES])
-    for name, value in {"launcher": launcher, "measure": measure, "compile_all": lambda calls: kernels}.items():
-        monkeypatch.setattr(tune, name, value)
-    return SimpleNamespace(us=us, launched=launched)
+    kernels = defaultdict(list, {repr(SPILLS): [future_of(spills=0), future_of(spills=3)]})
+    monkeypatch.setattr(tune, "compile_all", lambda *_: kernels)
+    monkeypatch.setattr(tune, "measure", measure)
+    monkeypatch.setattr(tune, "say", said.append)
+    return SimpleNamespace(us=us, said=said, kernels=kernels)
 
 
-def test_the_fastest_is_first_and_what_is_no_good_has_a_reason(fake):
-    before = deepcopy(CONFIGS)
-    row = tune.tune("fwd", 64, 99, DEVICE, H100)
-    assert before == CONFIGS  # though one raised
-    assert row["own"] == OWN and row["lengths"] == (1024, 4096)
+def tuned(tmp_path, most=99, known=None):
+    return tune.tune(JOB, "narrow", most, tmp_path / "lock", known or {})
+
+
+def test_the_fastest_is_first_and_what_is_no_good_has_a_reason(fake, tmp_path):
+    before = deepcopy(LAUNCHES.entries)
+    row = tuned(tmp_path)
+    assert before == LAUNCHES.entries  # though one raised
+    assert row["own"] == repr(OWN) and row["pass"] == "forward" and row["shapes"] == list(SHAPES)
     ranked = [result for result in row["results"] if "ratio" in result]
-    assert [result["tiles"] for result in ranked] == [FAST, OWN, SLOW]
+    assert [result["entry"] for result in ranked] == list(map(repr, (FAST, OWN, SLOW)))
     assert [result["ratio"] for result in ranked] == pytest.approx([0.8, 1, 1.3])
     assert ranked[0]["seconds"] == pytest.approx([80e-6, 160e-6])
-    failed = {result["tiles"]: result["failed"] for result in row["results"][3:]}
-    assert failed == {
-        WRONG: "9.9e-02 from the table's results, spills 0 bytes a thread",
-        RAISES: "RuntimeError: does not fit",
-        SPILLS: "0.0e+00 from the table's results, spills 12 bytes a thread",
-        DIES: "died",
-    }
-    assert tune.table(row).splitlines() == [
-        f"fwd 64, {card(DEVICE)}: time to that of (64, 128, 4, 2), us at T (1024, 4096)",
-        "  (128, 128, 8, 2)   0.800       80.0      160.0",
-        "  (64, 128, 4, 2)    1.000      100.0      200.0",
-        "  (32, 64, 4, 1)     1.300      130.0      260.0",
-        *(f"  {tiles!s:18s} {why}" for tiles, why in failed.items()),
+    failed = {result["entry"]: result["failed"] for result in row["results"][3:]}
+    assert failed.keys() == set(map(repr, (WRONG, RAISES, SPILLS, DIES, DRIFTS)))
+    assert failed[repr(WRONG)].startswith("wrong: output 0 is off by ")
+    assert failed[repr(RAISES)] == "RuntimeError: does not fit" and failed[repr(DIES)] == "died"
+    assert failed[repr(SPILLS)] == "spills 12 bytes a thread"
+    assert failed[repr(DRIFTS)].startswith("other results after it was timed")
+    head, first, *lines = tune.table(row).splitlines()
+    assert head.endswith(": time to that of Tile(block=0, num_warps=4), us at rows=2 D=8; rows=4 D=8")
+    assert first.split() == ["Tile(block=1,", "num_warps=4)", "0.800", "80.0", "160.0"] and len(lines) == 7
+    card = tune.card(tune.DEVICE)
+    assert tune.entries([row]).splitlines() == [
+        "entries of doubling's double:",
+        f"    'narrow': \"{card}\": {FAST!r},  # changed: 0.800 of the time of {OWN!r}",
     ]
-    name = f'("fwd", 64): ... "{card(DEVICE)}"'
-    assert tune.entry(row) == f"{name}: (128, 128, 8, 2),  # changed: 0.800 of the time of (64, 128, 4, 2)"
 
 
-def test_a_gain_within_the_noise_changes_nothing(fake):
+def test_a_gain_within_the_noise_changes_nothing(fake, tmp_path):
     fake.us[FAST] = 99.5
-    row = tune.tune("fwd", 64, 99, DEVICE, H100)
-    assert row["results"][0]["tiles"] == FAST
-    assert tune.entry(row) == f'("fwd", 64): ... "{card(DEVICE)}": (64, 128, 4, 2),'
+    row = tuned(tmp_path)
+    assert row["results"][0]["entry"] == repr(FAST) and tune.entry(row).endswith(f'": {OWN!r},')
 
 
-def test_wide_heads_may_spill():
-    calls = {OWN: lambda: (torch.ones(4),), SPILLS: lambda: (torch.ones(4),)}
-    compiled = {SPILLS: [future_of(spills=1)]}
-    assert "failed" in tune.check(calls, compiled, 128)[SPILLS]
-    assert "failed" not in tune.check(calls, compiled, 256)[SPILLS]
-
-
-def test_it_stops_when_the_table_itself_cannot_be_timed(fake, monkeypatch):
-    monkeypatch.setattr(tune, "measure", lambda contenders, budget: {own: {"failed": "no card"} for own in contenders})
-    with pytest.raises(RuntimeError, match=r"fwd 64: the table's own \(64, 128, 4, 2\) cannot be timed: no card"):
-        tune.tune("fwd", 64, 99, DEVICE, H100)
-
-
-def test_the_lines_for_the_table_and_what_there_was_no_time_for(fake, monkeypatch, capsys, tmp_path):
-    limits = SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": H100})
-    driver = SimpleNamespace(active=SimpleNamespace(utils=limits))
-    monkeypatch.setattr(tune, "triton", SimpleNamespace(runtime=SimpleNamespace(driver=driver)))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    row, rows, clock = tune.tune("fwd", 64, 99, DEVICE, H100), [], iter((0, 0, 9, 21))
-    monkeypatch.setattr(tune, "tune", lambda kernel, width, *_: row | {"kernel": kernel, "width": width})
-    monkeypatch.setattr(tune.records, "append", lambda folder, name, row: rows.append((folder, name, row)))
-    monkeypatch.setattr(tune.time, "monotonic", lambda: next(clock))
-    assert tune.main(["--kernel=dq", "--seconds=20", f"--results={tmp_path}"]) == 0
-    assert [(folder, name, row["width"]) for folder, name, row in rows] == [
-        (tmp_path, "tune", 64),
-        (tmp_path, "tune", 128),
+def test_candidates_are_the_first_ones_and_not_those_known_to_fail(fake, tmp_path):
+    row = tuned(tmp_path, most=2, known={repr(SLOW): "an illegal access", repr(DIES): "not of the first"})
+    outcomes = {result["entry"]: result.get("failed", "timed") for result in row["results"]}
+    assert outcomes == {repr(OWN): "timed", repr(FAST): "timed", repr(SLOW): "an illegal access"}
+    assert fake.said[:3] == [
+        {"trying": ["'narrow'", repr(OWN)]},
+        {"trying": ["'narrow'", repr(FAST)]},
+        {"trying": None},
     ]
-    *_, heading, first, second, left = capsys.readouterr().out.splitlines()
-    assert heading == "CONFIGS of kernels/attention.py:"
-    assert first == "    " + tune.entry(rows[0][2]) and second == "    " + tune.entry(rows[1][2])
-    assert left == "not tried in 20 s: dq 256"
 
 
-COMPILE = """
-from types import SimpleNamespace
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+def test_a_table_that_spills_is_compared_with_what_spills(fake, tmp_path):
+    fake.kernels[repr(OWN)] = [future_of(spills=1)]
+    assert {"entry": repr(SPILLS), "failed": "spills 12 bytes a thread"} not in tuned(tmp_path)["results"]
+
+
+def test_where_the_table_itself_cannot_be_timed_the_others_are(fake, tmp_path):
+    row = tuned(tmp_path, known={repr(OWN): "no card for it"})
+    ranked = {result["entry"]: result["ratio"] for result in row["results"] if "ratio" in result}
+    assert ranked == pytest.approx({repr(FAST): 80 / 130, repr(SLOW): 1})
+    assert tune.entry(row).endswith(f"{FAST!r},  # changed: {OWN!r} could not be timed: no card for it")
+    row = tuned(tmp_path, most=1, known={repr(OWN): "no card", repr(SLOW): "neither"})
+    assert "none could be timed" in tune.entry(row)
+
+
+def test_a_card_that_fails_ends_the_process(fake, tmp_path, monkeypatch):
+    """It would fail all that follow, and is not taken for their failure."""
+
+    def synchronize():
+        if launched[-1][1] == RAISES:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(tune, "synchronize", synchronize)
+    with pytest.raises(RuntimeError, match="illegal"):
+        tuned(tmp_path)
+    assert fake.said[-1] == {"trying": ["'narrow'", repr(RAISES)]}
+
+
+def test_sizes_are_begun_while_there_is_time(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "tune", lambda job, size, *_: {"size": repr(size)})
+    tune.run_job(JOB, 9, 100, tmp_path / "lock", {"'narrow'": {"": "done"}})
+    rows = [event["row"]["size"] for event in fake.said if "row" in event]
+    assert rows == ["'wide'"] and fake.said[-1] == {"left": []}
+    tune.run_job(JOB, 9, 0, tmp_path / "lock", {})
+    assert fake.said[-1] == {"left": ["'narrow'", "'wide'"]}
+
+
+# Launched with the real thing, this file's op is gone over in processes of its own; one candidate ends them.
+CHILD = """
+import os, sys
+sys.path.insert(0, {folder!r})
+import test_tune
 from bench import tune
 
+def double(x):
+    if test_tune.LAUNCHES.pick("narrow", tune.card(x.device)) == test_tune.WRONG:
+        print("an illegal access", file=sys.stderr, flush=True)
+        os._exit(9)
+    return 2 * x
+
+test_tune.DOUBLE.implementations["triton"] = double
+tune.TESTED = (test_tune.DOUBLE,)
+tune.compile_all = lambda job, size, variants: dict.fromkeys(variants, ())
+tune.TURNS_S = 0
+sys.exit(tune.main(sys.argv[1:]))
+"""
+
+
+def test_a_candidate_that_ends_its_process_is_named_and_the_rest_are_timed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(tune, "CHILD", [sys.executable, "-c", CHILD.format(folder=str(Path(__file__).parent))])
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    tuner = tune.Tuner(tmp_path, seconds=100, most=3, workers=1)
+    tuner.run([JOB])
+    assert (
+        "doubling:double 'narrow' Tile(block=3, num_warps=4): ended its process: an illegal access"
+        in capsys.readouterr().out
+    )
+    assert [row["size"] for row in tuner.rows] == ["'narrow'", "'wide'"] and not tuner.untried
+    failed = {result["entry"]: result["failed"] for result in tuner.rows[0]["results"] if "failed" in result}
+    assert failed == {repr(WRONG): "an illegal access"} and len(tuner.rows[0]["results"]) == 4
+    assert tune.records.read(tmp_path, "tune")[0]["card"] == tune.card(tune.DEVICE)
+
+
+def test_what_there_was_no_time_for_is_said(monkeypatch, tmp_path):
+    tuner = tune.Tuner(tmp_path, seconds=-1, most=3, workers=2)
+    tuner.run([JOB])
+    assert tuner.untried == ["doubling:double"] and not tuner.rows
+
+
+def test_shares_of_the_time_go_by_weight(monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr(tune.Tuner, "tune", lambda self, job, share, lock: given.append(share))
+    ops = [SimpleNamespace(op=SimpleNamespace(name=name)) for name in ("attention", "rmsnorm", "rope", "rope")]
+    tune.Tuner(tmp_path, seconds=1, most=1, workers=1).run(ops)
+    assert given == pytest.approx([4 / 7, 2 / 3, 1 / 2, 1])  # the two kernels of rope share its 1
+
+
+def test_the_most_telling_kernels_come_first(monkeypatch):
+    ops = [
+        SimpleNamespace(name=name, launches=(SimpleNamespace(kernel="k"),)) for name in ("rope", "rmsnorm", "attention")
+    ]
+    monkeypatch.setattr(tune, "TESTED", ops)
+    assert [job.name for job in tune.jobs()] == ["attention:k", "rmsnorm:k", "rope:k"]
+    assert [job.name for job in tune.jobs("rms")] == ["rmsnorm:k"]
+
+
+@pytest.mark.parametrize("op, table", TABLES)
+def test_tables_of_the_ops_can_be_gone_over(op, table):
+    """Each size has candidates of the entries' own type and shapes that the op takes."""
+    assert len({other.kernel for other in op.launches}) == len(op.launches)
+    for size, by_card in table.entries.items():
+        entries, candidates = list(by_card.values()), list(table.candidates(size))
+        assert candidates and len(set(candidates)) == len(candidates)
+        assert {type(entry) for entry in (*entries, *candidates)} == {type(candidates[0])}
+        assert set(candidates) - set(entries)
+        assert table.shapes(size) and not (table.backward and not op.differentiable)
+        for shape in table.shapes(size):
+            op.inputs(shape, lambda *sizes: torch.empty(sizes, dtype=torch.bfloat16, device="meta"))
+
+
+# Compiled for a card that is not here: a launch would fail.
+COMPILE = """
+from types import SimpleNamespace
+import torch, triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from dataclasses import dataclass
+from bench import tune
+from kernels.spec import LaunchTable, Op
+
+@triton.jit
+def _double(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, 2 * tl.load(x_ptr + i, mask=i < n), mask=i < n)
+
+@dataclass(frozen=True)
+class Tile:
+    block: int
+    num_warps: int
+
+def double(x):
+    tile, y = TABLE.pick("any", "sm_90"), torch.empty_like(x)
+    _double[(triton.cdiv(x.numel(), tile.block),)](x, y, x.numel(), BLOCK=tile.block, num_warps=tile.num_warps)
+    return y
+
+TABLE = LaunchTable("double", {"any": {"": Tile(64, 1)}}, lambda size: (), lambda size: ({"n": 4096},))
+OP = Op("double", {"torch": lambda x: 2 * x, "triton": double}, lambda shape, make: {"x": make(shape["n"])}, (),
+        None, None, (), (), launches=(TABLE,))
 device = {"get_current_target": GPUTarget("cuda", 90, 32), "get_current_device": 0, "get_current_stream": 0}
 driver.set_active(SimpleNamespace(**{name: lambda *_, value=value: value for name, value in device.items()}))
-run, table = tune.launcher("fwd", 64, 1024, torch.device("meta")), tune.CONFIGS["fwd", 64]
-tried = (64, 32, 4, 1), (64, 32, 8, 2), (48, 32, 4, 1)
-calls = {tiles: tune.patch.dict(table, {"sm_90": tiles})(run) for tiles in tried}
-*right, wrong = tune.compile_all(calls).values()
-for (kernel,) in right:
+tried = {"own": Tile(64, 1), "wide": Tile(1024, 8), "no power of two": Tile(48, 4)}
+own, wide, wrong = tune.compile_all(tune.Job(OP, TABLE), "any", tried).values()
+for (kernel,) in (own, wide):
     kernel = kernel.result()
-    print(kernel.metadata.num_warps, kernel.metadata.num_stages, kernel.module)
+    print(kernel.metadata.num_warps, kernel.module)
 try:
     wrong[0].result()
 except Exception:
     print("failed")
+(again,) = tune.compile_all(tune.Job(OP, TABLE), "any", {"wide": tried["wide"]}).values()
+print(again[0].metadata.num_warps, tune.spilled(again))
 """
 
 
-def test_candidates_are_compiled_and_not_launched():
-    """For a card that is not here: a launch would fail."""
+def test_candidates_are_compiled_and_not_launched(tmp_path):
+    path = tmp_path / "compiled.py"  # Triton reads the source of a kernel from its file
+    path.write_text(textwrap.dedent(COMPILE))
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.stdout.splitlines() == ["4 1 None", "8 2 None", "failed"], done.stderr
+    environment |= {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, path], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.stdout.splitlines() == ["1 None", "8 None", "failed", "8 0"], done.stderr
 
 
 def test_without_a_gpu_it_says_what_to_use_instead():
@@ -207,4 +308,4 @@ def test_without_a_gpu_it_says_what_to_use_instead():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert "times a GPU" in line and "`python -m bench.compile --kernel attention`" in line
+    assert "times a GPU" in line and re.search(r"`python -m bench\.compile`", line)

@@ -1,0 +1,183 @@
+"""Whole training steps of train.py's own Trainer, on random tokens: `python -m bench.steps`.
+
+    python -m bench.steps --shape 124M --variant captured    one of them
+
+Four models, each with the Triton kernels, captured in CUDA graphs and eager, and with the references and SDPA under
+torch.compile: milliseconds and tokens a second, the share of the card's rated FLOP/s (MFU), memory, what the host takes
+to launch a step, and the card's time by kernel. Each is a process of its own. Some work side by side, the largest
+first: they build and compile together, and have the card for themselves while they are timed.
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import product
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from bench import records
+from bench.timing import card_held, synchronize
+from train import ROOT, Trainer, configure
+
+Knobs = dict[str, object]
+SHAPES: dict[str, Knobs] = {
+    "124M": {
+        "model.n_layer": 12, "model.n_head": 12, "model.d_model": 768, "model.seq_len": 1024,
+        "model.vocab_size": 50304, "batch_size": 32,
+    },
+    "42M": {
+        "model.n_layer": 8, "model.n_head": 8, "model.d_model": 512, "model.d_ff": 1408, "model.seq_len": 256,
+        "model.vocab_size": 32000, "model.qk_norm": False, "batch_size": 128,
+    },
+    "M4": {
+        "model.n_layer": 12, "model.n_head": 12, "model.n_kv_head": 3, "model.d_model": 768, "model.d_ff": 2048,
+        "model.seq_len": 128, "model.vocab_size": 50257, "model.qk_norm": False, "batch_size": 64,
+    },
+    "M0": {
+        "model.n_layer": 4, "model.n_head": 16, "model.d_model": 512, "model.d_ff": 1344, "model.seq_len": 256,
+        "model.vocab_size": 10000, "model.tied": False, "model.qk_norm": False, "batch_size": 32,
+    },
+}  # fmt: skip
+VARIANTS: dict[str, Knobs] = {
+    "captured": {"capture": "on", "compile": "off"},
+    "eager": {"capture": "off", "compile": "off"},
+    "torch.compile": {"capture": "off", "compile": "on", "kernels": "torch", "kernels.attention": "sdpa"},
+}
+WARM_UP = 6  # steps: they compile, and capture
+SAMPLES, SAMPLE_S, PROFILED = 5, 0.3, 3
+SIDE_BY_SIDE = 6  # processes: the memory of the six largest together is within 80 GB
+
+
+def trainer_of(knobs: Knobs, folder: Path) -> Trainer:
+    """A trainer with these knobs and the defaults of train.py, whose run and corpus are in `folder`."""
+    (folder / "defaults.py").touch()
+    text = folder / "text.txt"
+    text.write_text("What is trained on here are random tokens: this is so that there is a corpus.\n" * 2000)
+    always = {
+        "config": folder / "defaults.py", "out": folder / "out", "data.corpus": text, "data.cache": folder / "cache",
+        "data.tokenizer": "bytes", "optimizer": "adamw", "steps": 1000, "eval_tokens": 4096,
+    }  # fmt: skip
+    return Trainer(*configure([f"--{key}={value}" for key, value in (always | knobs).items()]))
+
+
+def measure(trainer: Trainer, lock: Path) -> dict:
+    """Time the trainer's steps. `ms` is the median of some samples, each of several steps."""
+    shape, batch, gpu = trainer.model.config, trainer.config.batch_size, trainer.device.type == "cuda"
+    tokens = torch.randint(shape.vocab_size, (2, batch, shape.seq_len))
+    inputs, targets = tokens.pin_memory() if gpu else tokens
+    step = partial(trainer.train_step, inputs, targets, 0.5)
+
+    def seconds(n: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(n):
+            step()
+        synchronize()
+        return (time.perf_counter() - begin) / n
+
+    with card_held(lock, alone=False):
+        begin = time.perf_counter()
+        first_loss = step()[0].item()
+        first = time.perf_counter() - begin
+        seconds(WARM_UP)
+    with card_held(lock):
+        n = math.ceil(SAMPLE_S / seconds(2))
+        taken = median(seconds(n) for _ in range(SAMPLES))
+        begin = time.perf_counter()
+        loss, _ = step()
+        host = time.perf_counter() - begin
+        kernels = by_kernel(step) if gpu else []
+    speed = inputs.numel() / taken
+    row = {"batch": batch, "seq_len": shape.seq_len, "optimizer": trainer.config.optimizer}
+    row |= {"precision": trainer.precision, "first_s": first, "ms": 1e3 * taken, "tok_s": speed}
+    row |= {"mfu": speed * trainer.flops / trainer.peak if trainer.peak else None, "host_ms": 1e3 * host}
+    row |= {"memory": torch.cuda.max_memory_allocated() if gpu else None, "flops_per_token": trainer.flops}
+    row |= {"first_loss": first_loss, "loss": loss.item(), "busy_ms": sum(ms for ms, _, _ in kernels)}
+    return row | {"kernels": kernels[:40]}
+
+
+def by_kernel(step) -> list[tuple[float, float, str]]:
+    """Milliseconds and launches a step of each kernel, and its name; those that take longest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(PROFILED):
+            step()
+        synchronize()
+    found = [
+        (event.self_device_time_total / 1e3 / PROFILED, event.count / PROFILED, event.key[:120])
+        for event in profiled.key_averages() if event.self_device_time_total > 0
+    ]  # fmt: skip
+    return sorted(found, reverse=True)
+
+
+def run(shape: str, variant: str, lock: Path, deadline: float) -> dict:
+    """The row of a process that measures a shape and variant; `failed` in it where there is none."""
+    row = {"bench": "steps", "shape": shape, "variant": variant}
+    if (left := deadline - time.monotonic()) <= 0:
+        return row | {"failed": "not begun: the time was up"}
+    command = [sys.executable, "-m", "bench.steps", f"--shape={shape}", f"--variant={variant}", f"--lock={lock}"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        out, errors = process.communicate(timeout=left)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # with the processes that compile for it, which hold the pipes
+        process.communicate()
+        return row | {"failed": "the time was up"}
+    if process.returncode:
+        lines = [line for line in errors.splitlines() if line.strip()]
+        return row | {"failed": lines[-1] if lines else f"exit code {process.returncode}"}
+    return row | json.loads(out.splitlines()[-1])
+
+
+def line(row: dict) -> str:
+    start = f"{row['shape']:5s} {row['variant']:14s}"
+    if "failed" in row:
+        return f"{start} {row['failed']}"
+    mfu, memory = (f"{row[key] * scale:{form}}" if row[key] else "-" for key, scale, form in (
+        ("mfu", 100, "5.1f"), ("memory", 2**-30, "5.1f"),
+    ))  # fmt: skip
+    text = f"{start} {row['ms']:7.1f} ms {row['tok_s']:11,.0f} tok/s {mfu} % MFU {memory} GiB"
+    text += f" {row['host_ms']:6.1f} ms of the host, first {row['first_s']:.1f} s, loss {row['loss']:.3f}"
+    return "\n".join([text, *(f"      {ms:7.3f} ms {count:5.0f} {name}" for ms, count, name in row["kernels"][:12])])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 1 where a shape and variant has no figures."""
+    parser = argparse.ArgumentParser(prog="python -m bench.steps", description=__doc__.partition("\n")[0])
+    parser.add_argument("--shape", choices=SHAPES, help="only this one")
+    parser.add_argument("--variant", choices=VARIANTS, help="only this one")
+    parser.add_argument("--seconds", type=float, default=300, help="stop after so long (300)")
+    parser.add_argument("--results", type=Path, default=records.RESULTS, help="folder of the record (bench/results)")
+    parser.add_argument("--lock", type=Path, help=argparse.SUPPRESS)  # of the process of one shape and variant
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.lock:
+            trainer = trainer_of(SHAPES[args.shape] | VARIANTS[args.variant], Path(folder))
+            print("\n" + json.dumps(measure(trainer, args.lock)), flush=True)
+            return 0
+        shapes = [args.shape] if args.shape else SHAPES
+        wanted = list(product(shapes, [args.variant] if args.variant else VARIANTS))
+        options = {"lock": Path(folder, "lock"), "deadline": time.monotonic() + args.seconds}
+        rows = []
+        with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+            for row in pool.map(lambda each: run(*each, **options), wanted):
+                records.append(args.results, "steps", row)
+                print(line(row), flush=True)
+                rows.append(row)
+    return int(any("failed" in row for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

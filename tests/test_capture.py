@@ -1,0 +1,355 @@
+"""A step as CUDA graphs: proved on a CPU by recording the operators of a step and replaying them.
+
+A graph freezes addresses and what the host computed. So does a recording: a replay runs each operator again on the
+tensors and numbers that it got, and puts its results where the first run put them. A number that the host baked in, a
+tensor made anew or rebound between steps, and state made too late then show as a replay that differs from eager steps.
+"""
+
+import json
+import warnings
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import model.capture
+import train
+from model import checkpoint, hardware
+from model.capture import WARM_UP, Captured, CaptureError, InFlight, Step, synchronizations
+from model.hardware import HardwareError, pick_capture, pick_residual
+
+HOST_READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default}
+
+
+class Recording(TorchDispatchMode):
+    """The operators run under it. Raises where the host reads a value of the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator in HOST_READS:
+            raise RuntimeError(f"{operator} makes the host wait for the device")
+        results = operator(*args, **(kwargs or {}))
+        self.calls.append((operator, args, kwargs or {}, results))
+        return results
+
+    @torch.no_grad()
+    def replay(self):
+        for operator, args, kwargs, results in self.calls:
+            again = operator(*args, **kwargs)
+            for kept, new in zip(tensors(results), tensors(again), strict=True):
+                if kept.data_ptr() != new.data_ptr():  # neither a view nor in place: memory of the graph's own
+                    kept.copy_(new)
+
+
+def tensors(results):
+    return [x for x in tree_leaves(results) if torch.is_tensor(x)]
+
+
+class Recorded:
+    """In the place of `Captured`."""
+
+    replays = 0
+
+    def __init__(self, run, pool):
+        self.run, self.recording = run, None
+
+    def __call__(self):
+        if self.recording is None:
+            self.recording = Recording()
+            with self.recording:
+                self.run()
+        else:
+            self.recording.replay()
+            Recorded.replays += 1
+
+
+class Eager:
+    """The same without replays. Under a recording too: autograd adds in place what nobody else holds, and the layout of
+    the sum, hence a product's rounding, may depend on it."""
+
+    def __init__(self, run, pool):
+        self.run = run
+
+    def __call__(self):
+        with Recording():
+            self.run()
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Training on a CPU replays recordings where it would replay graphs on a GPU."""
+    monkeypatch.setattr(hardware, "pick_capture", lambda *args: (True, "yes"))
+    monkeypatch.setattr(model.capture, "Captured", Recorded)
+    monkeypatch.setattr(model.capture, "synchronizations", lambda: nullcontext([]))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: torch._C._len_torch_dispatch_stack() > 0)
+    monkeypatch.setattr(Recorded, "replays", 0)
+
+
+@pytest.fixture
+def eagerly(recorded, monkeypatch):
+    """A function to call once what is to be replayed has been: no replays from then on."""
+    return lambda: monkeypatch.setattr(model.capture, "Captured", Eager)
+
+
+COLUMNS = ("step", "loss", "grad_norm", "lr", "val_loss", "diag")
+STEPS = WARM_UP + 2 + 20  # eager ones, two in which parts are recorded, and replays
+
+
+def trained(folder):
+    """The weights, moments and record that a run ends with."""
+    state = checkpoint.load(folder / "last.pt")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    leaves = tree_leaves([state["model"], [optimizer["state"] for optimizer in state["optimizers"]]])
+    return leaves, [[row.get(column) for column in COLUMNS] for row in rows]
+
+
+def assert_same(a, b):
+    assert a[1] == b[1]
+    assert len(a[0]) == len(b[0]) and all(torch.equal(x, y) for x, y in zip(a[0], b[0], strict=True))
+
+
+CASES = {
+    "adamw": {"optimizer": "adamw"},
+    "adam": {"optimizer": "adam"},
+    "muon": {"optimizer": "muon"},
+    "accumulation": {"micro_batch": 1},
+    "documents": {"data.packing": "documents", "model.window": "SL:8", "model.n_kv_head": 1},
+    "dropout": {"model.dropout": 0.1, "micro_batch": 2},
+    "recomputed": {"model.recompute": 0.5},
+    "bf16": {"precision": "bf16", "residual": "bf16", "optimizer": "muon", "micro_batch": 2},
+    "diagnosed": {"diag": 7, "micro_batch": 2},
+}
+
+
+@pytest.mark.parametrize("knobs", CASES.values(), ids=CASES)
+def test_replays_equal_eager_steps_to_the_bit(run, eagerly, knobs):
+    """Losses, norms, weights and moments, of the runs as a user starts them."""
+    quiet = {"steps": STEPS, "log_every": 1, "eval_every": 10, "save_every": 100}
+    code, replayed = run(run="replayed", **quiet, **knobs)
+    parts = 2 if knobs.get("micro_batch", 4) == 4 else 1 + 4 // knobs["micro_batch"]
+    assert code == 0 and Recorded.replays >= parts * 20 - 4 * ("diag" in knobs) * parts
+    eagerly()
+    _, eager = run(run="eager", **quiet, **knobs)
+    assert_same(trained(replayed), trained(eager))
+
+
+def test_a_resumed_run_replays_on(run, eagerly):
+    schedule = {"schedule": "constant", "log_every": 1, "eval_every": 100, "save_every": 100}
+    run(run="parts", steps=9, **schedule)
+    assert run("--resume", run="parts", steps=STEPS, **schedule)[0] == 0
+    eagerly()
+    _, whole = run(run="whole", steps=STEPS, **schedule)
+    parts = whole.parent / "parts"
+    (weights, rows), (expected, all_rows) = trained(parts), trained(whole)
+    assert all(torch.equal(x, y) for x, y in zip(weights, expected, strict=True))
+    losses = {row[0]: row[1:4] for row in rows if row[1]}
+    assert losses == {row[0]: row[1:4] for row in all_rows if row[1]}
+
+
+def test_triton_kernels_replay(run, eagerly):
+    small = {"model.n_layer": 1, "batch_size": 1, "optimizer": "adamw", "precision": "bf16", "micro_batch": 1}
+    knobs = small | {"steps": WARM_UP + 4, "log_every": 1, "eval_every": 100, "save_every": 100, "kernels": "triton"}
+    _, replayed = run(run="replayed", **knobs)
+    assert Recorded.replays == 5
+    eagerly()
+    _, eager = run(run="eager", **knobs)
+    assert_same(trained(replayed), trained(eager))
+
+
+def read_on_the_host(self, take):
+    take()
+    self.norm.item()
+
+
+def rebind_the_input(self, take):
+    self.ids = self.ids.clone()
+    take()
+
+
+def rebind_the_rate(self, take):
+    for optimizer in self.optimizers:
+        optimizer.rates = [rate.clone() for rate in optimizer.rates]
+    take()
+
+
+def bake_the_rate_in(self, take):
+    for optimizer in self.optimizers:
+        for group, rate in zip(optimizer.param_groups, optimizer.rates, strict=True):
+            rate.fill_(group["lr"])
+    take()
+
+
+def make_state_in_the_step(self, take):
+    if self.step > WARM_UP:  # the step in which this part is captured
+        if not hasattr(self, "decay"):
+            self.decay = torch.ones_like(self.loss)
+        self.decay *= 0.5
+        self.model.head.weight.grad *= self.decay
+    take()
+
+
+FAULTS = {
+    "host read": ("update", read_on_the_host),
+    "rebound input": ("forward_backward", rebind_the_input),
+    "rebound rate": ("update", rebind_the_rate),
+    "baked rate": ("update", bake_the_rate_in),
+    "late state": ("update", make_state_in_the_step),
+}
+
+
+@pytest.mark.parametrize("part, fault", FAULTS.values(), ids=FAULTS)
+def test_what_a_graph_would_freeze_shows(run, eagerly, monkeypatch, part, fault):
+    """Each way to be wrong runs eagerly, and is refused or ends elsewhere when it is replayed."""
+    right = getattr(train.Trainer, part)
+
+    def wrong(self, *args, **options):
+        fault(self, lambda: right(self, *args, **options))
+
+    knobs = {"steps": WARM_UP + 7, "log_every": 1, "eval_every": 100, "save_every": 100, "optimizer": "adamw"}
+    monkeypatch.setattr(train.Trainer, part, wrong)
+    if fault is read_on_the_host:  # GPUs would say so of the last eager step
+        with pytest.raises(RuntimeError, match="makes the host wait for the device"):
+            run(run="replayed", **knobs)
+        return
+    _, replayed = run(run="replayed", **knobs)
+    assert Recorded.replays > 0
+    eagerly()
+    _, eager = run(run="eager", **knobs)
+    assert trained(replayed)[1] != trained(eager)[1]
+
+
+# What decides whether there are graphs, and what is said of it.
+
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    "device, precision, compiled, redraws, why",
+    [
+        (torch.device("cpu"), "bf16", False, False, "cpu has no CUDA graphs"),
+        (CUDA, "fp16", False, False, "fp16's loss scale is decided on the host"),
+        (CUDA, "bf16", False, True, "model.recompute with model.dropout reads the random state on the host"),
+    ],
+)
+def test_what_cannot_be_captured_is_said_or_refused(device, precision, compiled, redraws, why):
+    assert pick_capture("auto", device, precision, compiled, redraws) == (False, f"no: {why}")
+    assert pick_capture("off", device, precision, compiled, redraws) == (False, "no")
+    with pytest.raises(HardwareError, match=f"{why}; --capture=off runs without"):
+        pick_capture("on", device, precision, compiled, redraws)
+
+
+def test_a_gpus_step_is_captured_unless_the_model_is_compiled():
+    assert pick_capture("auto", CUDA, "bf16", False, False)[0] and pick_capture("on", CUDA, "fp32", True, False)[0]
+    assert pick_capture("auto", CUDA, "bf16", True, False) == (
+        False, "no: the model is compiled; --capture=on does both",
+    )  # fmt: skip
+    assert pick_capture("off", CUDA, "bf16", False, False) == (False, "no")
+
+
+def test_the_residual_stream_is_bf16_on_a_gpu_in_bf16():
+    assert pick_residual("auto", CUDA, "bf16") == pick_residual("bf16", torch.device("cpu"), "bf16") == torch.bfloat16
+    assert pick_residual("auto", torch.device("cpu"), "bf16") is pick_residual("fp32", CUDA, "bf16") is None
+    assert pick_residual("auto", CUDA, "fp16") is None
+    with pytest.raises(HardwareError, match="takes --precision=bf16, not fp32"):
+        pick_residual("bf16", CUDA, "fp32")
+
+
+@pytest.mark.parametrize("insist", [False, True])
+def test_a_step_that_waits_for_the_device_is_not_captured(recorded, monkeypatch, insist):
+    said = []
+    monkeypatch.setattr(model.capture, "synchronizations", lambda: nullcontext(["loss.py:7"]))
+    step = Step([lambda: None], True, insist, said.append)
+    for _ in range(WARM_UP - 1):
+        with step() as parts:
+            assert parts is step.parts
+    if insist:
+        with pytest.raises(CaptureError, match=r"first at loss.py:7; --capture=off runs without"), step():
+            pass
+        return
+    with step():
+        pass
+    assert said == ["capture  no: the host waits for the device in the step, first at loss.py:7"]
+    with step() as parts:
+        assert parts is step.parts
+
+
+def test_a_step_that_is_watched_runs_eagerly_between_replays(recorded):
+    step, taken = Step([str, int], True, True, print), []
+    for eager in (True, *[False] * (WARM_UP + 2), True, False):
+        with step(eager) as parts:
+            taken.append(list(parts))
+    eagerly, replayed = list(step.parts), list(step.graphs)
+    warm_up = [eagerly] * (1 + WARM_UP)
+    assert taken == [*warm_up, [step.graphs[0], int], replayed, eagerly, replayed]  # the last part a step later
+
+
+def test_synchronizations_are_noted_and_other_warnings_pass(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with pytest.warns(UserWarning, match="something else"), synchronizations() as found:
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert modes == ["warn", "default"] and len(found) == 1 and __file__ in found[0]
+
+
+def test_at_most_two_steps_are_in_flight(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self):
+            self.number = sum(kind == "record" for kind, _ in log)
+
+        def record(self):
+            log.append(("record", self.number))
+
+        def synchronize(self):
+            log.append(("wait", self.number))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    in_flight = InFlight(CUDA)
+    for _ in range(4):
+        in_flight.launched()
+    assert log == [("record", 0), ("record", 1), ("record", 2), ("wait", 0), ("record", 3), ("wait", 1)]
+    InFlight(torch.device("cpu")).launched()
+    assert len(log) == 6
+
+
+def test_a_graph_is_captured_once_and_replayed_each_time(monkeypatch):
+    log = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: log.append("replay")))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **how: nullcontext(log.append(how)))
+    captured = Captured(lambda: log.append("run"), (0, 1))
+    captured()
+    captured()
+    assert log == [{"pool": (0, 1), "capture_error_mode": "thread_local"}, "run", "replay", "replay"]
+
+
+ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a GPU")
+
+
+@ON_A_GPU
+@pytest.mark.parametrize("knobs", [{"optimizer": "adamw"}, {"optimizer": "muon", "micro_batch": 2}], ids=str)
+def test_graphs_equal_eager_steps_on_a_gpu(run, knobs):
+    """With inputs that change while the step before is in flight."""
+    knobs |= {"steps": STEPS, "log_every": STEPS, "eval_every": 100, "save_every": 100, "device": "cuda"}
+    captured, eager = (run(run=f"capture-{mode}", capture=mode, precision="bf16", **knobs)[1] for mode in ("on", "off"))
+    assert_same(trained(captured), trained(eager))
+
+
+@ON_A_GPU
+@pytest.mark.parametrize("capture", ["on", "off"])
+def test_no_step_waits_for_the_gpu(tiny, tmp_path, capture):
+    trainer = train.Trainer(*train.configure(tiny(tmp_path, capture=capture, device="cuda", precision="bf16")))
+    for step in range(2 * WARM_UP):
+        inputs, targets = (x.pin_memory() for x in trainer.batches.get(4 * step, 4))
+        if step not in (0, WARM_UP, WARM_UP + 1):  # kernels are compiled, graphs captured
+            torch.cuda.set_sync_debug_mode("error")
+        trainer.train_step(inputs, targets, 0.5)
+        torch.cuda.set_sync_debug_mode("default")
