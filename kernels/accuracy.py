@@ -224,9 +224,7 @@ def _rms(x: Tensor) -> Tensor:
 def _count(sigma: Tensor) -> Tensor:
     """How many values make up the sum of squares, at least 1."""
     squares = (sigma / sigma.amax(-1, keepdim=True)).square()
-    return (
-        (squares.sum(-1, keepdim=True).square() / squares.square().sum(-1, keepdim=True)).nan_to_num(nan=1).clamp(min=1)
-    )
+    return (squares.sum(-1, keepdim=True).square() / squares.square().sum(-1, keepdim=True)).nan_to_num(nan=1).clamp(min=1)
 
 
 def truth(op: Op, inputs: Mapping[str, Any], samples: int = SAMPLES) -> Truth:
