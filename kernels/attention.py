@@ -4,9 +4,9 @@
     p_ij = exp(s_ij) / (exp(sink) + sum_j exp(s_ij)) over the keys j that query i sees,  o_i = sum_j p_ij v_j
 
 Query head h reads key/value head h // (H / KV). Queries are the last T of the S tokens that have keys, so that query i
-is at position i + S - T (generation with a cache). It sees the keys up to its own position (all, when not causal), of those
-the last `window`, and of those the ones of its own document. The sink is a logit per head of a key whose value is 0;
-without one exp(sink) is 0, and a query that sees nothing gives 0.
+is at position i + S - T (generation with a cache). It sees the keys up to its own position (all, when not causal), of
+those the last `window`, and of those the ones of its own document. The sink is a logit per head of a key whose value is
+0; without one exp(sink) is 0, and a query that sees nothing gives 0.
 
 With delta_i = do_i . o_i the gradients are dv = p^T do, ds = p * (do v^T - delta), dq = scale * ds k,
 dk = scale * ds^T q, each head of k and v summed over the queries' heads that read it, and dsink the sum of
