@@ -184,6 +184,14 @@ def test_an_op_that_writes_to_its_arguments():
     assert "failed" not in row["results"]["right"] and samples["right"]
 
 
+def test_adamw_is_checked():
+    op, functions = OPS["adamw"], {}
+    for name, scale in (("torch", 1), ("other", 1.001)):
+        functions[name] = lambda lr, scale=scale, **inputs: op.implementations["torch"](lr=scale * lr, **inputs)
+    results = contest.check(op, {"N": 2, "n": 100}, functions, "forward")
+    assert results["torch"]["error"] < 1 and results["other"]["failed"].startswith("wrong: params")
+
+
 def test_a_choice_between_implementations_is_no_contender():
     found = contest.contenders(DECAY, lambda who, why: None)
     assert {"torch", "torch.compile"} <= found.keys() and "auto" not in found
