@@ -51,8 +51,8 @@ def library_op(fake: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Calla
     them. `fake` takes the same arguments and only allocates. The undecorated function stays in `IMPLEMENTATIONS`, for
     tools that run it on meta tensors.
 
-    What replaces it calls the op where torch has to see it: when compiling, under a `TorchDispatchMode`, with a subclass
-    of tensors. Otherwise it calls the host function, which saves the dispatcher's tenth of the op's time on the host.
+    What replaces it calls the op where torch has to see it: when compiling, under a `TorchDispatchMode`, or with a
+    subclass of tensors. Otherwise it calls the host function, which saves the dispatcher's tenth of the host's time.
     """
 
     def register(function: Callable) -> Callable:
