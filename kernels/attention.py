@@ -452,14 +452,17 @@ def _attention_bwd_dq_kernel(
 
 @triton.jit
 def _dkv_blocks(
-    dk, dv, k, v, kv_pos, q_ptr, do_ptr, lse_ptr, m_ptr, delta_ptr, b, h, q_start, q_end, lo, n_left, n_full, n_blocks,
-    T, S, stride_qt, stride_dot, scale, softcap, slope,
+    dk, dv, k, v, kv_pos, q_ptr, do_ptr, lse_ptr, m_ptr, delta_ptr, starts_ptr, ends_ptr, b, h,
+    lo, n_left, n_full, n_blocks, T, S, window_left, window_right, stride_qt, stride_dot, scale, softcap, slope,
     D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASKED: tl.constexpr, DESC: tl.constexpr,
 ):  # fmt: skip
     """Add to dk and dv what the masked blocks of one head's queries, or the full ones, give; scores are transposed."""
     qk_scale = _qk_scale(scale, softcap, SOFTCAP)
-    for i in range(0, n_blocks - n_full if MASKED else n_full):
+    if MASKED:  # here, so that the loop over full blocks has the registers
+        q_start, q_end = _visible_range(kv_pos + T - S, window_right, window_left, T, S - T, S, starts_ptr, ends_ptr)
+    # What does not change is computed again in each turn: kept, it spills up to 56 bytes a thread on sm_90.
+    for i in tl.range(0, n_blocks - n_full if MASKED else n_full, disable_licm=True):
         start = _block_start(i, lo, n_left, n_full, BLOCK_T, MASKED)
         rows = start + tl.arange(0, BLOCK_T)
         q = _load_tile(q_ptr, b, h, start, stride_qt, T, BLOCK_T, D, BLOCK_D, not MASKED, DESC)
@@ -501,8 +504,7 @@ def _attention_bwd_dkv_kernel(
     k = _load_tile(k_ptr, b, kv, start, stride_ks, S, BLOCK_S, D, BLOCK_D, False, DESC)
     v = _load_tile(v_ptr, b, kv, start, stride_vs, S, BLOCK_S, D, BLOCK_D, False, DESC)
     kv_pos = start + tl.arange(0, BLOCK_S)
-    # From a key to the row of the query at its position it is T - S; the window is seen from the other end.
-    q_start, q_end = _visible_range(kv_pos + T - S, window_right, window_left, T, S - T, S, starts_ptr, ends_ptr)
+    # The query at the position of key j is row j + T - S; a key sees the window from its other end.
     lo, n_left, n_full, n_blocks = _block_range(
         start + T - S, tl.minimum(start + BLOCK_S, S) - 1 + T - S, window_right, window_left, T, S - T, S,
         starts_ptr, ends_ptr, BLOCK_T,
@@ -516,8 +518,9 @@ def _attention_bwd_dkv_kernel(
             dk, dv = _dkv_blocks(
                 dk, dv, k, v, kv_pos, _to_head(q_ptr, b, h, stride_qb, stride_qh, DESC),
                 _to_head(do_ptr, b, h, stride_dob, stride_doh, DESC), lse_ptr + offset,
-                None if m_ptr is None else m_ptr + offset, delta_ptr + offset, b, h, q_start, q_end,
-                lo, n_left, n_full, n_blocks, T, S, stride_qt, stride_dot, scale, softcap, slope,
+                None if m_ptr is None else m_ptr + offset, delta_ptr + offset, starts_ptr, ends_ptr, b, h,
+                lo, n_left, n_full, n_blocks, T, S, window_left, window_right, stride_qt, stride_dot,
+                scale, softcap, slope,
                 D, BLOCK_T, BLOCK_D, SOFTCAP, slopes_ptr is not None, MASKED == 1, DESC,
             )  # fmt: skip
     _store_tile(_to_head(dk_ptr, b.to(tl.int64) * S, kv, KV * D, D), dk * scale, start, KV * D, S, BLOCK_S, D, BLOCK_D)
@@ -670,7 +673,7 @@ FWD = _table("fwd", {
     64: {"": Tile(128, 64, 8, 2), "sm_90": Tile(64, 64, 4, 4), "sm_100": Tile(128, 64, 8, 3)},
     128: {
         "": Tile(128, 32, 8, 3), "sm_90": Tile(128, 64, 8, 3), "sm_100": Tile(128, 64, 8, 3),
-        "gfx942": Tile(128, 64, 8, 2),
+        "gfx942": Tile(128, 32, 8, 2),
     },
     256: {"": Tile(64, 32, 8, 2), "sm_90": Tile(64, 64, 8, 2)},
 })  # fmt: skip
@@ -696,7 +699,7 @@ SHORT_BWD = _table("short bwd", {
         "gfx942": Tile(16, 128, 8, 1),
     },
 }, lengths=(128,))  # fmt: skip
-SHORT_BWD.entries[64, 256] = {"sm_90": Tile(32, 256, 8, 2)}
+SHORT_BWD.entries[64, 256] = {"sm_90": Tile(16, 256, 8, 2)}
 TABLES = {table.kernel: table for table in (FWD, DQ, DKV, SHORT_FWD, SHORT_BWD)}
 
 
@@ -1013,6 +1016,7 @@ OP = Op(
     ),
     compiled_shapes=(
         _shape(128, 128, 128, 12, 12, 128),
+        _shape(64, 256, 256, 8, 8, 64),
         *(_shape(128, 128, 128, 8, 8, d, L=32, C=50) for d in (64, 128)),
         *(_shape(4, 4096, 4096, 8, 8, d, L=512, C=50) for d in (64, 96, 128)),
         *(_shape(4, 4096, 4096, 8, 8, d, A=1) for d in (64, 128)),
