@@ -70,8 +70,8 @@ def contenders(op: Op, say: Callable[[str, str], None]) -> dict[str, Callable]:
 def truth_of_written(op: Op, inputs: dict) -> Truth:
     """What an op is to write to its arguments, by its reference in float64; half-precision ones are rounded from that.
 
-    The reference may call fused operations over lists, which `truth` does not follow. So what rounding explains is taken
-    to be a unit in the last place."""
+    The reference may call fused operations over lists, which `truth` does not follow. So what rounding explains is
+    taken to be a unit in the last place."""
 
     def widened(key: str, x: Tensor) -> Tensor:
         half = key in op.mutates and x.itemsize < 4
