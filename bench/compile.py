@@ -118,8 +118,9 @@ class Launch:
     def variant(self) -> str:
         """What tells this compilation from the kernel's others: `bf16 fp32:gain,rstd no:residual 16∤D BLOCK_D=512 w4`.
 
-        The dtype of the first pointer and of those that differ from it; blocks of descriptors; arguments that are None, that 16 does not
-        divide, or that take offsets of 64 bits (AMD asks); constants but those that are false; warps, unusual options.
+        The dtype of the first pointer and of those that differ from it; blocks of descriptors; arguments that are None,
+        that 16 does not divide, or that take offsets of 64 bits (AMD asks); constants but those that are false; warps,
+        unusual options.
         """
         names = [name.removesuffix("_ptr") for name in self.signature]
         types = {name: kind for name, kind in zip(names, self.signature.values(), strict=True) if kind != "constexpr"}
