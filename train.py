@@ -3,7 +3,7 @@
     python train.py --config small.py --lr=1e-3 --model.n_layer=4
     python train.py --run small --resume
 
-`-h` lists every knob. Everything a run leaves is under out/<run>/ (model/run.py says what).
+`-h` lists every knob. Everything a run leaves is under out/<run>/ (runtime/run.py says what).
 """
 
 import math
@@ -21,20 +21,21 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from data.batches import Batches, Prefetcher, eval_batches
-from data.corpora import DataError
 from data.prepare import DataConfig, prepare
 from data.tokenizer import Tokenizer
 from kernels import KernelChoice, KernelError, bind
-from model import checkpoint, hardware
-from model.budget import Budget
-from model.capture import InFlight, Step
-from model.config import ConfigError, UserError, as_dict, build, flatten, merge, read, read_file, read_flags
+from model import checkpoint
 from model.diagnostics import Probe
 from model.evaluate import evaluate
 from model.generate import generate
 from model.gpt import GPT, ModelConfig
 from model.optim import OptimizerName, Schedule, build_optimizers, load_optimizers, lr_factor, set_lr
-from model.run import Interrupt, Run, Status, check_writable, choose_folder, commit, explained, status_of
+from runtime import hardware
+from runtime.budget import Budget
+from runtime.capture import InFlight, Step
+from runtime.config import ConfigError, as_dict, build, flatten, merge, read, read_file, read_flags
+from runtime.errors import UserError
+from runtime.run import Interrupt, Run, Status, check_writable, choose_folder, commit, explained, status_of
 
 ROOT = Path(__file__).parent
 
@@ -388,7 +389,7 @@ def main(argv: list[str] | None = None) -> int:
     """Train as the flags say. Returns the exit code: 0 finished or out of time, 1 ended early, 2 refused."""
     try:
         trainer = Trainer(*configure(sys.argv[1:] if argv is None else argv))
-    except (UserError, DataError, KernelError, ModuleNotFoundError, OSError) as error:
+    except (UserError, KernelError, ModuleNotFoundError, OSError) as error:
         print(f"error: {explained(error)}", file=sys.stderr)
         return 2
     try:

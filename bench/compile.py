@@ -50,8 +50,8 @@ from bench.estimate import INSTRUCTION, is_serialized, tensor_tflops
 from kernels import TESTED, KernelChoice, bind
 from kernels.launch import IMPLEMENTATIONS
 from kernels.spec import Op
-from model.config import build, flatten, read_file
 from model.gpt import GPT, ModelConfig
+from runtime.config import build, flatten, read_file
 from train import ROOT, Config
 
 BASELINES = Path(__file__).with_name("baselines")

@@ -16,7 +16,7 @@ from bench.rivals import RIVALS
 from bench.timing import measure, reason
 from kernels.accuracy import Truth, evaluate, truth
 from kernels.spec import Op
-from model.hardware import device_name, pick_device, rated_flops
+from runtime.hardware import device_name, pick_device, rated_flops
 
 DEVICE = pick_device("auto")
 GPU = DEVICE.type == "cuda"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.spec import Outcome, Scale
-from model.config import UserError
+from runtime.errors import UserError
 
 STEPS = 60  # rows of training kept of a run
 _POSITION = ("step", "tokens", "seconds")

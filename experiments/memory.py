@@ -44,12 +44,13 @@ from experiments import run as runner
 from experiments.spec import Knobs, Outcome, Results, Scale, Trial
 from kernels import KernelError, bind
 from kernels.linear_cross_entropy import chunk_rows, padded
-from model import hardware
-from model.config import ConfigError, UserError, as_dict, flatten
 from model.evaluate import evaluating
 from model.gpt import GPT
 from model.optim import build_optimizers
-from model.run import commit
+from runtime import hardware
+from runtime.config import ConfigError, as_dict, flatten
+from runtime.errors import UserError
+from runtime.run import commit
 
 SUITE = "memory"
 DECISIVE = ("finished", "oom")  # what a probe must come to for the search to go on

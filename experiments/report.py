@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from data.tokenizer import write_atomically
 from experiments import ledger, memory
 from experiments.analysis import labels
 from experiments.figures import PLOTS
 from experiments.run import trials
 from experiments.spec import Claim, Finding, Outcome, Results, Scale, Suite, Verdict
 from experiments.suites import SUITES
+from runtime.files import write_atomically
 
 SCALES: dict[Scale, str] = {
     "tiny": "Tiny scale: small models that train for seconds, made for a CPU. It shows whether an effect is there, not "

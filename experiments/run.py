@@ -28,14 +28,15 @@ from typing import Any
 import torch
 
 import train
-from data.prepare import progress_bar
 from experiments import ledger
 from experiments.spec import Axis, Knobs, Outcome, Rule, Scale, Suite, Trial
 from kernels import KernelChoice, bind
-from model import hardware
-from model.config import ConfigError, UserError, merge
 from model.gpt import GPT
-from model.run import Interrupt, commit
+from runtime import hardware
+from runtime.config import ConfigError, merge
+from runtime.errors import UserError
+from runtime.progress import progress_bar
+from runtime.run import Interrupt, commit
 
 TRAIN = (sys.executable, str(Path(train.__file__).resolve()))
 POWERS: dict[Rule, float] = {"fixed": 0.0, "sqrt": 0.5, "linear": 1.0}  # of the batch, in the learning rate

@@ -37,7 +37,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A line of the ledger: what came of a trial. `status` is one of model.run's, or `oom` where the system killed it.
+    """A line of the ledger: what came of a trial. `status` is one of runtime.run's, or `oom` where the system killed it.
 
     `final` is the run's status.json; `steps` and `evals` are thinned rows of its metrics, `diag` its last diagnostics.
     """

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import pytest
 
-from model.config import ConfigError, as_dict, build, flatten, knobs, merge, read_file, read_flags
+from runtime.config import ConfigError, as_dict, build, flatten, knobs, merge, read_file, read_flags
 from train import BUDGETS, Config
 
 

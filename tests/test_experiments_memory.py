@@ -12,10 +12,10 @@ from experiments import ledger, memory
 from experiments.run import configuration
 from experiments.spec import Outcome, Results
 from kernels import bind
-from model import hardware
-from model.config import ConfigError
 from model.gpt import GPT
 from model.optim import build_optimizers
+from runtime import hardware
+from runtime.config import ConfigError
 
 SHAPE = {
     "device": "cpu", "compile": "off", "precision": "fp32", "optimizer": "adamw", "steps": 1, "data.tokenizer": "bytes",

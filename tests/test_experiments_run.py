@@ -20,7 +20,7 @@ from experiments import ledger
 from experiments.run import Plan, forecast, kernel_ooms, machine, meta_model, sweep, trials
 from experiments.run import configuration as configured
 from experiments.spec import Outcome, Results, Suite
-from model.config import ConfigError
+from runtime.config import ConfigError
 
 # Stands for train.py: does as the knob `do` says, in `for` seconds, and leaves what train.py would. `starts` beside the
 # runs' folders gets a line for every start.

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from kernels import KernelChoice, bind
-from model.budget import Budget
-from model.config import ConfigError
 from model.gpt import GPT, ModelConfig
 from model.optim import Muon, build_optimizers, load_optimizers, lr_factor, orthogonalised, set_lr
+from runtime.budget import Budget
+from runtime.config import ConfigError
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Mapping
 
-from model.config import ConfigError
+from runtime.config import ConfigError
 
 NOTHING = {"step": 0, "tokens": 0, "seconds": 0.0, "progress": 0.0}  # the state of a run before its first step
 
