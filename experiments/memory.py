@@ -147,8 +147,7 @@ def predict(config: train.Config) -> Plan:
         model.residual = hardware.pick_residual(config.residual, device, precision)
         if precision != "fp32":
             model.keep_copies(dtype)
-        rates, betas = (config.lr, config.muon_lr, config.weight_decay), (config.beta1, config.beta2)
-        optimizers = build_optimizers(model, config.optimizer, *rates, betas, config.eps)
+        optimizers = build_optimizers(model, config)
         model_and_state = tally.live
         for _ in range(2):  # what the first leaves is there in the second
             tally.peak = tally.live
