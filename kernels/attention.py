@@ -690,7 +690,7 @@ DKV = _table("dkv", {
         "": Tile(32, 64, 8, 2), "sm_90": Tile(32, 128, 8, 1), "sm_100": Tile(32, 64, 8, 1),
         "gfx942": Tile(32, 64, 4, 2),
     },
-    256: {"": Tile(32, 32, 8, 2), "sm_90": Tile(16, 64, 8, 2), "gfx942": Tile(16, 32, 8, 2)},
+    256: {"": Tile(32, 32, 8, 2), "sm_90": Tile(16, 64, 8, 1), "gfx942": Tile(16, 32, 8, 2)},
 })  # fmt: skip
 SHORT_FWD = _table("short fwd", {64: {"": Tile(64, 128, 4, 2)}}, lengths=(128,))
 SHORT_BWD = _table("short bwd", {
