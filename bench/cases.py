@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from bench.timing import Call
 from kernels.spec import Cost, Op
@@ -31,6 +31,24 @@ def small_share(shape: dict[str, int], amount: Callable[[dict[str, int]], int], 
     """One multiprocessor's share of the rows, halved while the `amount` of work it is exceeds `most`."""
     shape = share_of_rows(shape)
     while amount(shape) > most and (fewer := share_of_rows(shape, 2)) != shape:
+        shape = fewer
+    return shape
+
+
+def checked_share(op: Op, shape: dict[str, int]) -> dict[str, int]:
+    """The shape with fewer sequences or rows, then fewer heads, so that the reference in float64 fits in memory and
+    takes little time. Sequences and rows stay as long as they are: other lengths may have other kernels."""
+
+    def large(shape: dict[str, int]) -> bool:
+        cost = op.cost(shape, 2)
+        return cost.flops > 5e10 or cost.bytes > 2**26
+
+    while large(shape):
+        fewer = share_of_rows(shape, 2)
+        if fewer.get("T") != shape.get("T"):
+            fewer = shape | {"H": shape["H"] // shape["KV"], "KV": 1}
+        if fewer == shape:
+            break
         shape = fewer
     return shape
 
@@ -63,13 +81,10 @@ class Case:
         ones = torch.ones((), dtype=torch.float32, device=self.device)
         return inputs, tuple(make(*out.shape).to(out.dtype) if out.ndim else ones for out in outputs)
 
-    def call(self, function: Callable, name: str, exact: bool = False) -> Call:
-        """A call on inputs of its own, in float64 with `exact`. It returns outputs, then what gradients it takes; of
-        an op that writes to its arguments, those."""
+    def call(self, function: Callable, name: str) -> Call:
+        """A call on inputs of its own. It returns outputs, then what gradients it takes; of an op that writes to its
+        arguments, those."""
         inputs, upstream = self.draw()
-        if exact:
-            inputs = {key: self._widened(key, value) for key, value in inputs.items()}
-            upstream = tuple(x.double() for x in upstream)
         leaves = [inputs[key] for key in self.op.differentiable]
         written = [x for key in self.op.mutates for x in tree_leaves(inputs[key]) if torch.is_tensor(x)]
 
@@ -90,16 +105,6 @@ class Case:
                         old.copy_(new)
 
         return Call(forward if name == "forward" else forward_backward, restore)
-
-    def _widened(self, key: str, value):
-        """Floating-point tensors in float64, but the half-precision ones that the op only writes to."""
-
-        def widened(x):
-            if not (torch.is_tensor(x) and x.is_floating_point()) or (key in self.op.mutates and x.itemsize < 4):
-                return x
-            return x.detach().double().requires_grad_(x.requires_grad)
-
-        return tree_map(widened, value)
 
     def cost(self, name: str) -> Cost:
         """The least work of a pass."""

@@ -2,14 +2,19 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from statistics import median
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from bench.cases import PASSES, Case, share_of_rows
+from bench.cases import PASSES, Case, checked_share
 from bench.report import rate
 from bench.rivals import RIVALS
-from bench.timing import Results, measure, reason, relative_error
+from bench.timing import measure, reason
+from kernels.accuracy import Truth, evaluate, truth
 from kernels.spec import Op
 from model.hardware import device_name, pick_device, rated_flops
 
@@ -17,6 +22,7 @@ DEVICE = pick_device("auto")
 GPU = DEVICE.type == "cuda"
 DTYPE = torch.bfloat16 if GPU else torch.float32
 TURNS_S = 0.4 if GPU else 0.2  # for the turns of one case
+RIVALS_ERROR = 4.0  # times what rounding explains: a rival may round more often than the reference does
 
 # Bytes a second of a card's memory, by torch's name for the card, from NVIDIA's data sheets.
 RATED_BANDWIDTH = {
@@ -61,35 +67,46 @@ def contenders(op: Op, say: Callable[[str, str], None]) -> dict[str, Callable]:
     return found
 
 
-def truth_of(op: Op, shape: dict[str, int], name: str) -> tuple[Case, Results, float]:
-    """The results of a pass in float64, the case they are of, and the relative error that they allow: twice the
-    reference's, one roundoff and what another order of float32 sums makes. The case is `shape`, or as many of its rows
-    as the reference in float64 has memory for."""
-    reference = op.implementations["torch"]
-    while True:
-        try:
-            case = Case(op, shape, DTYPE, DEVICE)
-            truth = case.call(reference, name, exact=True).run()
-            error = relative_error(case.call(reference, name).run(), truth)
-            return case, truth, 2 * error + torch.finfo(DTYPE).eps + 1e-5
-        except torch.OutOfMemoryError:
-            fewer = share_of_rows(shape, 2)
-            if fewer == shape:
-                raise
-            shape, truth = fewer, None
-        torch.cuda.empty_cache()  # after the handler, whose exception holds on to the tensors
+def truth_of_written(op: Op, inputs: dict) -> Truth:
+    """What an op is to write to its arguments, by its reference in float64; half-precision ones are rounded from that.
+
+    The reference may call fused operations over lists, which `truth` does not follow. So what rounding explains is
+    taken to be a unit in the last place."""
+
+    def widened(key: str, x: Tensor) -> Tensor:
+        half = key in op.mutates and x.itemsize < 4
+        return x.double() if x.is_floating_point() and not half else x
+
+    wide = {key: tree_map_only(Tensor, partial(widened, key), value) for key, value in inputs.items()}
+    exact = {key: x.double() for key, x in evaluate(op, op.implementations["torch"], wide).items()}
+    dtypes = {key: x.dtype for key, x in evaluate(op, lambda **_: None, inputs).items()}
+    return Truth(exact, {key: torch.finfo(dtypes[key]).eps * x.abs() for key, x in exact.items()}, dtypes)
+
+
+class Checker:
+    """Holds functions against an op in float64 in a pass, by the rule in kernels/accuracy.py, at a share of a shape."""
+
+    def __init__(self, op: Op, shape: dict[str, int], name: str):
+        self.op = op if name == PASSES[1] else replace(op, differentiable=())
+        self.inputs, _ = Case(self.op, checked_share(op, shape), DTYPE, DEVICE).draw()
+        self.truth = (truth_of_written if op.mutates else truth)(self.op, self.inputs)
+
+    def error(self, function: Callable, allowed: float = 1.0) -> tuple[float, str | None]:
+        """The error over what rounding explains of the result that is furthest off; and, where that is over what is
+        `allowed`, what is wrong. Results may be in another dtype than the reference's."""
+        results = evaluate(self.op, function, self.inputs)
+        result, ratio = self.truth.worst({key: x.to(self.truth.dtypes[key]) for key, x in results.items()})
+        wrong = f"wrong: {result} is off by {ratio:.1f} times what rounding explains"
+        return ratio, None if ratio <= allowed else wrong
 
 
 def check(op: Op, shape: dict[str, int], functions: dict[str, Callable], name: str) -> dict[str, dict]:
-    """The relative error of each function, or why it is not to be timed: it failed, or is wrong by `truth_of`."""
-    case, truth, allowed = truth_of(op, shape, name)
-    results = {}
+    """The error of each function over what rounding explains, or why it is not to be timed: it failed, or is wrong."""
+    checker, results = Checker(op, shape, name), {}
     for contender, function in functions.items():
         try:
-            error = relative_error(case.call(function, name).run(), truth)
-            results[contender] = {"error": error}
-            if not error <= allowed:
-                results[contender]["failed"] = f"wrong: relative error {error:.1e}, where {allowed:.1e} is allowed"
+            error, wrong = checker.error(function, 1.0 if contender in op.implementations else RIVALS_ERROR)
+            results[contender] = {"error": error} | ({"failed": wrong} if wrong else {})
         except Exception as error:  # whatever a rival raises, the others are checked
             results[contender] = {"failed": reason(error)}
     return results
@@ -153,4 +170,4 @@ def line(contender: str, result: dict, amount: float, unit: str, most: float) ->
     if GPU:
         text += f", {result['warm'] * 1e6:,.1f} us warm, {result['host'] * 1e6:,.1f} us of the host"
         text += f", {result['memory'] / 2**20:,.0f} MiB" + ("" if result["graph"] else ", eager: the host waits")
-    return f"{text}, error {result['error']:.0e}"
+    return f"{text}, error {result['error']:.2f} of what rounding explains"

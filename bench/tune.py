@@ -38,8 +38,8 @@ import torch
 
 from bench import records
 from bench.cases import PASSES, Case
-from bench.contest import DEVICE, DTYPE, doubt, input_sets, least_seconds, truth_of
-from bench.timing import Call, card_held, measure, reason, relative_error, synchronize
+from bench.contest import DEVICE, DTYPE, Checker, doubt, input_sets, least_seconds
+from bench.timing import Call, card_held, measure, reason, synchronize
 from kernels import TESTED
 from kernels.launch import IMPLEMENTATIONS, card, triton
 from kernels.spec import LaunchTable, Op
@@ -133,16 +133,15 @@ def check(
     job: Job, size: Any, shape: dict[str, int], variants: dict[str, Any], compiled: dict[str, list], own: str
 ) -> dict[str, str]:
     """Why a variant is not to be timed; it may spill where the table's `own` does. Raises when the card fails."""
-    case, truth, allowed = truth_of(job.op, shape, job.step)
-    failed = {}
+    checker, failed = Checker(job.op, shape, job.step), {}
     for name, entry in variants.items():
         say({"trying": [repr(size), name]})
         faulthandler.dump_traceback_later(HANGS_S, exit=True)
         try:
             with in_place(job.table, size, entry):
-                error = relative_error(case.call(job.op.implementations["triton"], job.step).run(), truth)
-            if not error <= allowed:
-                failed[name] = f"wrong: relative error {error:.1e}, where {allowed:.1e} is allowed"
+                _, wrong = checker.error(job.op.implementations["triton"])
+            if wrong:
+                failed[name] = wrong
             elif spilled(compiled[name]) and not spilled(compiled.get(own, [])):
                 failed[name] = f"spills {spilled(compiled[name])} bytes a thread"
         except Exception as error:  # whatever one raises, the others are timed

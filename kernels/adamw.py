@@ -211,7 +211,9 @@ def _chunk_table(lists: list[list[Tensor | None]], chunk: int) -> Tensor:
         itemsizes = torch.tensor([4, 4, 4, 4, 2], device="cpu")
         begins = addresses[index] + (addresses[index] != 0) * offset[:, None] * itemsizes
         is_whole = (count == chunk) & (begins % 16 == 0).all(1)
-        table = torch.cat((begins, count[:, None], is_whole[:, None]), 1).to(params[0].device)
+        table = torch.cat((begins, count[:, None], is_whole[:, None]), 1)
+        if params[0].is_cuda:  # from pinned memory: the host does not wait
+            table = table.pin_memory().to(params[0].device, non_blocking=True)
     if capturing:
         _CAPTURED.append(table)  # the graph reads it in every replay
     elif len(_TABLES) >= 64:

@@ -4,20 +4,23 @@
     p_ij = exp(s_ij) / (exp(sink) + sum_j exp(s_ij)) over the keys j that query i sees,  o_i = sum_j p_ij v_j
 
 Query head h reads key/value head h // (H / KV). Queries are the last T of the S tokens that have keys, so that query i
-stands at i + S - T (generation with a cache). It sees the keys up to its own place (all, when not causal), of those
-the last `window`, and of those the ones of its own document. The sink is a logit per head of a key whose value is 0;
-without one exp(sink) is 0, and a query that sees nothing gives 0.
+is at position i + S - T (generation with a cache). It sees the keys up to its own position (all, when not causal), of
+those the last `window`, and of those the ones of its own document. The sink is a logit per head of a key whose value is
+0; without one exp(sink) is 0, and a query that sees nothing gives 0.
 
 With delta_i = do_i . o_i the gradients are dv = p^T do, ds = p * (do v^T - delta), dq = scale * ds k,
 dk = scale * ds^T q, each head of k and v summed over the queries' heads that read it, and dsink the sum of
 -exp(sink - lse_i) delta_i; with a softcap ds is first multiplied by 1 - tanh^2. Slopes are constants. Saved: q, k, v, o
-and lse_i, the log of the sum above. A query that sees nothing, without a sink, has the lse of a sink of -1e38.
+and lse_i, the log of the sum above. In float32 that is saved in two terms, the largest score and the log of the sum
+relative to it: rounded as one number, a large lse_i would take digits off every p_ij.
 
-The Triton kernels tile queries and keys and never hold more than a tile of the scores. The keys that a query sees, and
-the queries that see a key, are a range, and neither end of it moves back from one token to the next: so tiles outside
-the ranges of a tile's first and last row are skipped, and those inside all of its rows' ranges are not masked. The
-backward computes the tiles again, once for dk and dv and once for dq, so that every sum has one program and one order;
-where all keys fit a tile, one pass makes all three. Exponentials are to base 2, with log2(e) folded into the scale.
+The Triton kernels work on tiles of queries and keys and never hold more than a tile of the scores. The keys that a
+query sees, and the queries that see a key, are a range whose ends never move back from one token to the next: tiles
+outside the ranges of a tile's first and last row are skipped, and those inside all of its rows' ranges are not masked.
+The backward computes the scores again, once for dq and delta and once for dk and dv, so that every sum has one program
+and one order. Short causal sequences, which are bound by memory, have kernels of their own: a program holds all keys of
+a head, so that the softmax is a plain one, and one backward makes all three gradients, with delta as the sum of
+p_ij dp_ij. Exponentials are to base 2, with log2(e) folded into the scale.
 
 Sources: Vaswani et al., 2017, equation 1; Ainslie et al., "GQA", 2023; Dao, "FlashAttention-2", 2023, algorithms 1, 2;
 Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023; Gemma 2 (softcap), 2024; Press et al.,
@@ -213,12 +216,14 @@ def _load_tile(
     """Rows `start` to `start + BLOCK` of a head, `[BLOCK, BLOCK_D]`, 0 beyond `n_rows` and D. FULL: all are rows."""
     if DESC:
         return tl.reshape(x.load([b, h, start, 0]), [BLOCK, BLOCK_D])
-    rows, d = start + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)[None, :]
-    ptrs = x + rows.to(tl.int64)[:, None] * stride + d
-    if FULL and D == BLOCK_D:
-        return tl.load(ptrs)
-    inside = d < D if FULL else (rows[:, None] < n_rows) & (d < D)
-    return tl.load(ptrs, mask=inside, other=0.0)
+    else:
+        rows, d = start + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)[None, :]
+        ptrs = x + rows.to(tl.int64)[:, None] * stride + d
+        if FULL and D == BLOCK_D:
+            return tl.load(ptrs)
+        else:
+            inside = d < D if FULL else (rows[:, None] < n_rows) & (d < D)
+            return tl.load(ptrs, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -447,14 +452,17 @@ def _attention_bwd_dq_kernel(
 
 @triton.jit
 def _dkv_blocks(
-    dk, dv, k, v, kv_pos, q_ptr, do_ptr, lse_ptr, m_ptr, delta_ptr, b, h, q_start, q_end, lo, n_left, n_full, n_blocks,
-    T, S, stride_qt, stride_dot, scale, softcap, slope,
+    dk, dv, k, v, kv_pos, q_ptr, do_ptr, lse_ptr, m_ptr, delta_ptr, starts_ptr, ends_ptr, b, h,
+    lo, n_left, n_full, n_blocks, T, S, window_left, window_right, stride_qt, stride_dot, scale, softcap, slope,
     D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASKED: tl.constexpr, DESC: tl.constexpr,
 ):  # fmt: skip
     """Add to dk and dv what the masked blocks of one head's queries, or the full ones, give; scores are transposed."""
     qk_scale = _qk_scale(scale, softcap, SOFTCAP)
-    for i in range(0, n_blocks - n_full if MASKED else n_full):
+    if MASKED:  # here, so that the loop over full blocks has the registers
+        q_start, q_end = _visible_range(kv_pos + T - S, window_right, window_left, T, S - T, S, starts_ptr, ends_ptr)
+    # What does not change is computed again in each turn: kept, it spills up to 56 bytes a thread on sm_90.
+    for i in tl.range(0, n_blocks - n_full if MASKED else n_full, disable_licm=True):
         start = _block_start(i, lo, n_left, n_full, BLOCK_T, MASKED)
         rows = start + tl.arange(0, BLOCK_T)
         q = _load_tile(q_ptr, b, h, start, stride_qt, T, BLOCK_T, D, BLOCK_D, not MASKED, DESC)
@@ -496,8 +504,7 @@ def _attention_bwd_dkv_kernel(
     k = _load_tile(k_ptr, b, kv, start, stride_ks, S, BLOCK_S, D, BLOCK_D, False, DESC)
     v = _load_tile(v_ptr, b, kv, start, stride_vs, S, BLOCK_S, D, BLOCK_D, False, DESC)
     kv_pos = start + tl.arange(0, BLOCK_S)
-    # From a key to the row of the query at its position it is T - S; the window is seen from the other end.
-    q_start, q_end = _visible_range(kv_pos + T - S, window_right, window_left, T, S - T, S, starts_ptr, ends_ptr)
+    # The query at the position of key j is row j + T - S; a key sees the window from its other end.
     lo, n_left, n_full, n_blocks = _block_range(
         start + T - S, tl.minimum(start + BLOCK_S, S) - 1 + T - S, window_right, window_left, T, S - T, S,
         starts_ptr, ends_ptr, BLOCK_T,
@@ -511,8 +518,9 @@ def _attention_bwd_dkv_kernel(
             dk, dv = _dkv_blocks(
                 dk, dv, k, v, kv_pos, _to_head(q_ptr, b, h, stride_qb, stride_qh, DESC),
                 _to_head(do_ptr, b, h, stride_dob, stride_doh, DESC), lse_ptr + offset,
-                None if m_ptr is None else m_ptr + offset, delta_ptr + offset, b, h, q_start, q_end,
-                lo, n_left, n_full, n_blocks, T, S, stride_qt, stride_dot, scale, softcap, slope,
+                None if m_ptr is None else m_ptr + offset, delta_ptr + offset, starts_ptr, ends_ptr, b, h,
+                lo, n_left, n_full, n_blocks, T, S, window_left, window_right, stride_qt, stride_dot,
+                scale, softcap, slope,
                 D, BLOCK_T, BLOCK_D, SOFTCAP, slopes_ptr is not None, MASKED == 1, DESC,
             )  # fmt: skip
     _store_tile(_to_head(dk_ptr, b.to(tl.int64) * S, kv, KV * D, D), dk * scale, start, KV * D, S, BLOCK_S, D, BLOCK_D)
@@ -619,23 +627,22 @@ def _candidates(kernel: str, size: tuple[int, int]) -> list[Tile]:
     """Tiles by their distance from the one in use on sm_90. Registers can hold the sums and scores, in float32, and
     shared memory what is loaded ahead; they need more, so that some spill.
 
-    In a backward, 4 warps take no tile narrower than 64: Triton 3.6 and 3.7.1 compile some of those products (wgmma, N
-    of 32 or less) to accesses outside of shared memory."""
+    In a backward, 4 warps take no moving tile below 64: a tile of that kind, of an earlier kernel, made an illegal
+    access on an H100 under Triton 3.6, though its PTX stays in bounds, and Triton 3.7.1 is known to do so where one
+    warpgroup multiplies tiles of 32 columns."""
     (width, length), short = size, kernel.startswith("short")
-    rows = [n for n in (16, 32, 64, 128) if n <= length]
-    whole = [length] if short else rows
+    keys_kept = kernel in ("dkv", "short bwd")  # in a tile that stays, while queries move past it
+    stay = [length] if short else [n for n in ((64, 128) if width <= 128 else (32, 64)) if n <= length]
     found = []
-    for block_t, block_s, warps, stages in product(rows, whole, (4, 8), (1, 2, 3, 4)):
-        if kernel in ("dkv", "short bwd"):
-            held, moving, kept = 2 * block_s * (width + block_t), block_t, block_s
-        else:
-            held, moving, kept = block_t * (width + block_s * (2 if kernel == "dq" else 1)), block_s, block_t
+    for kept, moving, warps, stages in product(stay, (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)):
         if short:
-            moving, kept = block_t, block_s
+            kept, moving = (kept, moving) if keys_kept else (moving, kept)
+        held = 2 * kept * (width + moving) if keys_kept else kept * (width + moving * (2 if kernel == "dq" else 1))
         loaded = 2 * 2 * width * (max(1, stages - 1) * moving + kept)
-        narrow = kernel in ("dkv", "dq", "short bwd") and warps == 4 and moving < 64
+        narrow = kernel != "fwd" and warps == 4 and moving < 64
         if held <= REGISTERS * LANES * warps and loaded <= SHARED and not narrow:
-            designs = (False, True) if length >= 512 else (False,)
+            block_t, block_s = (moving, kept) if keys_kept else (kept, moving)
+            designs = (False, True) if length >= 512 and not short else (False,)
             found += [Tile(block_t, block_s, warps, stages, descriptors) for descriptors in designs]
     start = TABLES[kernel].pick(size, "sm_90")
     return sorted(found, key=lambda tile: _distance_of(tile, start))
@@ -666,7 +673,7 @@ FWD = _table("fwd", {
     64: {"": Tile(128, 64, 8, 2), "sm_90": Tile(64, 64, 4, 4), "sm_100": Tile(128, 64, 8, 3)},
     128: {
         "": Tile(128, 32, 8, 3), "sm_90": Tile(128, 64, 8, 3), "sm_100": Tile(128, 64, 8, 3),
-        "gfx942": Tile(128, 64, 8, 2),
+        "gfx942": Tile(128, 32, 8, 2),
     },
     256: {"": Tile(64, 32, 8, 2), "sm_90": Tile(64, 64, 8, 2)},
 })  # fmt: skip
@@ -685,8 +692,14 @@ DKV = _table("dkv", {
     },
     256: {"": Tile(32, 32, 8, 2), "sm_90": Tile(16, 64, 8, 2), "gfx942": Tile(16, 32, 8, 2)},
 })  # fmt: skip
-SHORT_FWD = _table("short fwd", {64: {"": Tile(64, 256, 4, 1)}}, lengths=(128, 256))
-SHORT_BWD = _table("short bwd", {64: {"": Tile(32, 256, 8, 1)}}, lengths=(128, 256))
+SHORT_FWD = _table("short fwd", {64: {"": Tile(64, 128, 4, 2)}}, lengths=(128,))
+SHORT_BWD = _table("short bwd", {
+    64: {
+        "": Tile(16, 128, 8, 2), "sm_90": Tile(64, 128, 8, 2), "sm_100": Tile(16, 128, 8, 1),
+        "gfx942": Tile(16, 128, 8, 1),
+    },
+}, lengths=(128,))  # fmt: skip
+SHORT_BWD.entries[64, 256] = {"sm_90": Tile(16, 256, 8, 2)}
 TABLES = {table.kernel: table for table in (FWD, DQ, DKV, SHORT_FWD, SHORT_BWD)}
 
 
@@ -727,16 +740,18 @@ def _descriptor(x: Tensor, rows: int, block_d: int):
     return TensorDescriptor(x, [b, h, t, d], [stride_b, stride_h, stride_t, 1], [1, 1, rows, block_d])
 
 
-def _short(table: LaunchTable, q: Tensor, k: Tensor, causal: bool, *others: float | Tensor | None) -> dict | None:
-    """Options of a short kernel's launch, where it does what is asked: causal attention of as many queries as keys and
-    none of the `others`, in half precision; and where the heads of the keys are programs enough."""
-    (b, t), (s, kv) = q.shape[:2], k.shape[1:3]
-    asked = causal and t == s and q.element_size() == 2 and all(x is None or (not torch.is_tensor(x) and x == 0) for x in others)
-    if not asked or b * kv < multiprocessors(q.device):
+def _short(table: LaunchTable, q: Tensor, k: Tensor, plain: bool) -> dict | None:
+    """Options of a short kernel's launch, where it does what is asked: `plain` causal attention, of as many queries as
+    keys and in half precision, where the table has their number and the heads of the keys are programs enough."""
+    if not plain or q.shape[1] != k.shape[1] or q.element_size() != 2:
         return None
-    launch = _launch(table, q, s)
-    # The tile is no shorter than the keys where the table has an entry, since its classes end there.
+    launch = _launch(table, q, k.shape[1]) if k.shape[0] * k.shape[2] >= multiprocessors(q.device) else None
     return launch and launch[1]
+
+
+def _is_plain(causal: bool, window: int, softcap: float, *others: Tensor | None) -> bool:
+    """Whether attention is causal and has nothing else."""
+    return causal and not window and not softcap and all(x is None for x in others)
 
 
 def _reach(t: int, s: int, causal: bool, window: int) -> tuple[int, int]:
@@ -773,7 +788,7 @@ def _attention_fwd(
     if o.numel() == 0:
         return o, lse
     q, k, v = map(heads_of, (q, k, v))
-    if options := _short(SHORT_FWD, q, k, causal, window, softcap, documents, sink, slopes):
+    if options := _short(SHORT_FWD, q, k, _is_plain(causal, window, softcap, documents, sink, slopes)):
         _attention_short_fwd_kernel[(b * kv,)](q, k, v, o, lse, t, h, kv, scale, *_strides(q, k, v), **options)
         return o, lse
     tile, tensors, options = _general(FWD, q, k, v)
@@ -801,7 +816,7 @@ def _attention_bwd(
         return dq.zero_(), dk.zero_(), dv.zero_(), dsink.zero_()
     do, q, k, v = map(heads_of, (do, q, k, v))
     strides = _strides(q, k, v, do)
-    if options := _short(SHORT_BWD, q, k, causal, window, softcap, documents, sink, slopes):
+    if options := _short(SHORT_BWD, q, k, _is_plain(causal, window, softcap, documents, sink, slopes)):
         _attention_short_bwd_kernel[(b * kv,)](q, k, v, do, lse, dq, dk, dv, t, h, kv, scale, *strides, **options)
         return dq, dk, dv, dsink
     delta, m = torch.empty_like(lse[0]), _row_max(lse)
@@ -1001,6 +1016,7 @@ OP = Op(
     ),
     compiled_shapes=(
         _shape(128, 128, 128, 12, 12, 128),
+        _shape(64, 256, 256, 8, 8, 64),
         *(_shape(128, 128, 128, 8, 8, d, L=32, C=50) for d in (64, 128)),
         *(_shape(4, 4096, 4096, 8, 8, d, L=512, C=50) for d in (64, 96, 128)),
         *(_shape(4, 4096, 4096, 8, 8, d, A=1) for d in (64, 128)),

@@ -1,7 +1,7 @@
 """What stands between a Triton kernel and torch: registering the function that launches it, and the size of the grid.
 
-An op is the raw computation, forward or backward, opaque to `torch.compile`; the room's `torch.autograd.Function` joins
-the two. That costs an eager call half of what `torch.library.custom_op` with `register_autograd` does.
+An op is the raw computation, forward or backward, opaque to `torch.compile`; a `torch.autograd.Function` joins the
+two. That costs an eager call half of what `torch.library.custom_op` with `register_autograd` does.
 """
 
 from collections.abc import Callable
@@ -51,8 +51,8 @@ def library_op(fake: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Calla
     them. `fake` takes the same arguments and only allocates. The undecorated function stays in `IMPLEMENTATIONS`, for
     tools that run it on meta tensors.
 
-    The result calls the op where something looks on: a compiler, a `TorchDispatchMode`, a subclass of tensors. Else it
-    calls the host function, which saves a third of the time that an op takes on the host.
+    What replaces it calls the op where torch has to see it: when compiling, under a `TorchDispatchMode`, or with a
+    subclass of tensors. Otherwise it calls the host function, which saves the dispatcher's tenth of the host's time.
     """
 
     def register(function: Callable) -> Callable:
@@ -83,12 +83,12 @@ def library_op(fake: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Calla
 
 
 def cdiv(a: int, b: int) -> int:
-    """`triton.cdiv`, on the host, where Triton's takes six calls to find that its arguments are numbers."""
+    """`a / b` rounded up. `triton.cdiv` is for kernels, too, and takes seven Python calls on the host."""
     return -(-a // b)
 
 
 def next_power_of_2(n: int) -> int:
-    """`triton.next_power_of_2`, likewise."""
+    """The least power of two that is `n` or more; likewise in place of `triton.next_power_of_2`."""
     return 1 << (n - 1).bit_length() if n > 1 else 1
 
 
@@ -115,7 +115,7 @@ def n_sm(device: torch.device) -> int:
     return 132 if device.type == "meta" else 1
 
 
-multiprocessors = n_sm
+multiprocessors = n_sm  # the former name
 
 
 def card(device: torch.device) -> str:

@@ -137,12 +137,15 @@ def pick_capture(
 
 
 def set_up(device: torch.device, deterministic: bool) -> None:
-    """What the process needs before it computes: deterministic operations if asked for, and memory that is kept.
+    """What the process needs before it computes: deterministic operations if asked for, its GPU as the current one, on
+    which graphs are captured, and memory that is kept.
 
     On a CPU a step allocates what the last one freed. Taken from the system each time, page by page, that is a sixth of
     a small model's step, so glibc is told to keep what is freed."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without
     torch.use_deterministic_algorithms(deterministic)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     if device.type == "cpu":
         with suppress(AttributeError):  # another C library
             mallopt = ctypes.CDLL(None).mallopt

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from model.hardware import HardwareError, pick_compile, rated_flops
+from model.hardware import HardwareError, pick_compile, rated_flops, set_up
 from model.run import Interrupt, Run, RunError, choose_folder, find
 from train import ROOT
 
@@ -119,6 +119,19 @@ def test_compiling_without_a_compiler_is_said_or_refused(monkeypatch):
     monkeypatch.setattr("sysconfig.get_path", lambda name: "/nowhere")
     assert pick_compile("auto", cpu) == (False, "no: Python's C headers are missing (python3-dev)")
     assert pick_compile("off", cpu)[0] is False
+
+
+def test_a_gpu_is_compiled_for_only_when_asked():
+    gpu = torch.device("cuda")
+    assert pick_compile("auto", gpu) == (False, "no") and pick_compile("on", gpu)[0]
+
+
+def test_the_gpu_asked_for_is_the_current_one(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for name in ("cuda:1", "cuda", "cpu"):
+        set_up(torch.device(name), deterministic=False)
+    assert current == [torch.device("cuda:1")]
 
 
 ALLOCATING = """

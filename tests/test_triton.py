@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_kernels import BY_NAME, DEVICE, call, checked, make_inputs
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from kernels import OPS, TESTED, KernelChoice, bind

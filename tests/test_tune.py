@@ -107,7 +107,7 @@ def test_the_fastest_is_first_and_what_is_no_good_has_a_reason(fake, tmp_path):
     assert ranked[0]["seconds"] == pytest.approx([80e-6, 160e-6])
     failed = {result["entry"]: result["failed"] for result in row["results"][3:]}
     assert failed.keys() == set(map(repr, (WRONG, RAISES, SPILLS, DIES, DRIFTS)))
-    assert failed[repr(WRONG)].startswith("wrong: relative error 5.0e-02")
+    assert failed[repr(WRONG)].startswith("wrong: output 0 is off by ")
     assert failed[repr(RAISES)] == "RuntimeError: does not fit" and failed[repr(DIES)] == "died"
     assert failed[repr(SPILLS)] == "spills 12 bytes a thread"
     assert failed[repr(DRIFTS)].startswith("other results after it was timed")
