@@ -64,7 +64,7 @@ class Noise:
         return self._add(x, dtype, 2.0 if dtype == torch.float32 else 0.5)
 
     def of_terms(self, x: Tensor, dtype: torch.dtype, n: float) -> Tensor:
-        """`x` so disturbed that a sum over `n` of its values, or a matrix product, is as wrong as one that rounds them to
+        """`x` so disturbed that a sum of `n` of its values, or a matrix product, is as wrong as one that rounds them to
         `dtype` and accumulates in float32; of the two errors only the larger."""
         return self._add(x, dtype, 0.5 * math.sqrt(n) if dtype == torch.float32 else 0.5)
 

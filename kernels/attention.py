@@ -605,8 +605,6 @@ class Tile:
 
 WIDTHS = (64, 128, 256)  # of heads, up to which a table's entries are for
 LENGTHS = (128, 256, 512, 1024)  # of the keys likewise; the last stands for all longer ones
-
-
 FLOAT32 = Tile(32, 32, 4, 2)  # products without tensor cores, in all kernels
 REGISTERS, LANES, SHARED = 255, 32, 227 * 1024  # of a thread, threads of a warp, bytes of a block on sm_90 and sm_100
 TUNED_HEADS, TUNED_TOKENS = {64: 12, 128: 16, 256: 8}, 16384
@@ -652,7 +650,8 @@ def _tuned_shapes(kernel: str, size: tuple[int, int]) -> tuple[dict[str, int], .
     """Causal attention of the class's length, and of four times the last; what the short kernels serve is given a
     window, so that it is the kernel's."""
     width, length = size
-    window = {} if kernel.startswith("short") or size not in SHORT_FWD.entries else {"W": length // 2}
+    served = size in (SHORT_BWD if TABLES[kernel].backward else SHORT_FWD).entries
+    window = {"W": length // 2} if served and not kernel.startswith("short") else {}
     lengths, h = ((length, 4 * length) if length == LENGTHS[-1] else (length,)), TUNED_HEADS[width]
     return tuple(_shape(TUNED_TOKENS // t, t, t, h, h, width, **window) for t in lengths)
 
@@ -690,7 +689,7 @@ DKV = _table("dkv", {
         "": Tile(32, 64, 8, 2), "sm_90": Tile(32, 128, 8, 1), "sm_100": Tile(32, 64, 8, 1),
         "gfx942": Tile(32, 64, 4, 2),
     },
-    256: {"": Tile(32, 32, 8, 2), "sm_90": Tile(16, 64, 8, 2), "gfx942": Tile(16, 32, 8, 2)},
+    256: {"": Tile(32, 32, 8, 2), "sm_90": Tile(16, 64, 8, 1), "gfx942": Tile(16, 32, 8, 2)},
 })  # fmt: skip
 SHORT_FWD = _table("short fwd", {64: {"": Tile(64, 128, 4, 2)}}, lengths=(128,))
 SHORT_BWD = _table("short bwd", {
