@@ -24,6 +24,7 @@ from data.batches import Batches, Prefetcher, eval_batches
 from data.prepare import DataConfig, prepare
 from data.tokenizer import Tokenizer
 from kernels import KernelChoice, KernelError, bind
+from kernels.launch import allow_in_inductor
 from model import checkpoint
 from model.diagnostics import Probe
 from model.evaluate import evaluate
@@ -144,6 +145,8 @@ class Trainer:
         self.model.residual = residual
         if self.precision != "fp32":
             self.model.keep_copies(hardware.DTYPES[self.precision])
+        if compiled:
+            allow_in_inductor()
         self.loss_of = torch.compile(self.model) if compiled else self.model
         self.optimizers = build_optimizers(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
