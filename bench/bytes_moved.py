@@ -14,7 +14,7 @@ import torch
 
 from bench.cases import Case, small_share
 from kernels import TESTED
-from kernels.interpreter import sanitize
+from kernels.sanitizer import sanitize
 from kernels.spec import Op
 
 LARGE = 2**21  # bytes: fewer rows only add to the share of what is read once a program, and take less long

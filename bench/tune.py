@@ -41,7 +41,8 @@ from bench.cases import PASSES, Case
 from bench.contest import DEVICE, DTYPE, Checker, doubt, input_sets, least_seconds
 from bench.timing import Call, card_held, measure, reason, synchronize
 from kernels import TESTED
-from kernels.launch import IMPLEMENTATIONS, card, triton
+from kernels.common import card
+from kernels.launch import IMPLEMENTATIONS, triton
 from kernels.spec import LaunchTable, Op
 from runtime.hardware import device_name
 

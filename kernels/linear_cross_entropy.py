@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
+from kernels.common import cdiv, n_sm, rows_of
 from kernels.cross_entropy import (
     IGNORE,
     Options,
@@ -36,7 +37,7 @@ from kernels.cross_entropy import (
     n_counted,
     random_targets,
 )
-from kernels.launch import cdiv, library_op, n_sm, rows_of, tl, triton
+from kernels.launch import library_op, tl, triton
 from kernels.spec import Cost, Op
 
 CHUNK_BYTES = 3 * 2**27  # 4,000 rows of 50,000 classes in bf16: large enough for the products to run at full speed

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import OPS, adamw
 from kernels.adamw import Chunk
-from kernels.interpreter import SanitizerError, sanitize
+from kernels.sanitizer import SanitizerError, sanitize
 
 interpreted = pytest.mark.skipif(DEVICE.type == "cuda", reason="asks the interpreter what was launched")
 IMPLEMENTATIONS = pytest.mark.parametrize("name", OPS["adamw"].implementations)

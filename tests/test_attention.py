@@ -24,8 +24,8 @@ from kernels.attention import (
     document_ranges,
     visible,
 )  # fmt: skip
-from kernels.interpreter import sanitize
 from kernels.launch import IMPLEMENTATIONS
+from kernels.sanitizer import sanitize
 
 interpreted = pytest.mark.skipif(DEVICE.type == "cuda", reason="asks the interpreter what was computed")
 WITH_SINK = replace(OP, differentiable=("q", "k", "v", "sink"))
@@ -267,7 +267,7 @@ def test_tiles_that_are_hidden_are_skipped(options):
 
 def allow_short(monkeypatch, allowed=True):
     """However few the heads, or not at all."""
-    monkeypatch.setattr(attention, "multiprocessors", lambda device: 1 if allowed else 10**9)
+    monkeypatch.setattr(attention, "n_sm", lambda device: 1 if allowed else 10**9)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -317,7 +317,7 @@ def test_which_kernels_serve(t, s, dtype, options, kernels):
 
 @interpreted
 def test_few_heads_are_no_programs_enough_for_the_short_kernels(monkeypatch):
-    monkeypatch.setattr(attention, "multiprocessors", lambda device: 3)
+    monkeypatch.setattr(attention, "n_sm", lambda device: 3)
     for b, kernels in ((1, GENERAL), (2, SHORT)):
         record = launched(inputs_of(20, 20, d=16, b=b, dtype=torch.bfloat16))
         assert set(record.kernels) == {f"_attention_{kernel}_kernel" for kernel in kernels}
@@ -410,7 +410,7 @@ def test_dropout_keeps_the_mean(name):
 def test_every_candidate_passes_the_sanitizer(kernel, monkeypatch):
     """One and a part of its tiles of what stays in a program, whatever its warps and stages, which are a GPU's."""
     table, short = TABLES[kernel], kernel.startswith("short")
-    monkeypatch.setattr(attention, "multiprocessors", lambda device: 1 if short else 10**9)
+    monkeypatch.setattr(attention, "n_sm", lambda device: 1 if short else 10**9)
     distinct = {
         (size[1] if short else 0, tile.block_t, tile.block_s, tile.descriptors): tile
         for size in table.entries

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
-from kernels.interpreter import Counts, SanitizerError, install, sanitize
+from kernels.sanitizer import Counts, SanitizerError, install, sanitize
 
 install()
 

@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_map_only
 import kernels
 from kernels import OPS, TESTED, KernelChoice, KernelError, bind
 from kernels.accuracy import evaluate, truth
-from kernels.interpreter import sanitize
 from kernels.linear_cross_entropy import IGNORE
 from kernels.rope import rope_tables
+from kernels.sanitizer import sanitize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

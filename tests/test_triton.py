@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from kernels import OPS, TESTED, KernelChoice, bind
 from kernels.attention import document_ranges
 from kernels.cross_entropy import IGNORE
-from kernels.interpreter import sanitize
 from kernels.launch import IMPLEMENTATIONS, _on_its_gpu
 from kernels.rope import rope_tables
+from kernels.sanitizer import sanitize
 from model.gpt import GPT, ModelConfig
 
 WITH_TRITON = [op for op in TESTED if "triton" in op.implementations and not op.mutates]
