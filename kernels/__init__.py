@@ -77,7 +77,8 @@ class Kernels:
             raise KernelError(f"the {name} kernel of {op} has no {feature}: {advice}")
 
     def workspace(self, op: str, *arguments: Any, **options: Any) -> int:
-        """Bytes that a call of `op` allocates and frees inside a custom op, at most, where torch's modes see nothing."""
+        """Bytes at the peak of a call of `op` beside its arguments and results, as far as its implementation declares
+        them: what it holds within a custom op, where torch's modes see nothing."""
         count = OPS[op].workspace.get(self.names[op])
         return 0 if count is None else count(*arguments, **options)
 

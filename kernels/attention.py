@@ -1023,5 +1023,6 @@ OP = Op(
         *(_shape(4, 4096, 4096, 8, 8, d, A=1) for d in (64, 128)),
     ),
     preferred={"cuda": "auto"},
+    lacks={"triton": {"dropout": "take --kernels.attention=sdpa (or torch)"}},
     launches=tuple(TABLES.values()),
 )
