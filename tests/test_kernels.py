@@ -244,8 +244,6 @@ def test_workspace_is_of_the_bound_implementation():
 def test_a_system_without_triton_has_the_other_kernels():
     program = """if True:
         import sys
-from dataclasses import fields, replace
-from typing import get_type_hints
         sys.modules["triton"] = None
         from kernels import KernelChoice, KernelError, bind
         print(bind(KernelChoice()))
