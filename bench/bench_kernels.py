@@ -21,11 +21,11 @@ import pytest
 from bench.cases import PASSES, small_share
 from bench.contest import DTYPE, GPU, TAPE, contenders
 from bench.report import written
-from kernels import TESTED
+from kernels import OPS
 
 ROOT = Path(__file__).parents[1]
 # What they move, their kernels move: the rest is in matmuls.
-COUNTED = [op for op in TESTED if op.name in ("rmsnorm", "rope", "swiglu", "cross_entropy", "adamw")]
+COUNTED = [op for op in OPS.values() if op.name in ("rmsnorm", "rope", "swiglu", "cross_entropy", "adamw")]
 WASTE = 1.05
 
 
@@ -34,9 +34,9 @@ def pytest_generate_tests(metafunc):
         return
     wanted = metafunc.config.getoption("kernel")
     # On a GPU bench_attention times attention, at more shapes than a first look takes.
-    ops = [op for op in TESTED if wanted == op.name or (wanted is None and not (GPU and op.name == "attention"))]
+    ops = [op for op in OPS.values() if wanted == op.name or (wanted is None and not (GPU and op.name == "attention"))]
     if not ops:
-        raise pytest.UsageError(f"--kernel {wanted}: there are {', '.join(op.name for op in TESTED)}")
+        raise pytest.UsageError(f"--kernel {wanted}: there are {', '.join(OPS)}")
     if "shape" in metafunc.fixturenames:
         shapes = [[(op, shape) for shape in (op.bench_shapes if GPU else [small_enough(op)])] for op in ops]
         cases = [case for turn in zip_longest(*shapes) for case in turn if case]  # --within cuts no op altogether

@@ -13,8 +13,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 
 from bench.cases import Case, small_share
-from kernels import TESTED
-from kernels.interpreter import sanitize
+from kernels import OPS
+from kernels.sanitizer import sanitize
 from kernels.spec import Op
 
 LARGE = 2**21  # bytes: fewer rows only add to the share of what is read once a program, and take less long
@@ -32,7 +32,7 @@ def count(op: Op, shape: dict[str, int]) -> dict:
 
 
 def main(name: str) -> None:
-    op = next(op for op in TESTED if op.name == name)
+    op = OPS[name]
     shapes = {}
     for shape in op.bench_shapes:
         shape = small_share(shape, lambda shape: op.cost(shape, 2).bytes, LARGE)

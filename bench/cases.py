@@ -65,21 +65,17 @@ class Case:
 
     def draw(self) -> tuple[dict, tuple[Tensor, ...]]:
         """New inputs, those to differentiate requiring it, and the gradients arriving at the outputs (1 at a loss)."""
-        meta = self.device.type == "meta"  # where there are no values to draw
-        generator = None if meta else torch.Generator(self.device).manual_seed(0)
-
-        def make(*size):
-            return torch.randn(size, generator=generator, dtype=self.dtype, device=self.device)
-
-        inputs = self.op.inputs(self.shape, make)
+        inputs = self.op.draw(self.shape, self.dtype, self.device)
         for key in self.op.differentiable:
             inputs[key].requires_grad_()
         if not self.op.differentiable:
             return inputs, ()
-        shapes = self.op.inputs(self.shape, lambda *size: torch.empty(size, dtype=self.dtype, device="meta"))
+        shapes = self.op.draw(self.shape, self.dtype, torch.device("meta"))
         outputs = as_tuple(self.op.implementations["torch"](**shapes))
+        generator = None if self.device.type == "meta" else torch.Generator(self.device).manual_seed(1)
+        options = {"device": self.device, "generator": generator}
         ones = torch.ones((), dtype=torch.float32, device=self.device)
-        return inputs, tuple(make(*out.shape).to(out.dtype) if out.ndim else ones for out in outputs)
+        return inputs, tuple(torch.randn(o.shape, dtype=o.dtype, **options) if o.ndim else ones for o in outputs)
 
     def call(self, function: Callable, name: str) -> Call:
         """A call on inputs of its own. It returns outputs, then what gradients it takes; of an op that writes to its

@@ -19,7 +19,7 @@ if __name__ == "__main__":  # read when Triton is imported: the interpreter laun
 import torch
 
 from bench.cases import Case
-from kernels import TESTED
+from kernels import OPS
 from kernels.launch import triton
 from kernels.spec import Op
 
@@ -63,7 +63,7 @@ def count(op: Op, name: str) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def main() -> None:
-    for op in TESTED:
+    for op in OPS.values():
         if "triton" in op.implementations:
             counts = {name: count(op, name) for name in op.implementations}
             row = {"op": op.name, "shape": op.test_shapes[1], "dtype": "bfloat16", "launches": counts["triton"][1]}

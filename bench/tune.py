@@ -40,8 +40,9 @@ from bench import records
 from bench.cases import PASSES, Case
 from bench.contest import DEVICE, DTYPE, Checker, doubt, input_sets, least_seconds
 from bench.timing import Call, card_held, measure, reason, synchronize
-from kernels import TESTED
-from kernels.launch import IMPLEMENTATIONS, card, triton
+from kernels import OPS
+from kernels.common import card
+from kernels.launch import IMPLEMENTATIONS, triton
 from kernels.spec import LaunchTable, Op
 from runtime.hardware import device_name
 
@@ -71,7 +72,7 @@ class Job:
 
 def jobs(part: str = "") -> list[Job]:
     """All whose name has `part` in it, the most telling first."""
-    found = [Job(op, table) for op in TESTED for table in op.launches]
+    found = [Job(op, table) for op in OPS.values() for table in op.launches]
     found.sort(key=lambda job: -WEIGHTS.get(job.op.name, 1))
     return [job for job in found if part in job.name]
 

@@ -16,8 +16,8 @@ import torch
 from bench.cases import Case
 from kernels import OPS
 from kernels.attention import LENGTHS, TABLES
-from kernels.interpreter import sanitize
-from kernels.launch import card
+from kernels.common import card
+from kernels.sanitizer import sanitize
 
 OP = OPS["attention"]
 DEVICE = torch.device("cpu")
