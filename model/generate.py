@@ -15,7 +15,7 @@ from data.tokenizer import Tokenizer
 from kernels import KernelChoice, KernelError, bind
 from model import checkpoint
 from model.evaluate import evaluating
-from model.gpt import GPT, Cache, ModelConfig
+from model.gpt import GPT, KVCache, ModelConfig
 from runtime.config import ConfigError
 from runtime.errors import UserError
 from runtime.hardware import DTYPES, autocast, pick_device, pick_precision
@@ -76,7 +76,7 @@ def generate(
                 longest = max(map(len, texts))
                 padding = [longest - len(text) for text in texts]
                 inputs = [[0] * n + text for n, text in zip(padding, texts, strict=True)]
-                cache = Cache(model.config, torch.tensor(padding, device=device))
+                cache = KVCache(model.config, torch.tensor(padding, device=device))
             else:
                 inputs = [rows[i][-1:] for i in live]
             logits = model.logits(torch.tensor(inputs, device=device), cache).cpu()

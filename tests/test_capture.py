@@ -232,18 +232,18 @@ CUDA = torch.device("cuda")
 
 
 @pytest.mark.parametrize(
-    "device, precision, compiled, redraws, why",
+    "device, precision, compiled, recompute_dropout, why",
     [
         (torch.device("cpu"), "bf16", False, False, "cpu has no CUDA graphs"),
-        (CUDA, "fp16", False, False, "fp16's loss scale is decided on the host"),
-        (CUDA, "bf16", False, True, "model.recompute with model.dropout reads the random state on the host"),
+        (CUDA, "fp16", False, False, "fp16's loss scaling is decided on the host"),
+        (CUDA, "bf16", False, True, "model.recompute with model.dropout reads the RNG state on the host"),
     ],
 )
-def test_what_cannot_be_captured_is_said_or_refused(device, precision, compiled, redraws, why):
-    assert pick_capture("auto", device, precision, compiled, redraws) == (False, f"no: {why}")
-    assert pick_capture("off", device, precision, compiled, redraws) == (False, "no")
+def test_what_cannot_be_captured_is_said_or_refused(device, precision, compiled, recompute_dropout, why):
+    assert pick_capture("auto", device, precision, compiled, recompute_dropout) == (False, f"no: {why}")
+    assert pick_capture("off", device, precision, compiled, recompute_dropout) == (False, "no")
     with pytest.raises(HardwareError, match=f"{why}; --capture=off runs without"):
-        pick_capture("on", device, precision, compiled, redraws)
+        pick_capture("on", device, precision, compiled, recompute_dropout)
 
 
 def test_a_gpus_step_is_captured_unless_the_model_is_compiled():
@@ -258,19 +258,19 @@ def test_the_residual_stream_is_bf16_on_a_gpu_in_bf16():
     assert pick_residual("auto", CUDA, "bf16") == pick_residual("bf16", torch.device("cpu"), "bf16") == torch.bfloat16
     assert pick_residual("auto", torch.device("cpu"), "bf16") is pick_residual("fp32", CUDA, "bf16") is None
     assert pick_residual("auto", CUDA, "fp16") is None
-    with pytest.raises(HardwareError, match="takes --precision=bf16, not fp32"):
+    with pytest.raises(HardwareError, match="needs --precision=bf16, not fp32"):
         pick_residual("bf16", CUDA, "fp32")
 
 
-@pytest.mark.parametrize("insist", [False, True])
-def test_a_step_that_waits_for_the_device_is_not_captured(recorded, monkeypatch, insist):
+@pytest.mark.parametrize("required", [False, True])
+def test_a_step_that_waits_for_the_device_is_not_captured(recorded, monkeypatch, required):
     said = []
     monkeypatch.setattr(runtime.capture, "synchronizations", lambda: nullcontext(["loss.py:7"]))
-    step = Step([lambda: None], True, insist, said.append)
+    step = Step([lambda: None], True, required, said.append)
     for _ in range(WARM_UP - 1):
         with step() as parts:
             assert parts is step.parts
-    if insist:
+    if required:
         with pytest.raises(CaptureError, match=r"first at loss.py:7; --capture=off runs without"), step():
             pass
         return

@@ -11,7 +11,7 @@ from kernels.launch import AVAILABLE
 from kernels.linear_cross_entropy import IGNORE
 from model.evaluate import evaluate
 from model.generate import generate, next_tokens
-from model.gpt import GPT, Cache, ModelConfig
+from model.gpt import GPT, KVCache, ModelConfig
 from runtime.config import ConfigError
 
 SHAPES = {
@@ -357,7 +357,7 @@ def test_positions_restart_in_each_document():
     """Attention sees only their differences, so no output tells."""
     model, ids = build(separator=SEPARATOR), documents(4, 1, 3)
     assert model._context(ids, None).positions.tolist() == [[0, 1, 2, 3, 0, 0, 1, 2]]
-    cache = Cache(model.config, torch.tensor([2]))
+    cache = KVCache(model.config, torch.tensor([2]))
     model.hidden(ids[:, :3], cache)
     assert model._context(ids[:, 3:], cache).positions.tolist() == [[1, 0, 0, 1, 2]]
 
@@ -369,7 +369,7 @@ def test_cached_states_are_those_of_a_whole_pass(attention, features):
     model, ids = build(attention=attention, **features), documents(8, 11, 5, rows=3)
     sizes = (6, 1, 1, 9, 1, 6)
     with torch.no_grad():
-        cache, whole = Cache(model.config, torch.zeros(3, dtype=torch.int64)), model.hidden(ids)
+        cache, whole = KVCache(model.config, torch.zeros(3, dtype=torch.int64)), model.hidden(ids)
         for part, truth in zip(ids.split(sizes, 1), whole.split(sizes, 1), strict=True):
             torch.testing.assert_close(model.hidden(part, cache), truth)
 
@@ -381,7 +381,7 @@ def test_a_row_padded_on_the_left_is_as_alone(attention, features):
     model, ids, padding = build(attention=attention, **features), documents(11, 13, rows=3), [0, 6, 2]
     with torch.no_grad():
         alone = [model.hidden(row[None, n:])[0] for row, n in zip(ids, padding, strict=True)]
-        cache = Cache(model.config, torch.tensor(padding))
+        cache = KVCache(model.config, torch.tensor(padding))
         for row, n, states in zip(range(3), padding, model.hidden(ids[:, :10], cache), strict=True):
             torch.testing.assert_close(states[n:], alone[row][: 10 - n])
         cache.keep([2, 1])
@@ -392,7 +392,7 @@ def test_a_row_padded_on_the_left_is_as_alone(attention, features):
 
 def test_what_outgrows_the_model_is_refused():
     model = build()
-    cache = Cache(model.config, torch.zeros(1, dtype=torch.int64))
+    cache = KVCache(model.config, torch.zeros(1, dtype=torch.int64))
     model.hidden(torch.zeros(1, 20, dtype=torch.int64), cache)
     for ids, cached in ((torch.zeros(1, 25, dtype=torch.int64), None), (torch.zeros(1, 5, dtype=torch.int64), cache)):
         with pytest.raises(ValueError, match="25 tokens are more than the model's seq_len 24"):

@@ -140,10 +140,10 @@ def test_a_warm_up_as_long_as_the_run_rises_to_its_end():
 
 def test_a_warm_up_is_a_share_or_steps():
     budget = Budget(Length(tokens=1000), 100)
-    assert [budget.share(warmup) for warmup in (0.0, 0.3, 1.0, 5.0, 20.0)] == [0, 0.3, 0.1, 0.5, 2]
-    assert Budget(Length(seconds=9.0), 100).share(0.3) == 0.3
+    assert [budget.warmup_fraction(warmup) for warmup in (0.0, 0.3, 1.0, 5.0, 20.0)] == [0, 0.3, 0.1, 0.5, 2]
+    assert Budget(Length(seconds=9.0), 100).warmup_fraction(0.3) == 0.3
     with pytest.raises(ConfigError, match=r"warmup 5 is in steps, .* give a share of the run, below 1, or"):
-        Budget(Length(seconds=9.0), 100).share(5.0)
+        Budget(Length(seconds=9.0), 100).warmup_fraction(5.0)
 
 
 def test_budget_in_tokens_is_whole_steps():

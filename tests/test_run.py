@@ -39,7 +39,7 @@ def test_names(tmp_path):
 
 def test_names_that_are_refused(tmp_path):
     (tmp_path / "mine").mkdir()
-    with pytest.raises(RunError, match="mine exists: --resume goes on with it, --overwrite discards it"):
+    with pytest.raises(RunError, match="mine exists: --resume continues it, --overwrite deletes it"):
         choose(tmp_path, "mine")
     with pytest.raises(RunError, match="give one of them"):
         choose(tmp_path, "mine", resume=True, overwrite=True)
@@ -62,7 +62,7 @@ def test_reopening_drops_what_came_after_the_checkpoint(tmp_path):
     again.log({"step": 3}, "")
     assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
     samples = (folder / "samples.txt").read_text()
-    assert "text 2" in samples and "text 3" not in samples and again.sampled == 2
+    assert "text 2" in samples and "text 3" not in samples and again.sampled_step == 2
 
 
 def test_the_summary(tmp_path):
@@ -75,17 +75,17 @@ def test_the_summary(tmp_path):
     assert run.summary(facts)["val_loss"] == 2 == run.best()
 
 
-def test_trouble(tmp_path):
+def test_failure(tmp_path):
     run = Run(tmp_path / "mine", {})
     run.log({"step": 1, "loss": 3.0}, "")
-    assert run.trouble(2.0, 1.0, 100) is None
-    assert run.trouble(float("nan"), 1.0, 100) == run.trouble(2.0, float("inf"), 100) == "nan"
+    assert run.failure(2.0, 1.0, 100) is None
+    assert run.failure(float("nan"), 1.0, 100) == run.failure(2.0, float("inf"), 100) == "nan"
     for step in range(2, 7):  # the bound is 1.5 ln 100 = 6.91
-        assert run.trouble(7.0, 1.0, 100) is None
+        assert run.failure(7.0, 1.0, 100) is None
         run.log({"step": step, "loss": 7.0}, "")
-    assert run.trouble(7.0, 1.0, 100) == "diverged"
+    assert run.failure(7.0, 1.0, 100) == "diverged"
     run.log({"step": 7, "loss": 6.8}, "")
-    assert run.trouble(6.8, 1.0, 100) is None
+    assert run.failure(6.8, 1.0, 100) is None
 
 
 def test_the_first_interrupt_is_a_flag_and_the_second_acts():

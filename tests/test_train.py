@@ -312,7 +312,7 @@ def test_of_two_runs_that_begin_at_once_one_is_refused(run, tmp_path, capsys, mo
     monkeypatch.setattr(train, "choose_folder", lambda *args: name)  # both looked before either had made it
     assert run(steps=3)[0] == 0
     before = {path: path.read_bytes() for path in name.iterdir()}
-    assert run(steps=5)[0] == 2 and "another run has just begun in" in capsys.readouterr().err
+    assert run(steps=5)[0] == 2 and "another run has just started in" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in name.iterdir()} == before
 
 
@@ -342,7 +342,7 @@ def test_rows_tell_the_speed_since_the_last_one(tiny, tmp_path):
     trainer = train.Trainer(*train.configure(tiny(tmp_path / "out")))
     trainer.peak = 1e9
     for step, busy in ((4, 2.0), (12, 1.0)):
-        trainer.step, trainer.busy = step, trainer.busy + busy
+        trainer.step, trainer.train_seconds = step, trainer.train_seconds + busy
         trainer.log({"loss": 1.0, "grad_norm": 1.0}, 0.5)
     speeds = [row["tok_s"] for row in trainer.run.rows]
     assert speeds == [4 * 128 / 2, 8 * 128 / 1]
@@ -398,7 +398,10 @@ REFUSED = {
     "unknown config": ({"config": "huge.py"}, "no config file 'huge.py'"),
     "vocabulary beyond the corpus": ({"data.tokenizer": "bpe", "data.vocab_size": 60000}, "supports only"),
     "sequence beyond the corpus": ({"model.seq_len": 10**6}, "a window of seq_len = 1,000,000 takes 1,000,001"),
-    "a warm-up of steps by the clock": ({"steps": 0, "seconds": 9, "warmup": 5}, "warmup 5 is in steps, and a run of"),
+    "a warm-up of steps by the clock": (
+        {"steps": 0, "seconds": 9, "warmup": 5},
+        "warmup 5 is in steps, and a run of 9 seconds",
+    ),
     "a shift of two": ({"data.shift": 2}, "data.shift must be at most 1, not 2"),
     "a norm in no place": ({"model.norm": "none", "model.norm_place": "post"}, "norm must be rms or layer, not none"),
     "a path for a name": ({"run": "out/mine"}, "run must be a name, not the path 'out/mine'"),
@@ -424,7 +427,7 @@ def test_triton_kernels_in_the_interpreter(run):
 def test_dropout_that_attention_lacks_is_refused_before_any_work(run, tmp_path, capsys):
     changes = {"kernels.attention": "triton", "model.dropout": 0.1, "data.corpus": "no/such.txt"}
     assert run(**changes)[0] == 2 and not (tmp_path / "out").exists()
-    assert "attention has no dropout: take --kernels.attention=sdpa (or torch)" in capsys.readouterr().err
+    assert "attention has no dropout: use --kernels.attention=sdpa (or torch)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("changes, message", REFUSED.values(), ids=REFUSED)
@@ -459,7 +462,7 @@ def test_a_run_that_exists_is_left_alone(run, capsys):
     _, folder = run(run="mine")
     before = {path: path.read_bytes() for path in folder.iterdir()}
     code, _ = run(run="mine")
-    assert code == 2 and "--resume goes on with it, --overwrite discards it" in capsys.readouterr().err
+    assert code == 2 and "--resume continues it, --overwrite deletes it" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -560,4 +563,4 @@ def test_bf16_on_a_card_without_it(run, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
     code, _ = run(device="cuda", precision="bf16")
-    assert code == 2 and "Tesla V100 does not compute in bf16: take --precision=fp16" in capsys.readouterr().err
+    assert code == 2 and "Tesla V100 does not compute in bf16: use --precision=fp16" in capsys.readouterr().err
