@@ -83,7 +83,7 @@ class Captured:
 
 @contextmanager
 def synchronizations() -> Iterator[list[str]]:
-    """A context that yields a list. At its end the list has the "file:line" of every call that waited for the device."""
+    """A context that yields a list; on exit it holds "file:line" of every call that waited for the device."""
     found: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -53,7 +53,7 @@ def test_the_way_out_is_a_file_that_reads(tmp_path):
     for name in ("last.pt", "previous.pt"):
         (tmp_path / name).unlink()
         (tmp_path / name).write_bytes(b"torn")
-    with pytest.raises(CheckpointError, match=r"last\.pt cannot be used.*best\.pt is there from before"):
+    with pytest.raises(CheckpointError, match=r"last\.pt cannot be used.*best\.pt is an earlier checkpoint"):
         checkpoint.load(tmp_path / "last.pt")
 
 
@@ -78,7 +78,9 @@ def test_a_truncated_file_is_refused_and_the_good_one_named(tmp_path, keep):
     whole = last.read_bytes()
     last.unlink()  # previous.pt is another file, but be sure not to write through a link
     last.write_bytes(whole[:keep])
-    with pytest.raises(CheckpointError, match=rf"truncated or no checkpoint at all; {tmp_path}/previous.pt is there"):
+    with pytest.raises(
+        CheckpointError, match=rf"truncated or no checkpoint at all; {tmp_path}/previous.pt is an earlier"
+    ):
         checkpoint.load(last)
     assert checkpoint.load(tmp_path / "previous.pt")["step"] == 1
 

@@ -10,7 +10,7 @@ from test_model import FEATURES, NO_TRITON, build, documents
 from torch.nn.utils import clip_grad_norm_
 
 from kernels.attention import attention_torch, document_ranges, visible
-from model.diagnostics import Probe, _group, entropy, watch
+from model.diagnostics import Probe, _group, block_statistics, entropy
 from model.optim import OptimizerConfig, build_optimizers
 
 # A batch for the model that `build` gives, of few enough ids that gradients of parts of it have much in common.
@@ -35,15 +35,15 @@ def step(model, optimizers, probed=True, size=2, scale=1.0, clip=1e-3):
     for ids, targets in zip(IDS.split(size), TARGETS.split(size), strict=True):
         (model(ids, targets, "sum") / IDS.numel() * scale).backward()
         grads.append([p.grad.clone() for p in model.parameters()])
-        probe and probe.accumulated()
+        probe and probe.after_backward()
     for p in model.parameters():
         p.grad /= scale
     clip_grad_norm_(model.parameters(), clip)
     before = [p.detach().clone() for p in model.parameters()]
-    probe and probe.before()
+    probe and probe.before_step()
     for optimizer in optimizers:
         optimizer.step()
-    row = probe.after(IDS) if probed else None
+    row = probe.after_step(IDS) if probed else None
     model.zero_grad()
     return row, before
 
@@ -81,7 +81,7 @@ def test_norms_by_group(features, scale):
     row, before = step(model, optimizers_of(model), scale=scale)
     now, then = dict(model.named_parameters()), dict(zip(whole, before, strict=True))
     assert sum(len(names) for names in groups.values()) == len(now)
-    assert {key: row[key] for key in ("activation", "entropy")} == watch(model, IDS[:4])
+    assert {key: row[key] for key in ("activation", "entropy")} == block_statistics(model, IDS[:4])
     for key in ("gradient", "parameter", "update", "ratio", "snr"):
         assert row[key].keys() == groups.keys()
     for group, names in groups.items():
@@ -132,11 +132,11 @@ def test_a_step_that_overflowed():
     optimizers, scaler = optimizers_of(model), torch.amp.GradScaler("cpu")
     probe = Probe(model, optimizers, scaler.get_scale())
     scaler.scale(model(IDS, TARGETS) * math.inf).backward()
-    probe.accumulated()
+    probe.after_backward()
     scaler.unscale_(optimizers[0])
-    probe.before()
+    probe.before_step()
     scaler.step(optimizers[0])
-    row = probe.after(IDS)
+    row = probe.after_step(IDS)
     assert set(row["update"].values()) == {0.0} and row["snr"] == {}
 
 
@@ -168,8 +168,8 @@ def agreement(grads, tokens):
     parameter.grad = torch.zeros_like(parameter)
     for grad in grads / len(grads):
         parameter.grad += grad
-        probe.accumulated()
-    probe.before()
+        probe.after_backward()
+    probe.before_step()
     return probe._agreement(tokens)
 
 
@@ -262,7 +262,7 @@ def test_blocks_as_the_model_computes_them(kernels, features):
         )
     with torch.no_grad():
         dense.hidden(ids)
-    row = watch(model, ids)
+    row = block_statistics(model, ids)
     blocks = [str(i) for i in range(model.config.n_layer)]
     assert list(row["activation"]) == list(row["entropy"]) == blocks
     assert list(row["entropy"].values()) == pytest.approx(seen, rel=1e-3)
@@ -274,7 +274,7 @@ def test_blocks_as_the_model_computes_them(kernels, features):
 def test_the_model_is_as_before_when_the_pass_fails():
     model = build()
     with pytest.raises(ValueError, match="more than the model's seq_len"):
-        watch(model, torch.zeros(1, 25, dtype=torch.long))
+        block_statistics(model, torch.zeros(1, 25, dtype=torch.long))
     assert all(block.attention.kernels is model.kernels and not block._forward_hooks for block in model.blocks)
 
 

@@ -83,7 +83,7 @@ def test_a_model_of_transformers_comes_in(tmp_path, kind, windows):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"model_type": "mamba"}, "its model_type is 'mamba'; only llama and qwen3 are ours"),
+        ({"model_type": "mamba"}, "its model_type is 'mamba'; only llama and qwen3 are supported"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type is 'llama3'"),
@@ -102,7 +102,7 @@ def test_a_llama_has_no_window(run, tmp_path, capsys):
     _, folder = run(steps=1, **{"model.qk_norm": "false", "model.window": "8"})
     with pytest.raises(SystemExit):
         main(["--run", str(folder), "--to", str(tmp_path / "hf")])
-    assert "a window (8) takes QK-norm" in capsys.readouterr().err and not (tmp_path / "hf").exists()
+    assert "a window (8) needs QK-norm" in capsys.readouterr().err and not (tmp_path / "hf").exists()
 
 
 @pytest.mark.parametrize(

@@ -273,9 +273,12 @@ def test_sizes_from_a_million_to_a_billion():
         ({"d_model": 65}, "d_model 65 must be a multiple of n_head 4"),
         ({"d_model": 12}, "head_dim 3 must be even"),
         ({"n_kv_head": 3}, "n_head 4 must be a multiple of n_kv_head 3"),
-        ({"norm": "none", "norm_place": "post"}, "norm_place post takes a norm: norm must be rms or layer, not none"),
-        ({"init": "look-back", "position": "alibi"}, "init look-back takes position rope, not alibi: give init fan-in"),
-        ({"init": "look-back", "qk_norm": False}, "init look-back takes qk_norm True, not False"),
+        ({"norm": "none", "norm_place": "post"}, "norm_place post needs a norm: norm must be rms or layer, not none"),
+        (
+            {"init": "look-back", "position": "alibi"},
+            "init look-back needs position rope, not alibi; or use init fan-in",
+        ),
+        ({"init": "look-back", "qk_norm": False}, "init look-back needs qk_norm True, not False"),
         ({"vocab_size": 100}, "vocab_size 100 is less than the tokenizer's 101"),
         *(
             ({"window": text}, f"window must be a number of keys, such as 256, or S and L by layer, .* not {text!r}")
@@ -429,7 +432,7 @@ def test_dropout_falls_in_three_places():
 
 def test_dropout_takes_an_attention_that_has_it():
     config = ModelConfig(n_layer=1, n_head=2, d_model=16, dropout=0.1).resolved(11)
-    with pytest.raises(KernelError, match=r"attention has no dropout: take --kernels\.attention=sdpa \(or torch\)"):
+    with pytest.raises(KernelError, match=r"attention has no dropout: use --kernels\.attention=sdpa \(or torch\)"):
         GPT(config, Kernels({}, {"attention": "triton"}))
 
 

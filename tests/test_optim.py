@@ -8,7 +8,7 @@ import torch
 
 from kernels import KernelChoice, bind
 from model.gpt import GPT, ModelConfig
-from model.optim import Muon, OptimizerConfig, build_optimizers, load_optimizers, lr_factor, orthogonalised, set_lr
+from model.optim import Muon, OptimizerConfig, build_optimizers, load_optimizers, lr_factor, orthogonalize, set_lr
 from runtime.budget import Budget, Length
 from runtime.config import ConfigError
 
@@ -93,11 +93,11 @@ def test_muon_is_torchs():
         assert (p - q).norm() < 0.01 * (q - begun).norm()
 
 
-def test_orthogonalised_matrices_have_singular_values_about_one():
+def test_orthogonalized_matrices_have_singular_values_about_one():
     x = torch.randn(3, 16, 40, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(orthogonalised(x))
+    values = torch.linalg.svdvals(orthogonalize(x))
     assert values.min() > 0.6 and values.max() < 1.3
-    assert torch.equal(orthogonalised(torch.zeros(1, 4, 8)), torch.zeros(1, 4, 8))
+    assert torch.equal(orthogonalize(torch.zeros(1, 4, 8)), torch.zeros(1, 4, 8))
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd", "constant"])
@@ -138,11 +138,11 @@ def test_a_warm_up_as_long_as_the_run_rises_to_its_end():
     assert [lr_factor(wsd, i / 4, 2.0) for i in range(5)] == [0, 0.125, 0.25, 0.375, 0.5]
 
 
-def test_a_warm_up_is_a_share_or_steps():
+def test_a_warm_up_is_a_fraction_or_steps():
     budget = Budget(Length(tokens=1000), 100)
     assert [budget.warmup_fraction(warmup) for warmup in (0.0, 0.3, 1.0, 5.0, 20.0)] == [0, 0.3, 0.1, 0.5, 2]
     assert Budget(Length(seconds=9.0), 100).warmup_fraction(0.3) == 0.3
-    with pytest.raises(ConfigError, match=r"warmup 5 is in steps, .* give a share of the run, below 1, or"):
+    with pytest.raises(ConfigError, match=r"warmup 5 is in steps, .* give a fraction of the run, below 1, or"):
         Budget(Length(seconds=9.0), 100).warmup_fraction(5.0)
 
 

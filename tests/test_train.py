@@ -542,7 +542,7 @@ def test_a_truncated_checkpoint_is_refused(run, capsys):
     last.write_bytes(content[: len(content) // 2])
     code, _ = run("--resume", run="mine")
     error = capsys.readouterr().err
-    assert code == 2 and "truncated" in error and "previous.pt is there from before" in error
+    assert code == 2 and "truncated" in error and "previous.pt is an earlier checkpoint" in error
 
 
 def test_a_folder_that_cannot_be_written(run, tmp_path, capsys):
