@@ -56,7 +56,7 @@ def test_every_epoch_and_every_seed_has_its_own_order_and_offset():
 
 def test_too_little_text_is_an_error_with_the_numbers():
     assert Batches(np.arange(9), 8, 0).get(0, 2)[0].shape == (2, 8)
-    with pytest.raises(DataError, match=r"8 tokens long.*seq_len = 8 takes 9"):
+    with pytest.raises(DataError, match=r"8 tokens long.*seq_len = 8 needs 9"):
         Batches(np.arange(8), 8, 0)
     with pytest.raises(DataError, match="1 tokens long"):
         eval_batches(np.arange(1), 4, 2, 10)

@@ -397,7 +397,7 @@ REFUSED = {
     "unknown packing": ({"data.packing": "document"}, "did you mean documents?"),
     "unknown config": ({"config": "huge.py"}, "no config file 'huge.py'"),
     "vocabulary beyond the corpus": ({"data.tokenizer": "bpe", "data.vocab_size": 60000}, "supports only"),
-    "sequence beyond the corpus": ({"model.seq_len": 10**6}, "a window of seq_len = 1,000,000 takes 1,000,001"),
+    "sequence beyond the corpus": ({"model.seq_len": 10**6}, "a window of seq_len = 1,000,000 needs 1,000,001"),
     "a warm-up of steps by the clock": (
         {"steps": 0, "seconds": 9, "warmup": 5},
         "warmup 5 is in steps, and a run of 9 seconds",
@@ -406,7 +406,7 @@ REFUSED = {
     "a norm in no place": ({"model.norm": "none", "model.norm_place": "post"}, "norm must be rms or layer, not none"),
     "a path for a name": ({"run": "out/mine"}, "run must be a name, not the path 'out/mine'"),
     "a seed beyond 64 bits": ({"seed": 2**64}, "seed must be less than 18446744073709551616"),
-    "a cache that is a file": ({"data.cache": train.__file__}, "--data.cache names another folder"),
+    "a cache that is a file": ({"data.cache": train.__file__}, "choose another folder with --data.cache"),
     "no run to resume": ({"run": "gone", "resume": "true"}, "no run to resume"),
 }
 
