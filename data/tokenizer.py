@@ -263,9 +263,9 @@ def gpt2_tokenizer() -> Tokenizer:
     fields = outcome[0] if outcome else TimeoutError(f"no answer within {GPT2_TIMEOUT_S:g} s")
     if isinstance(fields, Exception):
         raise DataError(
-            f"cannot fetch GPT-2's vocabulary from openaipublic.blob.core.windows.net: {fields}. On a machine "
-            "that can reach it, run TIKTOKEN_CACHE_DIR=gpt2 python -c \"import tiktoken; "
-            "tiktoken.get_encoding('gpt2')\", copy the folder gpt2 here and set TIKTOKEN_CACHE_DIR to it; or choose bpe or bytes, which need no network"
+            f"cannot fetch GPT-2's vocabulary from openaipublic.blob.core.windows.net: {fields}. On a machine that can "
+            "reach it, run TIKTOKEN_CACHE_DIR=gpt2 python -c \"import tiktoken; tiktoken.get_encoding('gpt2')\", then "
+            "copy the folder gpt2 here and set TIKTOKEN_CACHE_DIR to it; or choose bpe or bytes, which need no network"
         ) from fields
     return Tokenizer("gpt2", fields["pat_str"], fields["mergeable_ranks"], fields["special_tokens"][EOT])
 
