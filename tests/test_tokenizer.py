@@ -171,7 +171,7 @@ def test_a_published_tokenizer_gives_its_own_ids(tmp_path):
         ({"pre_tokenizer": {"type": "Metaspace"}}, "not the tokenizer.json of a byte-level BPE.*Metaspace"),
         ({"pre_tokenizer": None}, "not the tokenizer.json of a byte-level BPE"),
         ({"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}, "not the tokenizer.json of a byte-level BPE"),
-        ({"added_tokens": []}, "neither <|endoftext|> nor"),
+        ({"added_tokens": []}, "it needs <|endoftext|> or"),
     ],
     ids=["pre-tokenizer", "none", "unigram", "no end"],
 )
