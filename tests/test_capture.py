@@ -288,13 +288,8 @@ def test_a_step_that_is_watched_runs_eagerly_between_replays(recorded):
             taken.append(list(parts))
     eagerly, replayed = list(step.parts), list(step.graphs)
     warm_up = [eagerly] * (1 + WARM_UP)
-    assert taken == [
-        *warm_up,
-        [step.graphs[0], int],
-        replayed,
-        eagerly,
-        replayed,
-    ]  # the last part is captured one step later
+    # The last part is captured one step later than the others.
+    assert taken == [*warm_up, [step.graphs[0], int], replayed, eagerly, replayed]
 
 
 def test_synchronizations_are_noted_and_other_warnings_pass(monkeypatch):

@@ -140,7 +140,7 @@ def test_nothing_is_overwritten(run, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
-def test_dropped_special_tokens_are_not_generated(run, tmp_path, capsys):
+def test_ids_without_a_token_are_not_generated(run, tmp_path, capsys):
     """Published models have ids and embedding rows for special tokens."""
     _, folder = run(steps=1, **{"model.vocab_size": 4096})
     assert main(["--run", str(folder), "--to", str(tmp_path / "hf")]) == 0

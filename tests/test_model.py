@@ -180,7 +180,7 @@ def test_activations_without_a_gate_have_as_many_weights(activation):
         assert plain.flops_per_token() == gated.flops_per_token()
 
 
-def test_learned_positions_and_biases_count_as_parameters_but_not_as_flops():
+def test_options_that_add_parameters_but_no_gemms_leave_flops_unchanged():
     plain = build()
     for changes, more in (
         ({"position": "learned"}, 24 * 64),
@@ -328,7 +328,7 @@ def test_each_layer_has_its_window(text, windows):
 
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("window, receptive_field", [("5", 8), ("SL:5", 23)])
-def test_a_window_hides_what_is_before_it(attention, window, receptive_field):
+def test_a_window_hides_earlier_positions(attention, window, receptive_field):
     """Each layer sees the current position and the 4 before it, so the receptive field grows by 4 per layer."""
     model = build(attention=attention, window=window)
     ids = torch.randint(101, (1, 24))
@@ -418,16 +418,16 @@ def test_dropout_is_for_training():
 def test_dropout_applies_in_three_places():
     """Dropout of 0.5 zeroes half of the embedding's output, the sub-layer outputs and the attention weights."""
     model, ids = build(dropout=0.5), torch.randint(101, (400, 1))
-    shares = []
+    zero_fractions = []
 
     def count(x):
-        shares.append((x == 0).float().mean().item())
+        zero_fractions.append((x == 0).float().mean().item())
 
-    for place in (model.dropout, model.blocks[1].dropout):
-        place.register_forward_hook(lambda module, args, out: count(out))
+    for module in (model.dropout, model.blocks[1].dropout):
+        module.register_forward_hook(lambda module, args, out: count(out))
     model.blocks[0].attention.out.register_forward_pre_hook(lambda module, args: count(args[0]))
     model.hidden(ids)
-    assert shares == pytest.approx([0.5] * 4, abs=0.05)  # a block has two sub-layers
+    assert zero_fractions == pytest.approx([0.5] * 4, abs=0.05)  # a block has two sub-layers
 
 
 def test_dropout_needs_an_attention_kernel_that_has_it():
@@ -467,8 +467,8 @@ def test_top_k_and_top_p_keep_the_most_likely():
     generator = torch.Generator().manual_seed(0)
 
     def share(**kind):
-        drawn = next_tokens(logits, **{"temperature": 1.0, "top_k": 0, "top_p": 1.0} | kind, generator=generator)
-        return (torch.bincount(drawn, minlength=4) / 4000).tolist()
+        sampled = next_tokens(logits, **{"temperature": 1.0, "top_k": 0, "top_p": 1.0} | kind, generator=generator)
+        return (torch.bincount(sampled, minlength=4) / 4000).tolist()
 
     assert share() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
     assert share(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
@@ -493,19 +493,20 @@ def test_cached_generation_equals_full_forward_passes(features):
     def write(tokens, **kind):
         return generate(model, prompts, tokens, temperature=3.0, generator=torch.Generator().manual_seed(1), **kind)
 
-    first, *others = write(6)  # stop at a token of the first row that no other row has earlier
+    # Stop at a token of the first row that no other row has earlier: other rows must not end early.
+    first, *others = write(6)
     stop = next(first[n] for n in (5, 4, 3, 2, 1) if not any(first[n] in row[:n] for row in others))
-    rows, live, generator = [list(prompt) for prompt in prompts], [0, 1, 2], torch.Generator().manual_seed(1)
+    rows, active, generator = [list(prompt) for prompt in prompts], [0, 1, 2], torch.Generator().manual_seed(1)
     with torch.no_grad():
         for _ in range(30):
-            if not live:
+            if not active:
                 break
-            logits = torch.cat([model.logits(torch.tensor([rows[i][-24:]])) for i in live])
-            drawn = dict(zip(live, next_tokens(logits, 3.0, 0, 1.0, generator).tolist(), strict=True))
-            live = [i for i in live if drawn[i] != stop]
-            for i in live:
-                rows[i].append(drawn[i])
-    assert 0 not in live
+            logits = torch.cat([model.logits(torch.tensor([rows[i][-24:]])) for i in active])
+            sampled = dict(zip(active, next_tokens(logits, 3.0, 0, 1.0, generator).tolist(), strict=True))
+            active = [i for i in active if sampled[i] != stop]
+            for i in active:
+                rows[i].append(sampled[i])
+    assert 0 not in active
     assert [prompt + new for prompt, new in zip(prompts, write(30, stop=stop), strict=True)] == rows
 
 

@@ -173,9 +173,8 @@ def test_budget_by_the_clock_begins_after_the_first_step(monkeypatch):
     assert late.progress(1) == 1  # the first step took longer than the budget
 
     now[0] = 1000.0
-    assert (
-        Budget(Length(seconds=120.0), 1, saved).progress(9) == 0.25
-    )  # the same seconds are a smaller fraction of a longer run
+    # The same seconds are a smaller fraction of a longer run.
+    assert Budget(Length(seconds=120.0), 1, saved).progress(9) == 0.25
     resumed = Budget(Length(seconds=50.0), 1, saved)
     assert resumed.elapsed() == 30 and resumed.progress(9) == pytest.approx(0.5)
     now[0] = 1010.0

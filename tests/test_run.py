@@ -70,10 +70,8 @@ def test_the_summary(tmp_path):
     for row in ({"tok_s": 1.0}, {"val_loss": 9.0}, {"tok_s": 30.0}, {"tok_s": 50.0}):
         run.log({"step": 1, **row}, "")
     facts = {"step": 4, "tokens": 400, "seconds": 20.0}
-    assert run.summary(facts) == facts | {
-        "tok_s_wall": 20.0,
-        "tok_s_steady": 40.0,
-    }  # without the first row, which includes compilation
+    # The steady speed leaves out the first row, which includes compilation.
+    assert run.summary(facts) == facts | {"tok_s_wall": 20.0, "tok_s_steady": 40.0}
     run.log({"step": 4, "val_loss": 2.0, "val_bpb": 1.0}, "")
     assert run.summary(facts)["val_loss"] == 2 == run.best()
 
