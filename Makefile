@@ -1,8 +1,8 @@
-# make train    set up, then train configs/small.py: a model and its samples in out/small, in about five minutes
+# make train    set up, then train configs/small.py: writes a model and samples to out/small in about five minutes
 # make test     set up, then run the tests
-# make gate     set up, then compile the kernels for GPUs that are not here, with each version of Triton in TRITONS
-# make bench    set up, then run the benches
-# make gpu      on a GPU, with what is installed: the kernels' tests, their bench and a short training run
+# make gate     set up, then cross-compile the kernels for all supported GPUs, with each version of Triton in TRITONS
+# make bench    set up, then run the benchmarks
+# make gpu      on a GPU, in the current environment: kernel tests, benchmarks and a short training run
 
 PYTHON ?= python3
 RESULTS ?= bench/results
@@ -30,7 +30,7 @@ gpu:
 lint: .venv/ready-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-# constraints.txt holds the versions that the tests passed with; pyproject.toml says what else should do.
+# constraints.txt pins the versions that the tests passed with; pyproject.toml has the supported ranges.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nanofuse needs Python 3.11 or later; PYTHON=... names one")'
 	$(PYTHON) -m venv .venv

@@ -1,4 +1,4 @@
-# GPT-2's smallest shape on FineWeb-Edu, half a million tokens a step. For one GPU with 24 GB or more.
+# The size of GPT-2 small on FineWeb-Edu, with half a million tokens per step. For one GPU with 24 GB or more.
 data = dict(corpus="fineweb-edu", tokenizer="gpt2", max_tokens=3_000_000_000)
 model = dict(n_layer=12, n_head=12, d_model=768, seq_len=1024)
 tokens = 2_500_000_000

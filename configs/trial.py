@@ -1,4 +1,4 @@
-# What an experiment's trial takes where neither its recipe nor its scale says otherwise.
+# The defaults of an experiment's trials; suites and scales override them.
 data = dict(corpus="docstrings", tokenizer="bpe", vocab_size=2048)
 model = dict(n_layer=3, n_head=2, d_model=128, seq_len=128)
 seconds = 240

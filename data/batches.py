@@ -1,7 +1,7 @@
-"""Windows of a token array, to train on in random order and to evaluate on in order.
+"""Batches of token windows: in random order for training, in order for evaluation.
 
-The target of each token is the one that follows it, or with `shift` 0 itself: a mistake that has been published, and
-whose low loss takes no model to reach.
+The target of each token is the next token. With `shift` 0 it is the token itself: a published mistake, whose low loss
+says nothing about the model.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from data.formats import DataError
 class Batches:
     """An endless sequence of training windows, a pure function of `tokens`, `seq_len` and `seed`.
 
-    So resuming takes only the count of windows used, and the ranks of a distributed run agree on their shares without
-    a word. Each epoch takes the array as a ring, cuts it into windows from a random place on and visits them in random
-    order: every token is an input once, but for the fewer than `seq_len` left over.
+    To resume, it is enough to know how many windows were used. Each epoch starts at a random offset, treats the array
+    as circular, cuts it into windows of `seq_len` and visits them in random order. Every token is an input once per
+    epoch, except fewer than `seq_len` at the end.
     """
 
     def __init__(self, tokens: np.ndarray, seq_len: int, seed: int, shift: int = 1) -> None:
-        """DataError if `tokens`, 1-D, does not hold a single window of `seq_len` inputs and as many targets."""
+        """`tokens` is 1-D. Raises `DataError` if it has fewer than the seq_len + 1 tokens of one window."""
         if len(tokens) < seq_len + 1:
             raise DataError(
-                f"the training text is {len(tokens):,} tokens long, and a window of seq_len = {seq_len:,} takes "
+                f"the training text is {len(tokens):,} tokens long, and a window of seq_len = {seq_len:,} needs "
                 f"{seq_len + 1:,}: lower seq_len or use a larger corpus"
             )
         self.tokens = tokens
@@ -37,7 +37,7 @@ class Batches:
         self._epoch = (-1, np.empty(0, np.int64))
 
     def get(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets, int64 [count, seq_len], of the windows `first` to `first + count - 1`."""
+        """Inputs and targets, int64 `[count, seq_len]`, of windows `first` to `first + count - 1`."""
         epochs, positions = np.divmod(np.arange(first, first + count), self.windows_per_epoch)
         starts = np.concatenate([self._starts(epoch)[positions[epochs == epoch]] for epoch in np.unique(epochs)])
         windows = self.tokens[(starts[:, None] + np.arange(self.seq_len + 1)) % len(self.tokens)]
@@ -45,37 +45,37 @@ class Batches:
         return windows[:, :-1].contiguous(), windows[:, self.shift :][:, : self.seq_len].contiguous()
 
     def _starts(self, epoch: int) -> np.ndarray:
-        """Where the windows of an epoch begin, in their order; the last epoch's are kept."""
+        """Start positions of an epoch's windows, in order of use. The last epoch's are cached."""
         if self._epoch[0] != epoch:
-            random = np.random.default_rng([self.seed, epoch])
-            offset = random.integers(len(self.tokens))
-            self._epoch = (epoch, offset + self.seq_len * random.permutation(self.windows_per_epoch))
+            rng = np.random.default_rng([self.seed, epoch])
+            offset = rng.integers(len(self.tokens))
+            self._epoch = (epoch, offset + self.seq_len * rng.permutation(self.windows_per_epoch))
         return self._epoch[1]
 
 
 class Prefetcher:
-    """Batches of `size` windows in order, each read in a thread while the one before it is trained on.
+    """Batches of `size` windows in order; a thread reads the next one while the current one is used.
 
-    With `pin` they are in pinned memory, from which a GPU copies without making the host wait.
+    With `pin` they are in pinned memory, so that copies to a GPU are asynchronous.
     """
 
     def __init__(self, batches: Batches, first: int, size: int, pin: bool = False):
-        """`first`: the window that the first batch begins with."""
+        """`first` is the first window of the first batch."""
         self.batches, self.first, self.size, self.pin = batches, first, size, pin
 
     def __enter__(self) -> Prefetcher:
         self.pool = ThreadPoolExecutor(1)
-        self.ahead = self.pool.submit(self._read, self.first)
+        self.pending = self.pool.submit(self._read, self.first)
         return self
 
     def __exit__(self, *error) -> None:
         self.pool.shutdown()
 
     def next(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next batch, as of `Batches.get`."""
-        batch = self.ahead.result()
+        """Return the next batch, as `Batches.get` does."""
+        batch = self.pending.result()
         self.first += self.size
-        self.ahead = self.pool.submit(self._read, self.first)
+        self.pending = self.pool.submit(self._read, self.first)
         return batch
 
     def _read(self, first: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,16 +86,17 @@ class Prefetcher:
 def eval_batches(
     tokens: np.ndarray, seq_len: int, batch_size: int, max_tokens: int, shift: int = 1
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Inputs and targets, int64 [batch_size, seq_len], of consecutive windows over the first `max_tokens` targets.
+    """Inputs and targets, int64 `[batch_size, seq_len]`, of consecutive windows with the first `max_tokens` targets.
 
-    The last batch is padded, its targets with -1, which the loss ignores. DataError if `tokens` has no target at all.
+    The last batch is padded; its padding targets are -1, which the loss ignores. Raises `DataError` if `tokens` has
+    fewer than two tokens.
     """
-    targets_left = min(max_tokens, len(tokens) - 1)
-    if targets_left < 1:
-        raise DataError(f"the validation text is {len(tokens)} tokens long: evaluating takes at least 2")
+    n_targets = min(max_tokens, len(tokens) - 1)
+    if n_targets < 1:
+        raise DataError(f"the validation text is {len(tokens)} tokens long: evaluation needs at least 2")
     size, batches = batch_size * seq_len, []
-    for start in range(0, targets_left, size):
-        end = min(start + size, targets_left)
+    for start in range(0, n_targets, size):
+        end = min(start + size, n_targets)
         inputs = torch.zeros(size, dtype=torch.int64)
         targets = torch.full((size,), -1)
         inputs[: end - start] = torch.from_numpy(tokens[start:end].astype(np.int64))

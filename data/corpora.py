@@ -1,6 +1,6 @@
-"""Where text comes from: `open_corpus` turns a name or a path into a `Corpus`, a list of shards of documents.
+"""The corpora by name, and local files and folders. `open_corpus` is the entry point.
 
-Nothing is read before a shard is, so opening is fast.
+Opening a corpus is fast: text is read, and downloaded, only when a shard is read.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from data.formats import (
     read_text,
     reader,
     shard,
-    writable,
+    utf8_safe,
 )
 from data.hub import hub_corpus
 
-# Embedded corpora: text that every machine able to run this project has
+# Corpora from the Python installation, which need no download
 
 _STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
 _PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
@@ -42,7 +42,7 @@ _NOT_SOURCES = {"test", "tests", "idle_test", "site-packages", "dist-packages", 
 
 
 def _is_source(path: os.PathLike[str]) -> bool:
-    """Whether a path, relative to where packages are installed, is Python source other than tests."""
+    """Whether a path, relative to the packages' folder, is Python source and not a test."""
     parts = Path(path).parts
     return parts[-1].endswith(".py") and _NOT_SOURCES.isdisjoint(parts)
 
@@ -53,7 +53,7 @@ def _standard_library() -> list[Path]:
 
 
 def _required_packages() -> dict[str, importlib.metadata.Distribution]:
-    """The installed packages that this project requires, directly or not, by name and in its order."""
+    """Installed direct and indirect dependencies of this project, sorted by name."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
@@ -74,12 +74,12 @@ def _required_packages() -> dict[str, importlib.metadata.Distribution]:
 
 def _read_sources() -> Iterator[str]:
     for path in _standard_library():
-        with tokenize.open(path) as file:  # honours the file's own declaration of its encoding
+        with tokenize.open(path) as file:  # honours the file's encoding declaration
             yield file.read()
 
 
 def _read_docstrings() -> Iterator[str]:
-    """One document for each module: its docstrings, less those that an earlier one has."""
+    """Yield one document per module: its docstrings, except those that already occurred."""
     files = _standard_library()
     for package in _required_packages().values():
         files += [Path(package.locate_file(path)) for path in sorted(package.files or []) if _is_source(path)]
@@ -88,17 +88,17 @@ def _read_docstrings() -> Iterator[str]:
     seen: set[str] = set()
     with ExitStack() as stack:
         workers = [stack.enter_context(subprocess.Popen(command, **pipes)) for _ in range(os.cpu_count() or 1)]
-        for first, worker in enumerate(workers):
+        for i, worker in enumerate(workers):
             stack.callback(worker.kill)
             with worker.stdin as paths:
-                paths.writelines(f"{path}\n" for path in files[first :: len(workers)])
-        for index, path in enumerate(files):  # a worker that is ahead waits at its full pipe
-            answer = workers[index % len(workers)].stdout.readline()
-            if not answer:
+                paths.writelines(f"{path}\n" for path in files[i :: len(workers)])
+        for i, path in enumerate(files):  # a full pipe blocks a worker that is too far ahead
+            line = workers[i % len(workers)].stdout.readline()
+            if not line:
                 raise DataError(f"the process reading docstrings stopped at or before {path}")
-            fresh = [text for text in dict.fromkeys(json.loads(answer)) if text not in seen]
-            seen.update(fresh)
-            yield writable("\n\n".join(fresh))
+            new = [text for text in dict.fromkeys(json.loads(line)) if text not in seen]
+            seen.update(new)
+            yield utf8_safe("\n\n".join(new))
 
 
 def _open_standard_library(name: str) -> Corpus:
@@ -112,53 +112,54 @@ def _open_docstrings(name: str) -> Corpus:
     return Corpus(name, digest(sys.platform, platform.python_version(), versions), True, lambda: shards)
 
 
-# Local corpora: files of the kinds below, and folders of them
+# Local files and folders
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All below a folder, behind links too, each folder once."""
+    """All files below a folder. Symbolic links are followed, and each folder is visited once."""
     seen = {folder.resolve()}
     for root, folders, names in os.walk(folder, followlinks=True):
         yield from (Path(root, name) for name in names)
-        real = {name: Path(root, name).resolve() for name in sorted(folders)}
-        folders[:] = [name for name, to in real.items() if to not in seen and not seen.add(to)]
+        targets = {name: Path(root, name).resolve() for name in sorted(folders)}
+        folders[:] = [name for name, target in targets.items() if target not in seen and not seen.add(target)]
 
 
 def _open_path(path: Path) -> Corpus:
-    """A file; or a folder's files of known kinds, hidden ones left out.
+    """A corpus of one file, or of the files of known types in a folder, except hidden ones.
 
-    The text files of a folder are one shard, since they may be many and small; every other file is its own.
-    The fingerprint is of place, names, sizes and times of change, so that opening 100 GB takes no longer than 1 MB.
+    All text files of a folder form one shard, since they may be many and small; every other file is a shard of its own.
+    The fingerprint covers path, names, sizes and modification times, so opening 100 GB is as fast as opening 1 MB.
+    Raises `DataError` if there is no text.
     """
     files = {path.name: path}
     if path.is_dir():
-        inside = {file.relative_to(path): file for file in sorted(_files(path)) if file.is_file()}
+        found = {file.relative_to(path): file for file in sorted(_files(path)) if file.is_file()}
         files = {
             name.as_posix(): file
-            for name, file in inside.items()
+            for name, file in found.items()
             if not any(part.startswith(".") for part in name.parts)
             and (file.suffix.lower() in TEXT_SUFFIXES.split() or reader(file.name) is not read_text)
         }
     status = {name: file.stat() for name, file in files.items()}
-    if not any(each.st_size for each in status.values()):
-        kinds = " ".join(READERS)
-        raise DataError(f"{path} holds no text: it is empty, or a folder without {TEXT_SUFFIXES} {kinds}")
+    if not any(stat.st_size for stat in status.values()):
+        suffixes = " ".join(READERS)
+        raise DataError(f"{path} holds no text: it is empty, or a folder without {TEXT_SUFFIXES} {suffixes}")
     texts = [file for file in files.values() if reader(file.name) is read_text]
     tables = [(name, file) for name, file in files.items() if reader(file.name) is not read_text]
     shards = [shard(name, None, partial(reader(file.name), file)) for name, file in tables]
     if texts:
         shards.append(shard("text", None, lambda: chain.from_iterable(map(read_text, texts))))
-    times = [(name, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for name, each in status.items()]
+    times = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in status.items()]
     return Corpus(path.resolve().name, digest(str(path.resolve()), times), True, lambda: shards)
 
 
-# Corpora of the Hugging Face hub
+# Datasets of the Hugging Face Hub
 
 
 def _on_hub(
     repository: str, train: str, val: str | None = None, documents: Callable[[Iterator[str]], Iterator[str]] = iter
 ) -> Callable[[str], Corpus]:
-    """What opens a dataset by the patterns of its files; `documents` turns the rows of a file into documents."""
+    """A function that opens a dataset, given globs of its files; `documents` converts rows to documents."""
 
     def open_(name: str) -> Corpus:
         return hub_corpus(name, repository, {"train": train, "val": val}, documents)
@@ -167,7 +168,7 @@ def _on_hub(
 
 
 def wikitext_articles(rows: Iterable[str]) -> Iterator[str]:
-    """The articles of WikiText, whose rows are lines: each begins at a heading " = Title = " of level 1."""
+    """Join the rows of WikiText, which are lines, into articles. An article starts at a heading " = Title = "."""
     article: list[str] = []
     for row in rows:
         heading = row.startswith(" = ") and row.endswith(" = \n")
@@ -185,7 +186,7 @@ CORPORA: dict[str, tuple[str, Callable[[str], Corpus]]] = {
     "docstrings": ("docstrings of Python's standard library and of the required packages", _open_docstrings),
     "stdlib": ("sources of Python's standard library", _open_standard_library),
     "tinystories": (
-        "2 GB of short stories in the words of small children",
+        "2 GB of synthetic short stories with a small child's vocabulary",
         _on_hub("roneneldan/TinyStories", "data/train-*.parquet", "data/validation-*.parquet"),
     ),
     "wikitext-2": (
@@ -206,9 +207,9 @@ CORPORA: dict[str, tuple[str, Callable[[str], Corpus]]] = {
             wikitext_articles,
         ),
     ),
-    # Of its branch main: the hub's own conversion, refs/convert/parquet, stops at the first 5 GB of a dataset.
+    # From its branch main: the Hub's automatic conversion, refs/convert/parquet, has only the first 5 GB of a dataset.
     "openwebtext": (
-        "40 GB of web pages that Reddit linked to, GPT-2's kind of text",
+        "40 GB of web pages linked from Reddit, like GPT-2's training data",
         _on_hub("Skylion007/openwebtext", "plain_text/train-*.parquet"),
     ),
     "fineweb": (
@@ -220,24 +221,24 @@ CORPORA: dict[str, tuple[str, Callable[[str], Corpus]]] = {
         _on_hub("HuggingFaceFW/fineweb-edu", "sample/10BT/*.parquet"),
     ),
     "pile": (
-        "800 GB of the Pile, less its copyrighted parts",
+        "800 GB: the Pile without its copyrighted parts",
         _on_hub("monology/pile-uncopyrighted", "train/*.jsonl.zst", "val.jsonl.zst"),
     ),
 }
 
 
 def open_corpus(name: str) -> Corpus:
-    """The corpus of this name, or of the file or folder at this path (`./docstrings` if its name is a corpus's).
+    """Open a corpus by name, or a file or folder by path (write `./docstrings` for a file named like a corpus).
 
-    A name that is neither, and a file or folder without text, is a `DataError`.
+    Raises `DataError` for an unknown name, and for a file or folder without text.
     """
     if name in CORPORA:
         return CORPORA[name][1](name)
     path = Path(name).expanduser()
     if path.exists():
         return _open_path(path)
-    near = difflib.get_close_matches(name, CORPORA, n=1)
+    matches = difflib.get_close_matches(name, CORPORA, n=1)
     raise DataError(
-        f"{name!r} is no file or folder, and no corpus{f' (did you mean {near[0]}?)' if near else ''}: "
+        f"{name!r} is no file or folder, and no corpus{f' (did you mean {matches[0]}?)' if matches else ''}: "
         + ", ".join(CORPORA)
     )

@@ -1,9 +1,9 @@
-"""Docstrings of Python source files, found by parsing: nothing is imported or run.
+"""Extract the docstrings of Python source files by parsing; no code is imported or run.
 
-Run as a script, it reads one path per line on standard input and answers each with one line of JSON, the
-list of that file's docstrings. Parsing is most of the work of the `docstrings` corpus and holds Python's
-lock, so `data.corpora` shares it out among such processes. They are plain subprocesses because
-multiprocessing would fork a parent that may be running torch's threads, or import its main module again.
+As a script, this reads one path per line from standard input and writes one line of JSON for each: the list of the
+file's docstrings. Parsing dominates the work of the `docstrings` corpus and holds the GIL, so `data.corpora` runs
+several of these processes. It does not use multiprocessing, which would fork a process that may run torch's threads, or
+import its main module again.
 """
 
 import ast
@@ -16,11 +16,11 @@ _DOCUMENTED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 def docstrings(source: bytes) -> list[str]:
-    """The docstrings of a module and of all it defines, in source order and with indentation removed.
+    """Docstrings of a module and its classes and functions, in source order, without indentation.
 
-    Source that this Python cannot parse (templates, code for another version) has none.
+    Returns [] for source that this Python cannot parse (templates, code for another version).
     """
-    if b'"""' not in source and b"'''" not in source:  # seen in no time; parsing is not
+    if b'"""' not in source and b"'''" not in source:  # this check is much cheaper than parsing
         return []
     try:
         tree = ast.parse(source)
@@ -31,8 +31,7 @@ def docstrings(source: bytes) -> list[str]:
 
 
 def _definitions(node: ast.AST) -> Iterator[ast.AST]:
-    """Functions and classes below a node. Only statements are visited: expressions, which are most of a
-    tree, hold no definition."""
+    """All functions and classes below a node. Only statements are visited, since expressions contain no definitions."""
     for block in ("body", "cases", "handlers", "orelse", "finalbody"):
         for statement in getattr(node, block, ()):
             if isinstance(statement, _DOCUMENTED):
@@ -41,7 +40,7 @@ def _definitions(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def main() -> None:
-    gc.disable()  # a tree has no cycles, and its nodes are many enough to keep the collector busy
+    gc.disable()  # syntax trees have no cycles, and their many nodes would trigger the collector often
     for path in sys.stdin.read().splitlines():
         with open(path, "rb") as file:
             print(json.dumps(docstrings(file.read())))

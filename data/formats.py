@@ -1,7 +1,7 @@
-"""Documents in files: a corpus is a list of shards of documents, and a reader turns a file of a kind into documents.
+"""Corpora, shards and documents, and readers of text, JSONL and Parquet files.
 
-A document is a non-empty `str` that can be written as UTF-8. A shard is streamed: no more than a document, or a batch
-of rows, is in memory at a time.
+A corpus is a list of shards. A shard is a stream of documents; only one document, or one batch of rows, is in memory at
+a time. A document is a non-empty `str` that UTF-8 can encode.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ from runtime.errors import UserError
 
 
 class DataError(UserError):
-    """Something is wrong with the user's data or with the way to it; the message says what would be right."""
+    """The data is invalid or cannot be reached. The message says what would be right."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A part of a corpus that is prepared as a whole: preparing is resumed between shards."""
+    """A part of a corpus. Preparation can be resumed after any shard."""
 
-    name: str  # stable, and unique in its corpus
-    split: Literal["train", "val"] | None  # None: the corpus leaves the split to its user
-    read: Callable[[], Iterator[str]]  # the documents; raises DataError
+    name: str  # stable and unique within the corpus
+    split: Literal["train", "val"] | None  # None: the corpus has no splits of its own
+    read: Callable[[], Iterator[str]]  # yields the documents; raises DataError
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A body of text. `fingerprint` needs no network, and changes whenever the documents would."""
+    """A text corpus. Its `fingerprint` changes whenever its documents do, and is computed without network access."""
 
     name: str
     fingerprint: str  # hexadecimal
-    deduplicate: bool  # whether exact repeats are to be dropped
-    shards: Callable[[], list[Shard]]  # may need the network; raises DataError
+    deduplicate: bool  # whether to drop exact duplicates
+    shards: Callable[[], list[Shard]]  # may access the network; raises DataError
 
 
 def shard(name: str, split: Literal["train", "val"] | None, read: Callable[[], Iterable[str]]) -> Shard:
-    """A shard of the non-empty documents of `read`: an empty one has nothing to learn from."""
+    """A shard of the documents that `read` yields, without empty ones."""
     return Shard(name, split, lambda: filter(None, read()))
 
 
 def digest(*parts: object) -> str:
-    """A fingerprint of values that JSON can spell."""
+    """SHA-256 of JSON-serializable values, in hexadecimal."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-# Readers of the kinds of file
+# Readers by file type
 
 TEXT_SUFFIXES = (
     ".txt .md .rst .tex .org .html .py .pyi .c .h .cc .cpp .hpp .cu .cuh .rs .go .js .ts .java .kt .scala .swift "
@@ -61,7 +61,7 @@ TEXT_SUFFIXES = (
 
 
 def read_text(path: Path) -> Iterator[str]:
-    """A text file, as one document."""
+    """Read a text file as one document. Raises `DataError`."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -75,7 +75,9 @@ def read_text(path: Path) -> Iterator[str]:
 
 
 def read_jsonl(path: Path) -> Iterator[str]:
-    """The `text` of each line of a JSONL file, which may be compressed (.gz, .zst). Blank lines are skipped."""
+    """Read the field `text` of each line of a JSONL file, which may be compressed (.gz, .zst). Skips blank lines.
+
+    Raises `DataError`."""
     try:
         with _open_lines(path) as lines:
             for number, line in enumerate(lines, start=1):
@@ -105,11 +107,11 @@ def _text_field(line: bytes, where: str) -> str:
     if not isinstance(row.get("text"), str):
         fields = ", ".join(f"{key} ({type(value).__name__})" for key, value in row.items()) or "none"
         raise DataError(f"{where}: no field 'text' holding a string; its fields: {fields}")
-    return writable(row["text"])
+    return utf8_safe(row["text"])
 
 
 def read_parquet(path: Path) -> Iterator[str]:
-    """The rows of a Parquet file's column `text`; a null is an empty document."""
+    """Read the column `text` of a Parquet file. A null is an empty document. Raises `DataError`."""
     import pyarrow
     import pyarrow.parquet
 
@@ -134,10 +136,10 @@ READERS = {
 
 
 def reader(name: str) -> Callable[[Path], Iterator[str]]:
-    """What reads a file of this name: by its suffix, and as text if that says nothing."""
+    """The reader for a file name, by its suffix; `read_text` for an unknown one."""
     return next((read for suffix, read in READERS.items() if name.lower().endswith(suffix)), read_text)
 
 
-def writable(text: str) -> str:
-    """The text with unpaired surrogates, which JSON and Python can spell and UTF-8 cannot, replaced."""
+def utf8_safe(text: str) -> str:
+    """Replace unpaired surrogates, which JSON and Python strings may contain but UTF-8 cannot encode."""
     return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")

@@ -1,8 +1,8 @@
-"""Corpora that are datasets of the Hugging Face hub, downloaded to its cache shard by shard as they are read.
+"""Corpora from datasets on the Hugging Face Hub, downloaded to its cache shard by shard as they are read.
 
-`huggingface_hub` does the downloading: its HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE hold here, other
-programs share its cache, and it takes a broken connection up again where it broke. It retries for minutes
-where nothing answers, though, so each wait for a first answer has a deadline here (`_answer`).
+`huggingface_hub` does the downloading. It honours HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE, shares its cache
+with other programs, and resumes interrupted downloads. But it retries for minutes if a server does not answer, so the
+first request of each operation has a timeout here (`_with_timeout`).
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def hub_corpus(
     patterns: dict[str, str | None],
     documents: Callable[[Iterator[str]], Iterator[str]],
 ) -> Corpus:
-    """The corpus of a dataset's files.
+    """A corpus of files of a Hub dataset.
 
-    `patterns` gives the files of the splits "train" and "val", as globs of one folder each. Without a pattern
-    for "val" the shards have no split. `documents` turns the rows of a file into documents.
+    `patterns` has a glob within one folder for each of the splits "train" and "val". If there is none for "val", the
+    shards have no split. `documents` converts the rows of a file to documents.
 
-    The fingerprint is of the repository and the patterns alone. What they stand for is settled when a machine
-    first asks: see `_listing`.
+    The fingerprint covers only the repository and the patterns. `_file_list` pins the commit and the files on first
+    use, so that they do not change later on this machine.
     """
     fingerprint = digest(repository, _REVISION, patterns)
     shards = partial(_shards, repository, patterns, documents, fingerprint)
@@ -52,12 +52,12 @@ def _shards(
 ) -> list[Shard]:
     from huggingface_hub import cached_assets_path
 
-    notes = cached_assets_path("nanofuse", repository, fingerprint[:16])
-    listing = _listing(repository, [pattern for pattern in patterns.values() if pattern], notes / "listing.json")
+    assets = cached_assets_path("nanofuse", repository, fingerprint[:16])
+    listing = _file_list(repository, [pattern for pattern in patterns.values() if pattern], assets / "listing.json")
 
     def read(path: str, sha256: str) -> Iterator[str]:
         file = _download(repository, listing["commit"], path)
-        _verify(file, sha256, notes / f"{sha256}.verified")
+        _verify(file, sha256, assets / f"{sha256}.verified")
         yield from documents(reader(path)(file))
 
     return [
@@ -68,16 +68,16 @@ def _shards(
     ]
 
 
-def _listing(repository: str, patterns: list[str], note: Path) -> dict[str, Any]:
-    """The dataset's commit, and the SHA-256 of each file of that commit that fits a pattern.
+def _file_list(repository: str, patterns: list[str], path: Path) -> dict[str, Any]:
+    """The dataset's `commit`, and the SHA-256 by path of the `files` of that commit that match a pattern.
 
-    It is asked for once and noted: the text of a corpus then stays the same, whatever becomes of the dataset,
-    and needs no network once its files are in the cache. Deleting the note brings the corpus up to date.
+    It is requested once and stored at `path`. The corpus then stays the same even if the dataset changes, and needs no
+    network once its files are cached. Delete `path` to update to the newest commit.
     """
-    if note.exists():
-        return json.loads(note.read_text("utf-8"))
+    if path.exists():
+        return json.loads(path.read_text("utf-8"))
 
-    def ask() -> dict[str, Any]:
+    def request() -> dict[str, Any]:
         from huggingface_hub import HfApi
 
         api = HfApi()
@@ -90,81 +90,83 @@ def _listing(repository: str, patterns: list[str], note: Path) -> dict[str, Any]
                     files[entry.path] = entry.lfs.sha256
         return {"commit": commit, "files": files}
 
-    listing = _answer(repository, ask)
+    listing = _with_timeout(repository, request)
     for pattern in patterns:
-        if not any(fnmatch(path, pattern) for path in listing["files"]):
+        if not any(fnmatch(name, pattern) for name in listing["files"]):
             raise DataError(f"dataset {repository} has no file {pattern} at its commit {listing['commit']}")
-    unfinished = note.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(json.dumps(listing, indent=1), "utf-8")
-    unfinished.replace(note)
+    partial_file = path.with_suffix(f".{os.getpid()}")
+    partial_file.write_text(json.dumps(listing, indent=1), "utf-8")
+    partial_file.replace(path)
     return listing
 
 
 def _download(repository: str, commit: str, path: str) -> Path:
-    """The file in the hub's cache, downloaded if it is not there."""
+    """Path of a dataset's file in the Hub's cache; it is downloaded if missing. Raises `DataError`."""
     import huggingface_hub as hub
 
     file = {"repo_id": repository, "filename": path, "revision": commit, "repo_type": "dataset"}
     cached = hub.try_to_load_from_cache(**file)
     if isinstance(cached, str):
         return Path(cached)
-    _answer(repository, lambda: hub.get_hf_file_metadata(hub.hf_hub_url(**file)))
-    with _explained(repository):
+    _with_timeout(repository, lambda: hub.get_hf_file_metadata(hub.hf_hub_url(**file)))
+    with _hub_errors(repository):
         return Path(hub.hf_hub_download(**file))
 
 
-def _verify(file: Path, sha256: str, note: Path) -> None:
-    """Check a file's content, unless the note says that the file as it now is has passed."""
+def _verify(file: Path, sha256: str, marker: Path) -> None:
+    """Check a file's SHA-256, unless `marker` records that it passed with its current size and modification time.
+
+    Raises `DataError`."""
     status = file.stat()
     state = f"{status.st_size} {status.st_mtime_ns}"
-    if note.exists() and note.read_text() == state:
+    if marker.exists() and marker.read_text() == state:
         return
     with file.open("rb") as content:
-        found = hashlib.file_digest(content, "sha256").hexdigest()
-    if found != sha256:
+        actual = hashlib.file_digest(content, "sha256").hexdigest()
+    if actual != sha256:
         raise DataError(
-            f"{file} is damaged: its SHA-256 is {found} and should be {sha256}. "
-            f"Delete {file.resolve()} to have it downloaded again."
+            f"{file} is damaged: its SHA-256 is {actual} and should be {sha256}. "
+            f"Delete {file.resolve()} to download it again."
         )
-    note.write_text(state)
+    marker.write_text(state)
 
 
-def _answer(repository: str, ask: Callable[[], _T]) -> _T:
-    """What `ask` returns, if within HF_HUB_ETAG_TIMEOUT (10 s by default).
+def _with_timeout(repository: str, request: Callable[[], _T]) -> _T:
+    """Return the result of `request`, or raise `DataError` after HF_HUB_ETAG_TIMEOUT (10 s by default).
 
-    The library's own time-outs are for one address and one attempt, and some of its calls have none: only a
-    thread that can be left behind bounds them all, look-ups of names included.
+    The library's own timeouts cover one address and one attempt, and some calls have none. A daemon thread, which is
+    abandoned on timeout, bounds all of it, DNS lookups included.
     """
-    from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT as PATIENCE
+    from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT as TIMEOUT_S
 
-    answer: Future[_T] = Future()
+    future: Future[_T] = Future()
 
     def run() -> None:
         try:
-            answer.set_result(ask())
+            future.set_result(request())
         except BaseException as error:
-            answer.set_exception(error)
+            future.set_exception(error)
 
     Thread(target=run, daemon=True).start()
-    with _explained(repository):
+    with _hub_errors(repository):
         try:
-            return answer.result(PATIENCE)
+            return future.result(TIMEOUT_S)
         except TimeoutError:
-            raise TimeoutError(f"no answer in {PATIENCE} s") from None
+            raise TimeoutError(f"no answer in {TIMEOUT_S} s") from None
 
 
 @contextmanager
-def _explained(repository: str) -> Iterator[None]:
-    """Turn what is raised within into a `DataError` that names the host, the dataset and the ways out."""
+def _hub_errors(repository: str) -> Iterator[None]:
+    """A context that converts exceptions to a `DataError` with the host, the dataset and possible remedies."""
     from huggingface_hub.constants import ENDPOINT
 
     try:
         yield
-    except Exception as error:  # its versions 0, 1 and 2 raise the errors of three network libraries
+    except Exception as error:  # the exception types depend on huggingface_hub's version
         reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
         raise DataError(
-            f"{ENDPOINT} did not give the dataset {repository} ({reason}). HF_ENDPOINT may name a mirror and "
-            "HF_TOKEN a user with access; files downloaded elsewhere are read by giving their folder as the "
-            "corpus, rows as documents, of which a part is then held out anew; the corpora docstrings and "
-            "stdlib need no network."
+            f"{ENDPOINT} did not give the dataset {repository} ({reason}). Set HF_ENDPOINT to a mirror, or HF_TOKEN "
+            "for a dataset that needs access; or download the files elsewhere and give their folder as the corpus "
+            "(each row is then a document, and a new validation split is made); or use the corpora docstrings or "
+            "stdlib, which need no network."
         ) from error

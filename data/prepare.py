@@ -1,14 +1,14 @@
-"""From a corpus to two arrays of token ids on disk, once.
+"""Prepare a corpus: tokenize it once into two arrays of token ids on disk.
 
-A prepared corpus is a folder of the cache, named by a hash of everything that its tokens depend on:
+A prepared corpus is a folder in the cache, named by a hash of everything that its tokens depend on:
 
     tokenizer.json            the vocabulary
-    train.bin, val.bin        token ids, uint16 or uint32, each document followed by its end
-    manifest.json             what was prepared, the size and checksum of both
+    train.bin, val.bin        token ids, uint16 or uint32; each document ends with the end-of-text token
+    manifest.json             corpus, tokenizer, statistics, sizes and checksums
 
-It is built beside its place, under a name ending in `.partial`, and renamed when complete: what bears the final name is
-whole, whenever the process was killed. `progress.json` in the partial folder says up to where its files hold finished
-shards; a later run cuts off whatever follows and goes on from there.
+It is built in a folder with the suffix `.partial`, which is renamed when complete. A folder with the final name is
+therefore always complete, even if the process is killed. `progress.json` in the partial folder records the finished
+shards and how many bytes of each file they take; a later run truncates the files there and continues.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, BinaryIO, Literal
+from typing import Annotated, BinaryIO, Literal
 
 import numpy as np
 
@@ -34,57 +34,54 @@ from data.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer, train_bpe
 from runtime.files import write_atomically
 from runtime.progress import progress_bar
 
-if TYPE_CHECKING:
-    pass
-
-FORMAT = 1  # of the prepared folder: part of its name's hash
+FORMAT = 1  # version of the prepared folder, part of the hash in its name
 SPLITS = ("train", "val")
-SAMPLE_CHARS = 32 * 2**20  # of text to train a BPE vocabulary on: more changes few of its merges
+SAMPLE_CHARS = 32 * 2**20  # characters to train a BPE vocabulary on; more would change few merges
 CHUNK = 2**24  # tokens counted at a time
-BATCH_CHARS = 8 * 2**20  # of text in memory at a time, unless a document is longer
-VERIFY_BYTES = 64 * 2**20  # files up to this are checked in full each time they are opened, in well under 0.1 s
-DIGEST_BYTES = 16  # of a document's hash: too many for two documents ever to share one
-REPORT_S = 30.0  # between lines about progress where there is no terminal for a progress bar
+BATCH_CHARS = 8 * 2**20  # characters of text in memory at a time, unless a document is longer
+VERIFY_BYTES = 64 * 2**20  # files up to this size are checksummed each time they are opened, in well under 0.1 s
+DIGEST_BYTES = 16  # bytes of a document's hash; 128 bits make collisions negligible
+REPORT_S = 30.0  # seconds between progress lines when there is no progress bar
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What text to train on, and as which tokens."""
+    """The corpus, the tokenizer, and how documents become training windows."""
 
     corpus: Annotated[
-        str, "corpus name (docstrings, stdlib, tinystories, ...) or path to text, JSONL, Parquet or a folder"
+        str, "corpus name (docstrings, stdlib, tinystories, ...) or path of a text, JSONL or Parquet file or a folder"
     ] = "docstrings"
-    tokenizer: Annotated[
-        Literal["bytes", "bpe", "gpt2"], "raw bytes, BPE trained on the corpus, or GPT-2's vocabulary"
-    ] = "bpe"
-    vocab_size: Annotated[int, "[257, inf)", "size of a trained BPE vocabulary"] = 2048
-    val_fraction: Annotated[float, "(0, 1)", "share of documents held out, without a validation split"] = 0.01
-    max_tokens: Annotated[int, "[0, inf)", "stop preparing after this many training tokens (0: all)"] = 0
+    tokenizer: Annotated[Literal["bytes", "bpe", "gpt2"], "raw bytes, BPE trained on the corpus, or GPT-2's BPE"] = (
+        "bpe"
+    )
+    vocab_size: Annotated[int, "[257, inf)", "vocabulary size of trained BPE"] = 2048
+    val_fraction: Annotated[
+        float, "(0, 1)", "fraction of documents to hold out, if the corpus has no validation split"
+    ] = 0.01
+    max_tokens: Annotated[int, "[0, inf)", "maximum number of training tokens to prepare (0: all)"] = 0
     packing: Annotated[
-        Literal["stream", "documents"], "stream: a token sees all before it; documents: what its own document has"
+        Literal["stream", "documents"], "stream: attend across documents; documents: mask attention to each document"
     ] = "stream"
-    shift: Annotated[
-        int, "[0, 1]", "tokens by which targets are ahead; 0, the input itself, is a mistake to reproduce"
-    ] = 1
-    cache: Annotated[str, "folder of prepared corpora"] = "data/cache"
+    shift: Annotated[int, "[0, 1]", "offset of targets from inputs in tokens; 0 reproduces a published mistake"] = 1
+    cache: Annotated[str, "folder for prepared corpora"] = "data/cache"
 
     @property
     def expected_vocab_size(self) -> int:
-        """The size of the vocabulary that preparing will give, known before it begins."""
+        """Vocabulary size of the tokenizer, known before preparation."""
         return {"bytes": 257, "bpe": self.vocab_size, "gpt2": 50257}[self.tokenizer]
 
     @property
     def separator(self) -> int:
-        """The id that parts documents packed apart, the end of text, which every vocabulary has last; else -1."""
+        """Id that separates masked documents: end-of-text, the last id of every vocabulary; -1 for packing stream."""
         return self.expected_vocab_size - 1 if self.packing == "documents" else -1
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A prepared corpus. `train` and `val` are read-only maps of files: 1-D, uint16 or uint32.
+    """A prepared corpus. `train` and `val` are read-only memory-mapped token arrays: 1-D, uint16 or uint32.
 
-    `summary` is the manifest: `corpus`, `fingerprint`, `tokenizer`, for `train` and for `val` its `documents`, `bytes`
-    of text and `tokens`, and the size and SHA-256 of each of `files`.
+    `summary` is the manifest: `corpus`, `fingerprint` and `tokenizer`; for each of `train` and `val` the numbers of
+    `documents`, `bytes` of text and `tokens`; and the size and SHA-256 of each of `files`.
     """
 
     tokenizer: Tokenizer
@@ -95,14 +92,14 @@ class Dataset:
 
 
 def prepare(config: DataConfig, say: Callable[[str], None] = print) -> Dataset:
-    """The corpus as tokens, prepared now or before; `say` gets a line for each stage.
+    """Open the prepared corpus, after preparing it if necessary. `say` gets a line for each stage.
 
-    Where a corpus comes without a validation split, a hash of each document decides, so that identical texts fall on
-    one side, whatever their order. Should that hold out nothing, as with a single text file, the last `val_fraction`
-    of the tokens is held out, from a line's beginning where there is one.
+    If a corpus has no validation split, a hash of each document assigns it, so identical documents are always in the
+    same split. If this holds out nothing, as with a single text file, the last `val_fraction` of the tokens is held
+    out, from the start of a line if possible.
 
-    Of processes preparing the same at once, the first does and the others open what it made. DataError as the corpus
-    and the tokenizers raise it, for a corpus too small to split, and for a prepared folder that is damaged.
+    If several processes prepare the same corpus, one does the work and the others wait. Raises `DataError` for an
+    invalid corpus or tokenizer, a corpus too small to split, and a damaged prepared folder.
     """
     corpus = open_corpus(config.corpus)
     vocab_size = config.vocab_size if config.tokenizer == "bpe" else None
@@ -118,13 +115,13 @@ def prepare(config: DataConfig, say: Callable[[str], None] = print) -> Dataset:
 
 @contextmanager
 def _locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock on `path`, which the system releases should the process be killed."""
+    """A context that holds a file lock on `path`. The system releases it if the process is killed."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("w")
     except OSError as error:
         raise DataError(
-            f"cannot write to {path.parent}: {error.strerror}; --data.cache names another folder"
+            f"cannot write to {path.parent}: {error.strerror}; choose another folder with --data.cache"
         ) from error
     with file:
         try:
@@ -137,14 +134,14 @@ def _locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 @dataclass
 class _Progress:
-    """How far a partial folder has got: the shards that it holds, and how many bytes of each file they take."""
+    """Contents of progress.json: the finished shards, and the bytes that they take in each file."""
 
     shards: list[str] = field(default_factory=list)
     sizes: dict[str, int] = field(default_factory=lambda: {"train.bin": 0, "val.bin": 0, "seen.bin": 0})
 
 
 class _Preparation:
-    """The making of one prepared folder."""
+    """Builds one prepared folder."""
 
     def __init__(self, corpus: Corpus, config: DataConfig, folder: Path, say: Callable[[str], None]) -> None:
         self.corpus = corpus
@@ -152,12 +149,13 @@ class _Preparation:
         self.folder = folder
         self.partial = folder.with_name(folder.name + ".partial")
         self.say = say
-        self.samples: dict[str, list[str]] = {}  # documents of the shards that training a vocabulary has read in full
+        self.cached_shards: dict[str, list[str]] = {}  # documents of shards that BPE training read to the end
 
     def run(self) -> None:
+        """Prepare the folder, from the beginning or from the last finished shard. Raises `DataError`."""
         started = time.monotonic()
         self.partial.mkdir(exist_ok=True)
-        # Those of validation first, so that their documents are known when those of training are read.
+        # Validation shards come first, so that their documents can be dropped from training shards.
         shards = sorted(self.corpus.shards(), key=lambda shard: shard.split != "val")
         vocabulary, state = self.partial / "tokenizer.json", self.partial / "progress.json"
         if not vocabulary.exists():
@@ -175,7 +173,7 @@ class _Preparation:
         for name in ("progress.json", "seen.bin"):
             (self.folder / name).unlink()
         documents, size, tokens = (
-            sum(summary[split][of] for split in SPLITS) for of in ("documents", "bytes", "tokens")
+            sum(summary[split][key] for split in SPLITS) for key in ("documents", "bytes", "tokens")
         )
         self.say(
             f"prepared {self.corpus.name} in {time.monotonic() - started:.0f} s: {documents:,} documents, "
@@ -183,37 +181,38 @@ class _Preparation:
         )
 
     def _make_tokenizer(self, shards: list[Shard]) -> Tokenizer:
-        """The tokenizer chosen. BPE trains on what the model will: not on validation text, unless that has yet to be
-        carved from the training text. Of a large corpus its beginning must do: to sample all would be to download all.
-        """
+        """Load or train the tokenizer.
+
+        BPE is trained on training documents only, unless the validation split is cut from a single text later. It uses
+        the beginning of a large corpus, because a sample of all of it would need all of it downloaded."""
         if self.config.tokenizer != "bpe":
             return {"bytes": byte_tokenizer, "gpt2": gpt2_tokenizer}[self.config.tokenizer]()
         started = time.monotonic()
         splitter = _Splitter(self.corpus.deduplicate, self.config.val_fraction)
         sample: list[str] = []
-        room = SAMPLE_CHARS
+        remaining = SAMPLE_CHARS
         for shard in shards:
-            if shard.split == "val" or not room:
+            if shard.split == "val" or not remaining:
                 continue
             documents = []
             for text in shard.read():
                 documents.append(text)
                 if splitter.split(shard, text) == "train":
-                    sample.append(text[:room])
-                    room -= len(sample[-1])
-                if not room:
+                    sample.append(text[:remaining])
+                    remaining -= len(sample[-1])
+                if not remaining:
                     break
             else:
-                self.samples[shard.name] = documents
+                self.cached_shards[shard.name] = documents
         tokenizer = train_bpe(sample, self.config.vocab_size)
         self.say(
-            f"read {(SAMPLE_CHARS - room) / 1e6:.1f} M characters of {self.corpus.name} and trained a BPE vocabulary "
-            f"of {tokenizer.vocab_size:,} on them in {time.monotonic() - started:.0f} s"
+            f"read {(SAMPLE_CHARS - remaining) / 1e6:.1f} M characters of {self.corpus.name} and trained a BPE "
+            f"vocabulary of {tokenizer.vocab_size:,} on them in {time.monotonic() - started:.0f} s"
         )
         return tokenizer
 
     def _tokenize(self, shards: list[Shard], tokenizer: Tokenizer, progress: _Progress) -> None:
-        """Append the tokens of every shard that `progress` lacks, and save it after each: a kill costs one shard."""
+        """Append the tokens of each unfinished shard, and then save `progress`: a kill loses at most one shard."""
         name, config = self.corpus.name, self.config
         if progress.shards:
             self.say(f"resuming {name} after {len(progress.shards)} of {len(shards)} shards")
@@ -238,12 +237,12 @@ class _Preparation:
             for shard in shards:
                 if shard.name in progress.shards or train.tell() >= limit:
                     continue
-                for texts in _batched(self.samples.pop(shard.name, None) or shard.read()):
-                    sides: dict[str | None, list[str]] = {"train": [], "val": [], None: []}
+                for texts in _batched(self.cached_shards.pop(shard.name, None) or shard.read()):
+                    by_split: dict[str | None, list[str]] = {"train": [], "val": [], None: []}
                     for text in texts:
-                        sides[splitter.split(shard, text)].append(text)
-                    train.write(tokenizer.encode_documents(sides["train"]))
-                    val.write(tokenizer.encode_documents(sides["val"]))
+                        by_split[splitter.split(shard, text)].append(text)
+                    train.write(tokenizer.encode_documents(by_split["train"]))
+                    val.write(tokenizer.encode_documents(by_split["val"]))
                     if bar is not None:
                         bar.update(sum(map(len, texts)))
                     elif time.monotonic() - reported > REPORT_S:
@@ -252,8 +251,8 @@ class _Preparation:
                         self.say(f"tokenizing {name}: {tokens / 1e6:,.1f} M tokens so far, in shard {shard.name}")
                     if train.tell() >= limit:
                         break
-                seen.write(splitter.fresh)
-                splitter.fresh.clear()
+                seen.write(splitter.new_digests)
+                splitter.new_digests.clear()
                 progress.shards.append(shard.name)
                 save()
             if not train.tell():
@@ -261,39 +260,40 @@ class _Preparation:
             if not val.tell():
                 train.flush()
                 tokens = np.memmap(train.name, tokenizer.dtype, "r")
-                tail = _tail(tokens, tokenizer, config.val_fraction, name)
-                val.write(tokens[tail:])
-                train.seek(tail * tokenizer.dtype.itemsize)
-            train.seek(min(train.tell(), limit))  # where it ends: `_finish` cuts off what follows
+                val_start = _validation_start(tokens, tokenizer, config.val_fraction, name)
+                val.write(tokens[val_start:])
+                train.seek(val_start * tokenizer.dtype.itemsize)
+            train.seek(min(train.tell(), limit))  # the position is the file's size; `_finish` truncates it there
             save()
 
 
 class _Splitter:
-    """Decides for each document, from its content, whether it is for training, for validation or a repeat."""
+    """Assigns each document, by its content, to training or validation, or marks it as a duplicate."""
 
     def __init__(self, deduplicate: bool, val_fraction: float, seen: bytes = b"") -> None:
         self.deduplicate = deduplicate
         self.val_fraction = val_fraction
-        # Digests: of every document if repeats are to go, else of those in validation shards.
+        # Digests of all documents if duplicates are dropped, otherwise of those in validation shards.
         self.seen = {seen[start : start + DIGEST_BYTES] for start in range(0, len(seen), DIGEST_BYTES)}
-        self.fresh = bytearray()  # those of `seen` added since
+        self.new_digests = bytearray()  # digests added to `seen` since the last shard
 
     def split(self, shard: Shard, text: str) -> str | None:
-        """The name of a split, or None for a repeat."""
+        """Return "train", "val" or, for a duplicate, None."""
         digest = hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest()
         if digest in self.seen:
             return None
         if self.deduplicate or shard.split == "val":
             self.seen.add(digest)
-            self.fresh += digest
+            self.new_digests += digest
         if shard.split is not None:
             return shard.split
         if self.deduplicate and len(self.seen) == 1:
-            return "train"  # the first document: there may be no other
+            return "train"  # the first document, since it may be the only one
         return "val" if int.from_bytes(digest[:8], "big") < self.val_fraction * 2**64 else "train"
 
 
 def _batched(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Group documents into lists of at least `BATCH_CHARS` characters, except the last."""
     batch, size = [], 0
     for text in documents:
         batch.append(text)
@@ -305,20 +305,18 @@ def _batched(documents: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _open_end(path: Path, size: int) -> BinaryIO:
-    """Open a file to append to its first `size` bytes; what follows them, an interrupted shard's, goes."""
+    """Truncate a file to `size` bytes, which removes an interrupted shard, and open it for appending."""
     path.touch()
     if path.stat().st_size < size:
-        raise DataError(
-            f"{path} has lost some of its {size:,} bytes: delete {path.parent} to prepare from the beginning"
-        )
+        raise DataError(f"{path} has lost some of its {size:,} bytes: delete {path.parent} to prepare it again")
     os.truncate(path, size)
     file = path.open("r+b")
     file.seek(size)
     return file
 
 
-def _tail(tokens: np.ndarray, tokenizer: Tokenizer, fraction: float, name: str) -> int:
-    """Where the last `fraction` of `tokens` begins: after a line's end, should one come within that distance before."""
+def _validation_start(tokens: np.ndarray, tokenizer: Tokenizer, fraction: float, name: str) -> int:
+    """Index at which the last `fraction` of `tokens` starts; moved back to a line's start if one is close enough."""
     if len(tokens) < 4:
         raise DataError(f"{name} is {len(tokens)} tokens long: too short to hold any out for validation")
     held_out = min(max(2, round(fraction * len(tokens))), len(tokens) - 2)
@@ -331,10 +329,10 @@ def _tail(tokens: np.ndarray, tokenizer: Tokenizer, fraction: float, name: str) 
 
 
 def _finish(path: Path, size: int, tokenizer: Tokenizer) -> dict[str, int]:
-    """Cut a file of tokens to `size` bytes and count what it holds."""
+    """Truncate a file of tokens to `size` bytes. Returns its numbers of documents, bytes of text and tokens."""
     _open_end(path, size).close()
     tokens = np.memmap(path, tokenizer.dtype, "r+")
-    tokens[-1] = tokenizer.eot  # as is the case already unless the file was cut within a document
+    tokens[-1] = tokenizer.eot  # it differs only if the file was truncated within a document
     tokens.flush()
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     for start in range(0, len(tokens), CHUNK):
@@ -352,8 +350,10 @@ def _sha256(path: Path) -> str:
 
 
 def _open(folder: Path) -> Dataset:
-    """A prepared folder. Sizes are always checked, and the content of files up to VERIFY_BYTES: in full a corpus of
-    billions of tokens would hold up every start by a minute, and was checksummed from disk when it was prepared."""
+    """Open a prepared folder. Raises `DataError` if it is damaged.
+
+    Sizes are always checked, and checksums for files up to `VERIFY_BYTES`: for billions of tokens, checksums would
+    delay every start by a minute."""
     try:
         summary = json.loads((folder / "manifest.json").read_text())
         for name, expected in summary["files"].items():
@@ -361,7 +361,7 @@ def _open(folder: Path) -> Dataset:
             if size != expected["size"]:
                 raise DataError(f"{name} has {size:,} bytes, not {expected['size']:,}")
             if size <= VERIFY_BYTES and _sha256(folder / name) != expected["sha256"]:
-                raise DataError(f"{name} differs from what was written")
+                raise DataError(f"{name} does not have its checksum")
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
         train, val = (np.memmap(folder / f"{split}.bin", tokenizer.dtype, "r") for split in SPLITS)
     except (ValueError, KeyError, TypeError, FileNotFoundError) as error:

@@ -1,9 +1,8 @@
-"""Text to token ids and back.
+"""Tokenizers: text to token ids and back.
 
-Raw bytes, a trained vocabulary and GPT-2's are one thing here: byte-level BPE, which a split pattern and a table of
-ranks define completely. Raw bytes take nothing but numpy; else tiktoken encodes, being quick and releasing the GIL, and
-Hugging Face's `tokenizers` trains, and is what a checkpoint is exported for. Being byte-level, every tokenizer encodes
-any text and decodes it exactly.
+All tokenizers here (raw bytes, trained BPE, GPT-2) are byte-level BPE, which a split pattern and a table of ranks
+define. Every text can be encoded and decodes exactly. tiktoken encodes, because it is fast and releases the GIL.
+Hugging Face's `tokenizers` trains, and is the format of exported checkpoints. Raw bytes need neither package.
 """
 
 from __future__ import annotations
@@ -29,30 +28,30 @@ if TYPE_CHECKING:
 EOT = "<|endoftext|>"
 GPT2_TIMEOUT_S = 30.0
 
-# GPT-4's pattern but for two things. Digits go in pairs: a small vocabulary cannot afford the thousand tokens of all
-# threes, and would give them to those that the corpus happens to hold. Runs of white space are bounded: an unbounded
-# one before a look-ahead overflows the regular expression's stack at about a million characters.
+# GPT-4's pattern with two changes. Digits are grouped in pairs, because a small vocabulary cannot afford a thousand
+# tokens for all groups of three. Runs of white space are bounded, because an unbounded run before a look-ahead
+# overflows the regular expression's stack at about a million characters.
 SPLIT_PATTERN = (
     r"'(?:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s{0,255}[\r\n]|\s{1,256}(?!\S)|\s"
 )
 
-# What GPT-2 splits by when a tokenizer.json names no pattern of its own, spelt so that tiktoken is quick with it.
+# GPT-2's pattern, the default of a tokenizer.json without one, with possessive quantifiers for tiktoken's speed.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
-# Byte-level vocabularies are written with a visible character for every byte: itself, or one past U+0100.
-_VISIBLE = [b for b in range(256) if chr(b).isprintable() and b != ord(" ")]
-_HIDDEN = [b for b in range(256) if b not in _VISIBLE]
-_CHAR_OF = {b: chr(b) for b in _VISIBLE} | {b: chr(256 + n) for n, b in enumerate(_HIDDEN)}
+# In a tokenizer.json every byte is a printable character: itself, or one from U+0100 on (GPT-2's bytes_to_unicode).
+_PRINTABLE = [b for b in range(256) if chr(b).isprintable() and b != ord(" ")]
+_OTHER = [b for b in range(256) if b not in _PRINTABLE]
+_CHAR_OF = {b: chr(b) for b in _PRINTABLE} | {b: chr(256 + n) for n, b in enumerate(_OTHER)}
 _BYTE_OF = {char: b for b, char in _CHAR_OF.items()}
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A byte-level BPE vocabulary: an immutable value.
+    """An immutable byte-level BPE tokenizer.
 
-    `ranks` holds every token's bytes and id, lower ids merging first; `eot` is the id that ends a document, which no
-    text encodes to. DataError unless all 256 single bytes are tokens and all ids differ.
+    `ranks` maps each token's bytes to its id; lower ids merge first. `eot` is the id of the end-of-text token, which no
+    text encodes to. Raises `DataError` unless all 256 single bytes are tokens and all ids differ.
     """
 
     name: str
@@ -67,10 +66,11 @@ class Tokenizer:
                 f"tokenizer {self.name!r} has no token for the byte {missing[0]:#04x}: it must have all 256"
             )
         if len({*self.ranks.values(), self.eot}) <= len(self.ranks):
-            raise DataError(f"tokenizer {self.name!r} gives one id to two tokens: ids must differ")
+            raise DataError(f"tokenizer {self.name!r} has two tokens with the same id: ids must differ")
 
     @cached_property
     def encoding(self) -> tiktoken.Encoding | _Bytes:
+        """The encoder, created at first use."""
         if len(self.ranks) == 256:
             return _Bytes(self.ranks, self.eot)
         import tiktoken
@@ -81,27 +81,27 @@ class Tokenizer:
 
     @property
     def ids(self) -> list[int]:
-        """Every id that stands for something, `eot` last; there may be gaps."""
+        """All ids that are tokens, `eot` last. There may be gaps."""
         return [*self.ranks.values(), self.eot]
 
     @property
     def vocab_size(self) -> int:
-        """One more than the greatest id."""
+        """The largest id plus one."""
         return max(self.ids) + 1
 
     @property
     def dtype(self) -> np.dtype:
-        """Of ids on disk: uint16 where they fit, else uint32."""
+        """Dtype of ids on disk: uint16 if they fit, otherwise uint32."""
         return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, in which "<|endoftext|>" is ordinary text like any other."""
+        """Encode `text`; "<|endoftext|>" in it is ordinary text."""
         return self.encoding.encode_ordinary(text)
 
     def encode_documents(self, texts: Sequence[str]) -> np.ndarray:
-        """The ids of all `texts`, one after another with `eot` after each: 1-D of `dtype`.
+        """Encode documents into one 1-D array of `dtype`, with `eot` after each document.
 
-        After and not before: the stream then ends where a document does, and a model learns to end one.
+        With `eot` after a document rather than before it, the model learns to end one.
         """
         parts, end = [np.empty(0, self.dtype)], np.array([self.eot], self.dtype)
         for ids in self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1):
@@ -109,14 +109,15 @@ class Tokenizer:
         return np.concatenate(parts)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Decode `ids` to bytes."""
         return self.encoding.decode_bytes([int(i) for i in ids])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, with U+FFFD for bytes that are not UTF-8: a sample may begin or end within a character."""
+        """Decode `ids` to text, with U+FFFD for invalid UTF-8: a sample may start or end within a character."""
         return self.decode_bytes(ids).decode(errors="replace")
 
     def byte_lengths(self) -> np.ndarray:
-        """Bytes of text that each id stands for, int64 [vocab_size]; none for `eot`. For bits per byte."""
+        """Number of bytes of each id, int64 `[vocab_size]`; 0 for `eot`. For bits per byte."""
         lengths = np.zeros(self.vocab_size, np.int64)
         for token, rank in self.ranks.items():
             lengths[rank] = len(token)
@@ -126,13 +127,13 @@ class Tokenizer:
         return sorted(self.ranks.items(), key=lambda item: item[1])
 
     def save(self, path: Path) -> None:
-        """Write the whole tokenizer as one JSON file; its bytes stand as the characters U+0000 to U+00FF."""
+        """Write the tokenizer to a JSON file, with bytes as the characters U+0000 to U+00FF."""
         ranks = {token.decode("latin-1"): rank for token, rank in self._by_rank()}
         write_atomically(path, json.dumps(asdict(self) | {"ranks": ranks}, indent=0))
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """What `save` wrote. DataError where `path` holds anything else."""
+        """Load a file that `save` wrote. Raises `DataError` for any other."""
         try:
             fields = json.loads(path.read_text())
             ranks = {token.encode("latin-1"): int(rank) for token, rank in fields.pop("ranks").items()}
@@ -141,14 +142,14 @@ class Tokenizer:
             raise DataError(f"{path} is not a tokenizer that nanofuse saved: {error}") from error
 
     def to_huggingface(self) -> tokenizers.Tokenizer:
-        """The same tokenizer, giving equal ids, for `transformers` and whatever else reads tokenizer.json.
+        """Convert to a `tokenizers.Tokenizer` with equal ids, for `transformers` and others that read tokenizer.json.
 
-        That file does not say that "<|endoftext|>" in a text is ordinary: what loads it decides.
+        Programs that load the file decide whether "<|endoftext|>" in a text is a special token.
         """
         from tokenizers import AddedToken, Tokenizer, decoders, models
 
-        # Ranks say which tokens exist and which come first, not what each was merged from: every split into two known
-        # tokens is a merge, as for tiktoken.
+        # Ranks do not record which two tokens a token was merged from. As in tiktoken, every split into two known
+        # tokens is a valid merge.
         merges = [
             (_text(token[:cut]), _text(token[cut:]))
             for token, _ in self._by_rank()
@@ -160,16 +161,16 @@ class Tokenizer:
         tokenizer.pre_tokenizer = _pre_tokenizer(self.pattern)
         tokenizer.decoder = decoders.ByteLevel()
         tokenizer.add_special_tokens([AddedToken(EOT, special=True, normalized=False)])
-        tokenizer.encode_special_tokens = True  # as the text that they are spelt with
+        tokenizer.encode_special_tokens = True  # encode them as ordinary text
         return tokenizer
 
     @classmethod
     def from_huggingface(cls, path: Path) -> Tokenizer:
-        """A published byte-level BPE tokenizer.json (GPT-2's, Llama 3's, Qwen's), with equal ids for equal text.
+        """Load a byte-level BPE tokenizer.json (of GPT-2, Llama 3, Qwen), with equal ids for equal text.
 
-        Its special tokens are left out but for the one that ends a text. Unicode normalisation is left out too, since
-        decoding must give back the text that came in: where a tokenizer normalises, ids are equal for normalised text.
-        DataError for another kind of tokenizer.
+        Special tokens are dropped, except the one that ends a text. Unicode normalization is dropped, because decoding
+        must return the original text; ids are then equal for normalized text. Raises `DataError` for other kinds of
+        tokenizers.
         """
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
@@ -181,15 +182,15 @@ class Tokenizer:
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(f"{path} is not the tokenizer.json of a byte-level BPE tokenizer: {error!r}") from error
         if order != sorted(order):
-            raise DataError(f"{path} merges tokens in another order than that of their ids: tiktoken cannot")
+            raise DataError(f"{path} merges tokens in another order than that of their ids: tiktoken cannot do that")
         eot = next((added[text] for text in (EOT, "<|end_of_text|>") if text in added), None)
         if eot is None:
-            raise DataError(f"{path} has neither {EOT} nor <|end_of_text|>, one of which must end documents")
+            raise DataError(f"{path} has no end-of-text token: it needs {EOT} or <|end_of_text|>")
         return cls(path.resolve().parent.name, pattern, ranks, eot)
 
 
 class _Bytes:
-    """What is used of `tiktoken.Encoding`, for a vocabulary of single bytes, without that package."""
+    """The part of the `tiktoken.Encoding` interface that `Tokenizer` uses, for a vocabulary of single bytes."""
 
     def __init__(self, ranks: dict[bytes, int], eot: int) -> None:
         self.ids = np.array([ranks[bytes([b])] for b in range(256)], np.uint32)
@@ -205,26 +206,28 @@ class _Bytes:
             yield self.ids[np.frombuffer(text.encode(), np.uint8)]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Decode `ids` to bytes."""
         return b"".join(self.tokens[id] for id in ids)
 
 
 def byte_tokenizer() -> Tokenizer:
-    """Each byte is its own id; 257 ids with `eot`."""
-    # Any pattern would do, but for one whose pieces can be all of "<|endoftext|>", a word of the exported vocabulary.
+    """The tokenizer of raw bytes: each byte is its own id, and 256 is `eot`."""
+    # The pattern must split "<|endoftext|>", because that is a token of the exported vocabulary.
     return Tokenizer("bytes", r"\w+|\W+", {bytes([b]): b for b in range(256)}, eot=256)
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """The BPE vocabulary of `vocab_size` ids, `eot` among them, that `documents` merge to.
+    """Train a BPE tokenizer with `vocab_size` ids, including `eot`, on `documents`.
 
-    DataError when that is below 257, the bytes and `eot`, or above what `documents` support: a token must occur twice.
+    Raises `DataError` if `vocab_size` is below 257 (all bytes and `eot`), or if the documents have too few pairs that
+    occur twice.
     """
-    from tokenizers import Tokenizer as Trained
+    from tokenizers import Tokenizer as HFTokenizer
     from tokenizers import models, pre_tokenizers, trainers
 
     if vocab_size < 257:
         raise DataError(f"vocab_size is {vocab_size}: it must be at least 257, all bytes and {EOT}")
-    trained = Trained(models.BPE())
+    trained = HFTokenizer(models.BPE())
     trained.pre_tokenizer = _pre_tokenizer(SPLIT_PATTERN)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trained.train_from_iterator(
@@ -237,12 +240,12 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
             f"vocab_size is {vocab_size}, and the text to train it on supports only {len(ranks) + 1}: "
             "lower vocab_size or use a larger corpus"
         )
-    ranks |= {bytes([b]): b for b in range(256)}  # single bytes are ids 0 to 255 in any order: make it their own
+    ranks |= {bytes([b]): b for b in range(256)}  # training gives the single bytes ids 0 to 255 in another order
     return Tokenizer("bpe", SPLIT_PATTERN, ranks, eot=vocab_size - 1)
 
 
 def gpt2_tokenizer() -> Tokenizer:
-    """GPT-2's, which tiktoken downloads once. DataError when it cannot, within GPT2_TIMEOUT_S."""
+    """GPT-2's tokenizer, which tiktoken downloads once. Raises `DataError` if it fails, or takes `GPT2_TIMEOUT_S`."""
     from tiktoken_ext import openai_public
 
     outcome: list[dict | Exception] = []
@@ -253,16 +256,16 @@ def gpt2_tokenizer() -> Tokenizer:
         except Exception as error:
             outcome.append(error)
 
-    # tiktoken sets no time-out: a thread that ends with the process puts a bound on a server that never answers.
+    # tiktoken has no timeout; a daemon thread, which is abandoned, bounds the wait for a server that never answers.
     thread = threading.Thread(target=fetch, daemon=True)
     thread.start()
     thread.join(GPT2_TIMEOUT_S)
     fields = outcome[0] if outcome else TimeoutError(f"no answer within {GPT2_TIMEOUT_S:g} s")
     if isinstance(fields, Exception):
         raise DataError(
-            f"cannot fetch GPT-2's vocabulary from openaipublic.blob.core.windows.net: {fields}. Where that can be "
-            "reached, run TIKTOKEN_CACHE_DIR=gpt2 python -c \"import tiktoken; tiktoken.get_encoding('gpt2')\", copy "
-            "the folder gpt2 here and set TIKTOKEN_CACHE_DIR to it; or choose bpe or bytes, which need no network"
+            f"cannot fetch GPT-2's vocabulary from openaipublic.blob.core.windows.net: {fields}. On a machine that can "
+            "reach it, run TIKTOKEN_CACHE_DIR=gpt2 python -c \"import tiktoken; tiktoken.get_encoding('gpt2')\", then "
+            "copy the folder gpt2 here and set TIKTOKEN_CACHE_DIR to it; or choose bpe or bytes, which need no network"
         ) from fields
     return Tokenizer("gpt2", fields["pat_str"], fields["mergeable_ranks"], fields["special_tokens"][EOT])
 
@@ -283,7 +286,7 @@ def _pre_tokenizer(pattern: str) -> tokenizers.pre_tokenizers.PreTokenizer:
 
 
 def _pattern_of(fields: dict) -> str:
-    """The split pattern of a tokenizer.json's pre-tokenizer; ValueError if it is not byte-level, or does more."""
+    """The split pattern of a tokenizer.json's pre-tokenizer. Raises `ValueError` unless it is byte-level only."""
     match fields:
         case {"type": "ByteLevel", "add_prefix_space": False} if fields.get("use_regex", True):
             return GPT2_PATTERN

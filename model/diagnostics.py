@@ -1,28 +1,29 @@
-"""What goes on inside a step of training: norms and signal by group of parameters, activations and attention's entropy
-by block, and how far the gradients of its micro-batches agree.
+"""Diagnostics of a training step: norms by parameter group, activations and attention entropy by block, and the
+gradient noise scale.
 
-`Probe.after` gives, as plain numbers:
+`Probe.after_step` returns these measures as floats:
 
-    gradient     norm of the gradient, before clipping
-    parameter    norm of the parameters, before the step
-    update       norm of what the step added to them, weight decay included
-    ratio        update / parameter; a group of zeros is left out
-    snr          Adam's signal to noise: the mean of |m_hat| / sqrt(v_hat), 0 where there has been no gradient; groups
-                 of which a part is on Muon, which has no v, are left out
-    activation   root mean square of the stream that leaves each block
-    entropy      of attention's weights in nats, the mean over sequences, heads and queries; ln n for n equal weights
-    noise_scale  tr(Sigma) / |G|^2 in tokens, Sigma the covariance of a token's gradient and G the true gradient: about
-                 the batch from which on more tokens stop paying
-    coherence    cosine of the gradient of a micro-batch with that of the whole batch, the mean over micro-batches
+    gradient     gradient norm before clipping
+    parameter    parameter norm before the step
+    update       norm of the step's change of the parameters, weight decay included
+    ratio        update / parameter; groups that are all zeros are left out
+    snr          signal-to-noise ratio of Adam: mean of |m_hat| / sqrt(v_hat), with 0 for elements that never had a
+                 gradient; groups with parameters on Muon, which has no v, are left out
+    activation   root mean square of the residual stream after each block
+    entropy      entropy of the attention weights in nats, mean over sequences, heads and queries; ln n if n are equal
+    noise_scale  tr(Sigma) / |G|^2 in tokens, where Sigma is the covariance of one token's gradient and G is the true
+                 gradient: roughly the critical batch size, beyond which larger batches hardly help
+    coherence    cosine similarity between a micro-batch's gradient and the whole batch's, mean over micro-batches
 
-the first five by group (embedding, position, blocks.0.attention with its QK-norm, blocks.0.feed_forward, ..., norms,
-head where it is not the embedding), the next two by the block's index as text. With g_i the gradients of N
-micro-batches of b tokens, g their mean and B = N b, the unbiased estimates are
+The first five are by parameter group: embedding, position, blocks.0.attention (with its QK-norm),
+blocks.0.feed_forward, ..., norms, and head if untied. The next two are by block, with the index as a string.
+
+Let g_i be the gradients of N micro-batches of b tokens, g their mean, and B = N b. The unbiased estimates are
 
     |G|^2 = (B |g|^2 - b mean |g_i|^2) / (B - b),   tr(Sigma) = (mean |g_i|^2 - |g|^2) / (1/b - 1/B)
 
-One step's are noisy, all the more for a small N: average over steps. Micro-batches are taken to have equally many
-targets. Source: McCandlish et al., "An Empirical Model of Large-Batch Training", 2018, appendix A.1.
+A single step's estimate is noisy, especially for small N; average over steps. All micro-batches are assumed to have the
+same number of targets. Source: McCandlish et al., "An Empirical Model of Large-Batch Training", 2018, appendix A.1.
 """
 
 import math
@@ -38,20 +39,20 @@ from kernels.attention import scores
 from model.evaluate import evaluating
 from model.gpt import GPT
 
-SEQUENCES = 4  # that activations and entropy are measured on
-QUERIES = 128  # whose weights are held at a time
+SEQUENCES = 4  # sequences of the batch to measure activations and entropy on
+QUERY_CHUNK = 128  # queries whose attention weights are in memory at a time
 
 
 class Probe:
-    """Watches one optimizer step, which it leaves as it is to the last bit.
+    """Measures one optimizer step, without changing its result in any bit.
 
         probe = Probe(model, optimizers)
-        for each micro-batch: ...backward(); probe.accumulated()
-        ...unscale and clip; probe.before(); the optimizers' steps
-        row = probe.after(ids)
+        for each micro-batch: ...backward(); probe.after_backward()
+        ...unscale and clip; probe.before_step(); the optimizers' steps
+        row = probe.after_step(ids)
 
-    It holds two copies of the gradients while they accumulate, and one of the parameters over the step. `scale` is what
-    losses are multiplied by before their backward (a GradScaler's).
+    It holds two copies of the gradients during accumulation, and one of the parameters during the step. `scale` is the
+    factor of the losses (a GradScaler's scale).
     """
 
     def __init__(self, model: GPT, optimizers: list[Optimizer], scale: float = 1.0):
@@ -61,61 +62,68 @@ class Probe:
         for name, parameter in model.named_parameters():
             self.groups.setdefault(_group(name), []).append(len(self.parameters))
             self.parameters.append(parameter)
-        self.squares: list[Tensor] = []  # |g_i|^2 of every micro-batch, as they add up in .grad
+        self.squares: list[Tensor] = []  # |g_i|^2 of every micro-batch, scaled as in .grad
 
     @torch.no_grad()
-    def accumulated(self) -> None:
-        """After each micro-batch's backward: keep the sum of gradients so far, and that of the micro-batches' own
-        gradients at length 1, whose product with the whole batch's gradient is N times the coherence."""
+    def after_backward(self) -> None:
+        """Call after the backward pass of each micro-batch.
+
+        Updates `total`, the accumulated gradient, and `directions`, the sum of the micro-batches' unit gradients. The
+        dot product of the two is N |g| times the coherence."""
         grads = [p.grad for p in self.parameters]
         if not self.squares:
-            self.so_far, self.directions = ([torch.zeros_like(g) for g in grads] for _ in range(2))
-        for grad, kept in zip(grads, self.so_far, strict=True):
-            torch.sub(grad, kept, out=kept)
-        norm = torch.linalg.vector_norm(_norms(self.so_far))
-        for grad, kept, direction in zip(grads, self.so_far, self.directions, strict=True):
-            direction.addcdiv_(kept, norm)
-            kept.copy_(grad)
+            self.total, self.directions = ([torch.zeros_like(g) for g in grads] for _ in range(2))
+        # The difference to the previous total is this micro-batch's own gradient. It is computed in place.
+        for grad, total in zip(grads, self.total, strict=True):
+            torch.sub(grad, total, out=total)
+        norm = torch.linalg.vector_norm(_norms(self.total))
+        for grad, total, direction in zip(grads, self.total, self.directions, strict=True):
+            direction.addcdiv_(total, norm)
+            total.copy_(grad)
         self.squares.append(norm.square())
 
     @torch.no_grad()
-    def before(self) -> None:
-        """Just before the optimizers' steps."""
-        self.gradient = _norms(self.so_far)
-        products = [torch.dot(d.flatten(), g.flatten()) for d, g in zip(self.directions, self.so_far, strict=True)]
-        self.product = torch.stack(products).sum()
-        del self.so_far, self.directions
-        self.parameter = _norms(self.parameters)
-        self.copies = [p.detach().clone() for p in self.parameters]
+    def before_step(self) -> None:
+        """Call just before the optimizers' steps."""
+        self.gradient_norms = _norms(self.total)
+        dots = [torch.dot(d.flatten(), g.flatten()) for d, g in zip(self.directions, self.total, strict=True)]
+        self.direction_dot = torch.stack(dots).sum()
+        del self.total, self.directions
+        self.parameter_norms = _norms(self.parameters)
+        self.previous_parameters = [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()
-    def after(self, ids: Tensor) -> dict[str, Any]:
-        """After the step on `ids` `[B, T]`, all of its micro-batches: the measures that this file begins with. The
-        first sequences go through the model once more, under the caller's autocast."""
-        update = _norms(p - before for p, before in zip(self.parameters, self.copies, strict=True))
-        del self.copies
-        row = {"gradient": self._by_group(self.gradient / self.scale), "parameter": self._by_group(self.parameter)}
-        row["update"] = self._by_group(update)
+    def after_step(self, ids: Tensor) -> dict[str, Any]:
+        """Call after the step on `ids` `[B, T]` (the whole batch). Returns the measures listed at the top of this file.
+
+        Activations and entropy take a forward pass of the first sequences, under the caller's autocast."""
+        updates = (p - previous for p, previous in zip(self.parameters, self.previous_parameters, strict=True))
+        update_norms = _norms(updates)
+        del self.previous_parameters
+        row = {"gradient": self._by_group(self.gradient_norms / self.scale)}
+        row["parameter"], row["update"] = self._by_group(self.parameter_norms), self._by_group(update_norms)
         row["ratio"] = {k: row["update"][k] / norm for k, norm in row["parameter"].items() if norm}
         row["snr"] = self._snr()
-        row |= watch(self.model, ids[:SEQUENCES])
+        row |= block_statistics(self.model, ids[:SEQUENCES])
         return row | self._agreement(ids.numel())
 
     def _by_group(self, norms: Tensor) -> dict[str, float]:
+        """Combine the norms of parameters `[number of parameters]` into norms of groups."""
         values = norms.tolist()
         return {group: math.hypot(*(values[i] for i in members)) for group, members in self.groups.items()}
 
     def _snr(self) -> dict[str, float]:
+        """Adam's signal-to-noise ratio by group."""
         sums = {}
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 for p in group["params"]:
                     state = optimizer.state.get(p, {})
-                    if "exp_avg_sq" in state and state["step"] > 0:  # 0: fp16 has overflowed in every step
+                    if "exp_avg_sq" in state and state["step"] > 0:  # 0 if fp16 overflowed in every step
                         (beta1, beta2), t = group["betas"], float(state["step"])
                         v = state["exp_avg_sq"]
-                        shares = (state["exp_avg"].abs() / v.sqrt()).masked_fill_(v == 0, 0)
-                        sums[p] = shares.sum() * math.sqrt(1 - beta2**t) / (1 - beta1**t)
+                        ratios = (state["exp_avg"].abs() / v.sqrt()).masked_fill_(v == 0, 0)
+                        sums[p] = ratios.sum() * math.sqrt(1 - beta2**t) / (1 - beta1**t)
         snr = {}
         for group, members in self.groups.items():
             parameters = [self.parameters[i] for i in members]
@@ -124,63 +132,66 @@ class Probe:
         return snr
 
     def _agreement(self, tokens: int) -> dict[str, float | None]:
-        """None for what a single micro-batch does not tell, and for a noise scale when the noise hides the gradient."""
+        """Noise scale and coherence of a batch of `tokens` tokens.
+
+        Both are None for a single micro-batch. The noise scale is also None if the estimate of |G|^2 is not positive.
+        """
         n, row = len(self.squares), {"noise_scale": None, "coherence": None}
         if n < 2:
             return row
-        norm = math.hypot(*self.gradient.tolist())
-        large, small = norm**2, n * sum(torch.stack(self.squares).tolist())  # |g|^2, mean |g_i|^2: .grad has g_i / n
-        signal, noise = (n * large - small) / (n - 1), (small - large) / (n - 1) * tokens
+        norm = math.hypot(*self.gradient_norms.tolist())
+        large, small = norm**2, n * sum(torch.stack(self.squares).tolist())  # |g|^2, mean |g_i|^2; .grad has g_i / n
+        signal, noise = (n * large - small) / (n - 1), (small - large) / (n - 1) * tokens  # |G|^2, tr(Sigma)
         if signal > 0:
-            row["noise_scale"] = max(0.0, noise / signal)  # below 0 by rounding only
-        coherence = self.product.item() / (n * norm) if norm else math.nan
+            row["noise_scale"] = max(0.0, noise / signal)  # rounding may make it negative
+        coherence = self.direction_dot.item() / (n * norm) if norm else math.nan
         if math.isfinite(coherence):
             row["coherence"] = coherence
         return row
 
 
 def _group(name: str) -> str:
-    """The group that a parameter is in, by its name."""
+    """The group of a parameter, from its name."""
     parts = name.split(".")
-    own = parts[:3] if parts[0] == "blocks" else parts[:1]
-    return "norms" if own[-1].endswith("norm") else ".".join(own)
+    module = parts[:3] if parts[0] == "blocks" else parts[:1]
+    return "norms" if module[-1].endswith("norm") else ".".join(module)
 
 
 def _norms(tensors: Iterable[Tensor]) -> Tensor:
-    """`[number of tensors]`, left on their device."""
+    """Norms of tensors, `[number of tensors]` on their device."""
     return torch.stack([torch.linalg.vector_norm(x) for x in tensors])
 
 
 @torch.no_grad()
-def watch(model: GPT, ids: Tensor) -> dict[str, dict[str, float]]:
-    """`activation` and `entropy` of every block for `ids` `[B, T]`, from an evaluation pass of the eager model."""
-    squares, entropies = [], []
+def block_statistics(model: GPT, ids: Tensor) -> dict[str, dict[str, float]]:
+    """`activation` and `entropy` of every block for `ids` `[B, T]`, from a forward pass in evaluation mode, eagerly."""
+    mean_squares, entropies = [], []
 
-    def stream(block: nn.Module, inputs: Any, outputs: tuple[Tensor, Tensor | None]) -> None:
-        said, before = outputs
-        squares.append((said if before is None else said + before).float().square().mean())
+    def record_activation(block: nn.Module, inputs: Any, outputs: tuple[Tensor, Tensor | None]) -> None:
+        x, residual = outputs
+        mean_squares.append((x if residual is None else x + residual).float().square().mean())
 
-    def watched(attention: Callable) -> Callable:
-        def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, **options: Any) -> Tensor:
+    def recording_entropy(attention: Callable) -> Callable:
+        def wrapper(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, **options: Any) -> Tensor:
             entropies.append(entropy(q, k, **options))
             return attention(q, k, v, dropout=dropout, **options)
 
-        return attend
+        return wrapper
 
     kernels = model.kernels
-    watching = replace(kernels, attention=watched(kernels.attention))
-    hooks = [block.register_forward_hook(stream) for block in model.blocks]
+    recording = replace(kernels, attention=recording_entropy(kernels.attention))
+    hooks = [block.register_forward_hook(record_activation) for block in model.blocks]
     try:
         for block in model.blocks:
-            block.attention.kernels = watching
+            block.attention.kernels = recording
         with evaluating(model):
             model.hidden(ids.to(model.embedding.weight.device))
     finally:
         for block, hook in zip(model.blocks, hooks, strict=True):
             block.attention.kernels = kernels
             hook.remove()
-    values = {"activation": torch.stack(squares).sqrt(), "entropy": torch.stack(entropies)}
-    return {key: {str(i): value for i, value in enumerate(of_blocks.tolist())} for key, of_blocks in values.items()}
+    measures = {"activation": torch.stack(mean_squares).sqrt(), "entropy": torch.stack(entropies)}
+    return {key: {str(i): value for i, value in enumerate(values.tolist())} for key, values in measures.items()}
 
 
 def entropy(
@@ -192,15 +203,16 @@ def entropy(
     softcap: float = 0.0,
     slopes: Tensor | None = None,
 ) -> Tensor:
-    """Mean entropy, a scalar in nats, of the weights of causal attention of `q` `[B, T, H, D]` to `k` `[B, T, KV, D]`;
-    the rest is as `kernels.attention` has it."""
+    """Mean entropy (a scalar, in nats) of the causal attention weights of `q` `[B, T, H, D]` and `k` `[B, T, KV, D]`.
+
+    The other arguments are those of `kernels.attention`."""
     b, t, h, _ = q.shape
     total = torch.zeros((), device=q.device)
     with torch.autocast(q.device.type, enabled=False):
-        for start in range(0, t, QUERIES):
-            end = min(start + QUERIES, t)
-            known = None if documents is None else documents[..., :end]
-            of = q[:, start:end].float(), k[:, :end].float()
-            logits = scores(*of, scale, window=window, documents=known, softcap=softcap, slopes=slopes)
+        for start in range(0, t, QUERY_CHUNK):
+            end = min(start + QUERY_CHUNK, t)
+            visible_documents = None if documents is None else documents[..., :end]
+            options = {"window": window, "documents": visible_documents, "softcap": softcap, "slopes": slopes}
+            logits = scores(q[:, start:end].float(), k[:, :end].float(), scale, **options)
             total += torch.special.entr(logits.softmax(-1)).sum()
     return total / (b * h * t)

@@ -1,4 +1,4 @@
-"""The loss on a fixed set of tokens."""
+"""Validation loss on a fixed set of tokens."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -12,7 +12,7 @@ from model.gpt import GPT
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, without dropout, inside; what it was before, after."""
+    """A context that puts the model in evaluation mode, and back in the mode it was in."""
     training = model.training
     try:
         model.eval()
@@ -23,16 +23,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def evaluate(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], byte_lengths: Tensor) -> dict[str, float]:
-    """Mean loss over `batches` of ids and targets `[B, T]` (targets below 0 do not count).
+    """Mean loss over `batches` of ids and targets `[B, T]`; targets below 0 do not count.
 
-    `val_loss` is in nats a token, `val_bpb` in bits a byte of the text that the targets spell, by which different
-    tokenizers compare; `byte_lengths` `[V]` are the bytes that each id stands for.
+    Returns `val_loss` in nats per token and `val_bpb` in bits per byte of text, which is comparable between tokenizers.
+    `byte_lengths` `[V]` is the number of bytes of each id.
     """
     device = model.embedding.weight.device
-    nats, tokens, size = 0.0, 0, 0
+    nats, n_tokens, n_bytes = 0.0, 0, 0
     with evaluating(model):
         for ids, targets in batches:
             nats += model(ids.to(device), targets.to(device), "sum").item()
-            known = targets[targets >= 0]
-            tokens, size = tokens + len(known), size + int(byte_lengths[known].sum())
-    return {"val_loss": nats / tokens, "val_bpb": nats / size / math.log(2)}
+            counted = targets[targets >= 0]
+            n_tokens += len(counted)
+            n_bytes += int(byte_lengths[counted].sum())
+    return {"val_loss": nats / n_tokens, "val_bpb": nats / n_bytes / math.log(2)}

@@ -1,7 +1,10 @@
-"""To and from Hugging Face's format: `python -m model.export --run out/small --to DIR`, and `--from DIR --run out/new`.
+"""Export to and import from Hugging Face's format.
 
-Without QK-norm our model is Llama, with it Qwen3, which may have windows: the same mathematics under other names.
-Packed projections are cut into theirs (q, k, v; gate, up), and their `tokenizer.json` gives our ids.
+    python -m model.export --run out/small --to DIR
+    python -m model.export --from DIR --run out/new
+
+A model without QK-norm is a Llama. With QK-norm it is a Qwen3, which may have sliding windows. Only names differ, and
+our packed projections are split into separate ones (q, k, v; gate, up). The exported `tokenizer.json` gives equal ids.
 """
 
 import argparse
@@ -21,9 +24,9 @@ from model.gpt import ModelConfig
 from runtime.errors import UserError
 from runtime.run import RunError, find
 
-ARCHITECTURES = {False: ("LlamaForCausalLM", "llama"), True: ("Qwen3ForCausalLM", "qwen3")}  # by QK-norm
+ARCHITECTURES = {False: ("LlamaForCausalLM", "llama"), True: ("Qwen3ForCausalLM", "qwen3")}  # key: qk_norm
 FIXED = {"norm": "rms", "norm_place": "pre", "position": "rope", "activation": "swiglu", "bias": False}
-LAYERS = {"S": "sliding_attention", "L": "full_attention"}  # by our window's letter
+LAYERS = {"S": "sliding_attention", "L": "full_attention"}  # key: letter of a window pattern
 SIZES = {
     "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads",
     "head_dim": "head_dim", "d_model": "hidden_size", "d_ff": "intermediate_size", "vocab_size": "vocab_size",
@@ -32,11 +35,11 @@ SIZES = {
 
 
 class ExportError(UserError):
-    """A folder that cannot be written, or a model that is not one of ours under another name."""
+    """A folder that cannot be written or read, or a model that the other format cannot express."""
 
 
-def names_of(config: ModelConfig) -> dict[str, list[tuple[str, int]]]:
-    """Our parameter's name to theirs, in the order they are packed in, with the rows that each one has."""
+def parameter_map(config: ModelConfig) -> dict[str, list[tuple[str, int]]]:
+    """Map our parameter names to theirs, each with its number of rows. A packed parameter has several, in order."""
     heads, kv_heads = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
     names = {"embedding.weight": [("model.embed_tokens.weight", config.vocab_size)]}
     for i in range(config.n_layer):
@@ -62,12 +65,13 @@ def names_of(config: ModelConfig) -> dict[str, list[tuple[str, int]]]:
 def to_huggingface(
     config: ModelConfig, weights: dict[str, Tensor], eot: int
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Their config and state dict of our resolved config and weights. Raises `ExportError` for a windowed Llama,
-    and for what neither is."""
-    other = [f"{knob} {getattr(config, knob)}" for knob, value in FIXED.items() if getattr(config, knob) != value]
-    if other:
-        need = ", ".join(f"{knob} {value}" for knob, value in FIXED.items())
-        raise ExportError(f"a model with {', '.join(other)} is neither Llama nor Qwen3, which have {need}")
+    """Convert our resolved config and weights to their config and state dict.
+
+    Raises `ExportError` for a model that is neither Llama nor Qwen3, such as a Llama with windows."""
+    unsupported = [f"{knob} {getattr(config, knob)}" for knob, value in FIXED.items() if getattr(config, knob) != value]
+    if unsupported:
+        required = ", ".join(f"{knob} {value}" for knob, value in FIXED.items())
+        raise ExportError(f"a model with {', '.join(unsupported)} is neither Llama nor Qwen3, which have {required}")
     architecture, model_type = ARCHITECTURES[config.qk_norm]
     theirs = {
         "architectures": [architecture],
@@ -85,45 +89,49 @@ def to_huggingface(
     if size := max(config.windows):
         if not config.qk_norm:
             raise ExportError(
-                f"a window ({config.window}) takes QK-norm: with it the model is Qwen3, and Llama has none"
+                f"a window ({config.window}) needs QK-norm: only then the model is Qwen3, and Llama has no windows"
             )
         layers = [LAYERS["S" if window else "L"] for window in config.windows]
         theirs |= {"use_sliding_window": True, "sliding_window": size, "layer_types": layers}
     tensors = {}
-    for ours, parts in names_of(config).items():
+    for ours, parts in parameter_map(config).items():
         pieces = weights[ours].float().split([rows for _, rows in parts])
         tensors |= {name: piece.contiguous().clone() for (name, _), piece in zip(parts, pieces, strict=True)}
     return theirs, tensors
 
 
 def window_of(theirs: dict[str, Any]) -> str:
-    """Our `window` of a Qwen3's layers."""
+    """Convert the layer types of a Qwen3 config to our `window` pattern. Raises `ExportError` for other layer types."""
     if not theirs.get("use_sliding_window") or not theirs.get("sliding_window"):
         return ""
     letters = {kind: letter for letter, kind in LAYERS.items()}
-    first = theirs.get("max_window_layers", 28)  # of those with a window, where layers have no list; Qwen3's default
+    first = theirs.get("max_window_layers", 28)  # without layer_types, windows start at this layer (Qwen3's default)
     layers = theirs.get("layer_types") or [LAYERS["LS"[i >= first]] for i in range(theirs["num_hidden_layers"])]
     if unknown := set(layers) - letters.keys():
-        raise ExportError(f"its layer_types have {unknown.pop()!r}; only {' and '.join(letters)} are ours")
+        raise ExportError(f"its layer_types have {unknown.pop()!r}; only {' and '.join(letters)} are supported")
     return f"{''.join(letters[layer] for layer in layers)}:{theirs['sliding_window']}"
 
 
 def from_huggingface(theirs: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Our config and weights of theirs. Raises `ExportError` for a model that differs in more than names."""
+    """Convert their config and state dict to our resolved config and weights.
+
+    Raises `ExportError` for a model that ours cannot express."""
     families = {model_type: qk_norm for qk_norm, (_, model_type) in ARCHITECTURES.items()}
     if theirs.get("model_type") not in families:
-        raise ExportError(f"its model_type is {theirs.get('model_type')!r}; only {' and '.join(families)} are ours")
+        raise ExportError(
+            f"its model_type is {theirs.get('model_type')!r}; only {' and '.join(families)} are supported"
+        )
     qk_norm = families[theirs["model_type"]]
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-    for what, value, wanted in (
+    for key, value, required in (
         ("hidden_act", theirs.get("hidden_act", "silu"), "silu"),
         ("attention_bias", theirs.get("attention_bias", False), False),
         ("mlp_bias", theirs.get("mlp_bias", False), False),
         ("use_sliding_window", not qk_norm and theirs.get("use_sliding_window", False), False),
         ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default"),
     ):
-        if value != wanted:
-            raise ExportError(f"its {what} is {value!r}, which our model does not have: it must be {wanted!r}")
+        if value != required:
+            raise ExportError(f"its {key} is {value!r}, which our model does not have: it must be {required!r}")
     sizes = {ours: theirs[name] for ours, name in SIZES.items() if theirs.get(name) is not None}
     config = ModelConfig(
         **{"tied": False, **sizes},
@@ -132,7 +140,7 @@ def from_huggingface(theirs: dict[str, Any], tensors: dict[str, Tensor]) -> tupl
         rope_theta=float(rope.get("rope_theta", theirs.get("rope_theta", 10000.0))),
     ).resolved(theirs["vocab_size"])
     weights = {}
-    for ours, parts in names_of(config).items():
+    for ours, parts in parameter_map(config).items():
         missing = [name for name, _ in parts if name not in tensors]
         if missing:
             raise ExportError(f"its weights lack {missing[0]}")
@@ -143,7 +151,7 @@ def from_huggingface(theirs: dict[str, Any], tensors: dict[str, Tensor]) -> tupl
 
 
 def export_run(run: Path, folder: Path) -> None:
-    """Write a run's best model and its tokenizer as `folder`, which must be new or empty."""
+    """Export a run's best model and its tokenizer to `folder`, which must be new or empty. Raises `ExportError`."""
     from safetensors.torch import save_file
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -161,7 +169,9 @@ def export_run(run: Path, folder: Path) -> None:
 
 
 def import_run(folder: Path, run: Path) -> None:
-    """Make the run folder `run`, to generate from, of a model in Hugging Face's format."""
+    """Import a model in Hugging Face's format as the new run folder `run`, to generate from.
+
+    Raises `ExportError` or `RunError`."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -188,11 +198,15 @@ def import_run(folder: Path, run: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m model.export", description="To and from Hugging Face's format.")
+    parser = argparse.ArgumentParser(
+        prog="python -m model.export", description="Export to and import from Hugging Face's format."
+    )
     parser.add_argument("--run", type=Path, required=True, help="folder of the run, such as out/small")
-    way = parser.add_mutually_exclusive_group(required=True)
-    way.add_argument("--to", type=Path, metavar="DIR", help="write the run's best model there")
-    way.add_argument("--from", type=Path, metavar="DIR", dest="source", help="make the run of the model there")
+    direction = parser.add_mutually_exclusive_group(required=True)
+    direction.add_argument("--to", type=Path, metavar="DIR", help="export the run's best model to this folder")
+    direction.add_argument(
+        "--from", type=Path, metavar="DIR", dest="source", help="import the model in this folder as the run"
+    )
     args = parser.parse_args(argv)
     try:
         if args.to:

@@ -1,4 +1,4 @@
-"""Sampling from a trained model: `python -m model.generate --run out/small --prompt "def "`."""
+"""Generate text with a trained model: `python -m model.generate --run out/small --prompt "def "`."""
 
 import argparse
 import codecs
@@ -15,7 +15,7 @@ from data.tokenizer import Tokenizer
 from kernels import KernelChoice, KernelError, bind
 from model import checkpoint
 from model.evaluate import evaluating
-from model.gpt import GPT, Cache, ModelConfig
+from model.gpt import GPT, KVCache, ModelConfig
 from runtime.config import ConfigError
 from runtime.errors import UserError
 from runtime.hardware import DTYPES, autocast, pick_device, pick_precision
@@ -23,21 +23,21 @@ from runtime.run import find
 
 
 def next_tokens(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
-    """Draw one id a row from `[B, V]` logits: `[B]`.
+    """Sample one id per row of logits `[B, V]`. Returns `[B]`.
 
-    Temperature 0 takes the likeliest. `top_k` keeps that many (0: all); `top_p` keeps the fewest likeliest tokens whose
-    probabilities reach it (1: all), the first always among them.
+    Temperature 0 is greedy. `top_k` keeps the k most likely tokens (0: all). `top_p` keeps the smallest set of most
+    likely tokens whose probabilities sum to at least `top_p` (1: all); the most likely token is always kept.
     """
     if temperature == 0:
         return logits.argmax(-1)
     logits, order = (logits / temperature).sort(-1, descending=True)
     probabilities = logits.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities
-    probabilities[before >= top_p] = 0.0
+    preceding = probabilities.cumsum(-1) - probabilities  # sum over more likely tokens
+    probabilities[preceding >= top_p] = 0.0
     if top_k:
         probabilities[:, top_k:] = 0.0
-    drawn = torch.multinomial(probabilities, 1, generator=generator)
-    return order.gather(-1, drawn).squeeze(-1)
+    sampled = torch.multinomial(probabilities, 1, generator=generator)
+    return order.gather(-1, sampled).squeeze(-1)
 
 
 @torch.inference_mode()
@@ -54,51 +54,52 @@ def generate(
     generator: torch.Generator,
     on_token: Callable[[int, int], None] = lambda row, token: None,
 ) -> list[list[int]]:
-    """Continue each prompt (at least one id) by up to `max_new_tokens`, ending a row early at the id `stop`.
+    """Continue each prompt (at least one id) by up to `max_new_tokens`; a row ends early at the id `stop`.
 
-    Only `ids` are drawn (None: all that the model has, which may be more than its tokenizer: a padded vocabulary).
-
-    The model sees at most its last `seq_len` tokens; until the longest row has more, each is computed once and cached.
-    `on_token(row, id)` is called as tokens are drawn; `generator` lives on the CPU, so that a seed gives the same text
-    on every device. Returns each row's new ids without `stop`.
+    Only `ids` are sampled (None: all ids of the model, whose vocabulary may be padded beyond the tokenizer's). The
+    context is the last `seq_len` tokens. Keys and values are cached until a row reaches that length; then the window
+    slides, and every step recomputes them. `on_token(row, id)` is called for each new token. `generator` is on the CPU,
+    so that a seed gives the same text on every device. Returns the new ids of each row, without `stop`.
     """
     device, seq_len = model.embedding.weight.device, model.config.seq_len
-    barred = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+    excluded = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     if ids is not None:
-        barred[:] = True
-        barred[list(ids)] = False
+        excluded[:] = True
+        excluded[list(ids)] = False
     rows, new = [list(p) for p in prompts], [[] for _ in prompts]
-    live, cache = list(range(len(rows))), None
+    active, cache = list(range(len(rows))), None  # rows that have not ended
     with evaluating(model):
         for _ in range(max_new_tokens):
-            if cache is None or cache.length == seq_len:  # full: every position moves, and all that follows from it
-                texts = [rows[i][-seq_len:] for i in live]
-                longest = max(map(len, texts))
-                padding = [longest - len(text) for text in texts]
-                inputs = [[0] * n + text for n, text in zip(padding, texts, strict=True)]
-                cache = Cache(model.config, torch.tensor(padding, device=device))
+            if cache is None or cache.length == seq_len:  # full: the window slides, which changes every position
+                contexts = [rows[i][-seq_len:] for i in active]
+                longest = max(map(len, contexts))
+                padding = [longest - len(context) for context in contexts]
+                inputs = [[0] * n + context for n, context in zip(padding, contexts, strict=True)]
+                cache = KVCache(model.config, torch.tensor(padding, device=device))
             else:
-                inputs = [rows[i][-1:] for i in live]
+                inputs = [rows[i][-1:] for i in active]
             logits = model.logits(torch.tensor(inputs, device=device), cache).cpu()
-            drawn = next_tokens(logits.masked_fill(barred, -math.inf), temperature, top_k, top_p, generator).tolist()
-            going = [n for n, token in enumerate(drawn) if token != stop]
-            for n in going:
-                i, token = live[n], drawn[n]
+            sampled = next_tokens(
+                logits.masked_fill(excluded, -math.inf), temperature, top_k, top_p, generator
+            ).tolist()
+            continuing = [n for n, token in enumerate(sampled) if token != stop]
+            for n in continuing:
+                i, token = active[n], sampled[n]
                 rows[i].append(token)
                 new[i].append(token)
                 on_token(i, token)
-            if not going:
+            if not continuing:
                 break
-            if len(going) < len(live):
-                live = [live[n] for n in going]
-                cache.keep(going)
+            if len(continuing) < len(active):
+                active = [active[n] for n in continuing]
+                cache.keep(continuing)
     return new
 
 
 def load_run(folder: Path, device: torch.device, kernels: str = "auto", which: str = "best") -> tuple[GPT, Tokenizer]:
-    """The model and tokenizer of a run, from its `best.pt` (or `last.pt` where there is none, or when asked for).
+    """Load the model and tokenizer of a run from `best.pt`, or from `last.pt` if `which` is "last" or there is no best.
 
-    It has no dropout, which is for training, so that any kernels do."""
+    The model's dropout is 0, so that it runs with every kernel."""
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     path = folder / f"{which}.pt"
     state = checkpoint.load(path if path.exists() else folder / "last.pt", device)
@@ -109,28 +110,32 @@ def load_run(folder: Path, device: torch.device, kernels: str = "auto", which: s
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m model.generate", description="Write text with a trained model.")
+    parser = argparse.ArgumentParser(prog="python -m model.generate", description="Generate text with a trained model.")
     add = parser.add_argument
     add("--run", required=True, help="folder of the run, such as out/small")
     add("--checkpoint", choices=("best", "last"), default="best", help="which checkpoint (default best)")
-    add("--prompt", action="append", help="text to go on from; give it again for a batch (default: a new document)")
-    add("--tokens", type=int, default=200, help="tokens to write at most (default 200)")
-    add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
-    add("--top-k", type=int, default=0, help="draw from the k likeliest only (default 0: all)")
-    add("--top-p", type=float, default=1.0, help="draw from the likeliest that reach this probability (default 1: all)")
-    add("--stop", help="end at this text's token (default: the end-of-text token)")
-    add("--seed", type=int, default=0, help="same seed, same text (default 0)")
+    add(
+        "--prompt",
+        action="append",
+        help="text to continue; repeat the flag for a batch (default: start a new document)",
+    )
+    add("--tokens", type=int, default=200, help="maximum number of new tokens (default 200)")
+    add("--temperature", type=float, default=0.8, help="sampling temperature; 0 is greedy (default 0.8)")
+    add("--top-k", type=int, default=0, help="sample from the k most likely tokens (default 0: all)")
+    add("--top-p", type=float, default=1.0, help="nucleus sampling with this probability (default 1: all tokens)")
+    add("--stop", help="text of one token that ends generation (default: the end-of-text token)")
+    add("--seed", type=int, default=0, help="random seed (default 0)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default auto)")
-    add("--precision", default="fp32", choices=("auto", *DTYPES), help="of the matrix products (default fp32)")
-    add("--kernels", default="auto", choices=("auto", "torch", "triton"), help="of every op (default auto)")
+    add("--precision", default="fp32", choices=("auto", *DTYPES), help="autocast dtype (default fp32)")
+    add("--kernels", default="auto", choices=("auto", "torch", "triton"), help="kernels of all ops (default auto)")
     args = parser.parse_args(argv)
-    for flag, good, rule in (
+    for flag, valid, rule in (
         ("temperature", args.temperature >= 0, "0 or more"),
         ("top-k", args.top_k >= 0, "0 or more"),
         ("top-p", 0 < args.top_p <= 1, "more than 0 and at most 1"),
         ("tokens", args.tokens >= 1, "at least 1"),
     ):
-        if not good:
+        if not valid:
             parser.error(f"--{flag} must be {rule}")
     try:
         device = pick_device(args.device)

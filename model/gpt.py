@@ -1,14 +1,13 @@
-"""A decoder-only transformer in the manner of Llama and Qwen3, built on bound kernels.
+"""A decoder-only transformer like Llama and Qwen3, built on bound kernels.
 
-Pre-norm RMSNorm, rotary positions, optional QK-norm, grouped-query attention, SwiGLU, tied or untied head, no biases.
-Optional: windows, by layer; documents that do not see each other; dropout; layers whose activations are computed again.
-For experiments: another norm, or at another place; other positions, activations and initial weights; biases.
-Generation keeps keys and values in a cache.
-Shapes: B batch, T sequence, S sequence with what is cached before it, H query heads, KV key/value heads, D head dim,
-C = d_model, V vocabulary.
+Default: pre-norm RMSNorm, RoPE, QK-norm, SwiGLU, a tied head, no biases. Options: grouped-query attention,
+sliding windows by layer, document masking, dropout, activation recomputation. For ablations: other norms, norm places,
+position encodings, activations and initialisations, and biases. Generation uses a KV cache.
 
-The kernels never show in the parameters: their names, shapes and layouts are the same whatever is bound, so that a
-checkpoint trained with one choice loads under any other.
+Shapes: B batch, T query tokens, S key tokens (cached ones included), H query heads, KV key/value heads, D head
+dimension, C = d_model, F = d_ff, V vocabulary.
+
+Parameter names, shapes and layouts do not depend on the kernels, so a checkpoint loads under any kernel choice.
 """
 
 import math
@@ -30,96 +29,98 @@ from runtime.config import ConfigError
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of the model. A 0 stands for a value derived from others; `resolved` fills it in."""
+    """Architecture of the model. `resolved` replaces each 0 that stands for a derived value."""
 
     n_layer: Annotated[int, "[1, inf)", "layers"] = 12
     n_head: Annotated[int, "[1, inf)", "query heads"] = 12
-    n_kv_head: Annotated[int, "[0, inf)", "key and value heads (0: as many as query heads)"] = 0
-    head_dim: Annotated[int, "[0, inf)", "width of a head, even (0: d_model / n_head)"] = 0
+    n_kv_head: Annotated[int, "[0, inf)", "key/value heads (0: n_head)"] = 0
+    head_dim: Annotated[int, "[0, inf)", "head dimension, even (0: d_model / n_head)"] = 0
     d_model: Annotated[int, "[1, inf)", "width of the residual stream"] = 768
     d_ff: Annotated[
         int,
         "[0, inf)",
-        "width of the feed-forward layer (0: 8/3 of d_model, rounded up to 64; without a gate 3/2 of that, for as many "
-        "weights)",
+        "hidden width of the feed-forward layer (0: 8/3 d_model, rounded up to a multiple of 64, and 1.5 times that "
+        "without a gate, for the same number of weights)",
     ] = 0
-    seq_len: Annotated[int, "[1, inf)", "tokens in a sequence"] = 1024
-    vocab_size: Annotated[int, "[0, inf)", "rows of the embedding (0: the tokenizer's vocabulary)"] = 0
-    tied: Annotated[bool, "the head is the embedding"] = True
-    qk_norm: Annotated[bool, "normalise each head of q and k"] = True
-    rope_theta: Annotated[float, "(0, inf)", "base of the rotary frequencies"] = 10000.0
-    norm_eps: Annotated[float, "(0, inf)", "added to the mean square in every norm"] = 1e-6
+    seq_len: Annotated[int, "[1, inf)", "context length in tokens"] = 1024
+    vocab_size: Annotated[int, "[0, inf)", "rows of the embedding (0: the tokenizer's vocabulary size)"] = 0
+    tied: Annotated[bool, "tie the head's weight to the embedding"] = True
+    qk_norm: Annotated[bool, "RMSNorm on each head of q and k"] = True
+    rope_theta: Annotated[float, "(0, inf)", "base of the RoPE frequencies"] = 10000.0
+    norm_eps: Annotated[float, "(0, inf)", "epsilon of every norm"] = 1e-6
     window: Annotated[
         str,
-        "keys that a query sees, by layer: 256; or a pattern of S (short) and L (all), repeated: SSSL:256, or SSSL for "
-        "half of seq_len (nothing: all)",
+        "sliding window by layer, in keys: 256; or a pattern of S (sliding) and L (full), repeated: SSSL:256, or SSSL "
+        "for half of seq_len (empty: full attention)",
     ] = ""
     separator: Annotated[
-        int, "[-1, inf)", "id that begins a document, which then sees no other (-1: none; set by data.packing)"
+        int, "[-1, inf)", "id of the token that starts a document, for document masking (-1: off; set by data.packing)"
     ] = -1
-    dropout: Annotated[
-        float, "[0, 1)", "share dropped in training of the embedding, attention's weights and what sub-layers say"
-    ] = 0.0
-    norm: Annotated[Literal["rms", "layer", "none"], "RMSNorm, LayerNorm or none; QK-norm is apart"] = "rms"
+    dropout: Annotated[float, "[0, 1)", "dropout on the embedding, the attention weights and the sub-layer outputs"] = (
+        0.0
+    )
+    norm: Annotated[Literal["rms", "layer", "none"], "RMSNorm, LayerNorm or none; QK-norm is separate"] = "rms"
     norm_place: Annotated[
-        Literal["pre", "post", "res-post"], "x + f(norm(x)), norm(x + f(x)) or x + norm(f(x)); each with a last norm"
+        Literal["pre", "post", "res-post"], "x + f(norm(x)), norm(x + f(x)) or x + norm(f(x)); all have a final norm"
     ] = "pre"
     position: Annotated[
         Literal["rope", "rope-interleaved", "learned", "sinusoidal", "alibi", "none"],
-        "rotary, of halves or of neighbours; a table added to the embedding; or scores that fall with distance",
+        "RoPE that pairs halves or neighbours, a learned or sinusoidal position embedding, ALiBi, or none",
     ] = "rope"
     activation: Annotated[
-        Literal["swiglu", "silu", "gelu", "relu", "relu2"], "of the feed-forward layer; all but swiglu without a gate"
+        Literal["swiglu", "silu", "gelu", "relu", "relu2"],
+        "activation of the feed-forward layer; only swiglu has a gate",
     ] = "swiglu"
-    bias: Annotated[bool, "biases in the blocks' projections"] = False
+    bias: Annotated[bool, "biases in the blocks' linear layers"] = False
     init: Annotated[
         Literal["fan-in", "xavier", "look-back"],
-        "standard deviation of weights: 1/sqrt(in), and less with depth where they write to the stream; or "
-        "sqrt(2/(in+out)), cut off at three; look-back is fan-in but for heads of the first layer that attend to the "
-        "token before",
+        "std of weights. fan-in: 1/sqrt(in), over sqrt(2 n_layer) for residual projections; xavier: sqrt(2/(in+out)), "
+        "truncated at three std; look-back: fan-in, with previous-token heads in the first layer",
     ] = "fan-in"
     embedding_std: Annotated[
-        float, "[0, inf)", "standard deviation of the embedding, and of a head tied to it (0: 0.25/sqrt(d_model))"
+        float, "[0, inf)", "std of the embedding and of a head tied to it (0: 0.25/sqrt(d_model))"
     ] = 0.0
     recompute: Annotated[
-        float, "[0, 1]", "share of the layers whose activations are computed again in the backward, to save memory"
+        float, "[0, 1]", "fraction of layers that recompute activations in the backward pass, to save memory"
     ] = 0.0
 
     def __post_init__(self):
         if not self.head_dim and self.d_model % self.n_head:
             raise ConfigError(
-                f"d_model {self.d_model} must be a multiple of n_head {self.n_head}, or head_dim be given"
+                f"d_model {self.d_model} must be a multiple of n_head {self.n_head}, or head_dim must be given"
             )
         if (self.head_dim or self.d_model // self.n_head) % 2:
             raise ConfigError(f"head_dim {self.head_dim or self.d_model // self.n_head} must be even, for RoPE")
         if self.n_kv_head and self.n_head % self.n_kv_head:
             raise ConfigError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
         if self.norm == "none" and self.norm_place != "pre":
-            raise ConfigError(f"norm_place {self.norm_place} takes a norm: norm must be rms or layer, not none")
+            raise ConfigError(f"norm_place {self.norm_place} needs a norm: norm must be rms or layer, not none")
         needed = {"position": "rope", "norm_place": "pre", "qk_norm": True} if self.init == "look-back" else {}
         for knob, value in needed.items():
             if getattr(self, knob) != value:
-                raise ConfigError(f"init look-back takes {knob} {value}, not {getattr(self, knob)}: give init fan-in")
-        _ = self.windows  # which raises where it cannot be read
+                raise ConfigError(f"init look-back needs {knob} {value}, not {getattr(self, knob)}; or use init fan-in")
+        _ = self.windows  # raises if `window` is malformed
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """How many keys a query sees at most, its own the last of them, in each layer; 0 for all."""
+        """Window size of each layer in keys, the query's own position included; 0 for full attention."""
         match = re.fullmatch(r"([SL]+)(?::([1-9][0-9]*))?|([1-9][0-9]*)?", self.window)
         if match is None:
             raise ConfigError(
                 f"window must be a number of keys, such as 256, or S and L by layer, such as SSSL or SSSL:256, not "
                 f"{self.window!r}"
             )
-        pattern, beside, alone = match.groups()
-        size = int(beside or alone or self.seq_len // 2)
+        pattern, pattern_size, uniform_size = match.groups()
+        size = int(pattern_size or uniform_size or self.seq_len // 2)
         sizes = {"S": size if size < self.seq_len else 0, "L": 0}
-        pattern = pattern or ("S" if alone else "L")
+        pattern = pattern or ("S" if uniform_size else "L")
         return tuple(sizes[pattern[layer % len(pattern)]] for layer in range(self.n_layer))
 
     def resolved(self, vocab_size: int, separator: int = -1) -> "ModelConfig":
-        """The same with every 0 replaced; `vocab_size` is the tokenizer's, and `separator` what the packing of the data
-        makes of it. Raises `ConfigError` when the vocabulary is larger than the embedding."""
+        """Replace every 0 by the value it stands for.
+
+        `vocab_size` is the tokenizer's; `separator` comes from the data's packing. Raises `ConfigError` if the
+        tokenizer has more ids than the embedding has rows."""
         if self.vocab_size and self.vocab_size < vocab_size:
             raise ConfigError(f"model.vocab_size {self.vocab_size} is less than the tokenizer's {vocab_size}")
         d_ff = 64 * math.ceil(self.d_model * 8 / 3 / 64)
@@ -133,47 +134,47 @@ class ModelConfig:
         return replace(self, **derived)
 
 
-class Cache:
-    """Keys and values of the tokens that a batch has so far, at most `seq_len` of them: `GPT.hidden` takes those that
-    follow, and adds theirs. Without gradients.
+class KVCache:
+    """Keys and values of the tokens that a batch has processed, at most `seq_len`; for inference only.
 
-    `padding` `[B]`, on the model's device, is how many tokens at the left of each row are there for the length only:
-    they are a document of their own, so that rows of different lengths are each as if alone.
+    `GPT.hidden` takes the ids that follow and appends their keys and values. `padding` `[B]`, on the model's device, is
+    the number of left padding tokens of each row. Padding is masked as a document of its own, so rows of different
+    lengths do not affect each other.
     """
 
     def __init__(self, config: ModelConfig, padding: Tensor):
-        self.room, self.length = config.seq_len, 0
-        self.layers: dict[int, Tensor] = {}  # [2, B, seq_len, KV, D], made of the first keys' dtype
-        self.begins = None  # [B, seq_len]: where a document begins
+        self.max_length, self.length = config.seq_len, 0
+        self.layers: dict[int, Tensor] = {}  # [2, B, seq_len, KV, D], allocated in the dtype of the first keys
+        self.document_starts = None  # bool [B, seq_len]: True where a document starts
         if config.separator >= 0 or padding.any():
-            self.begins = torch.arange(self.room, device=padding.device) == padding[:, None]
+            self.document_starts = torch.arange(self.max_length, device=padding.device) == padding[:, None]
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put a layer's `[B, T, KV, D]` after those of the tokens so far: views `[B, S, KV, D]` of all."""
+        """Append a layer's new keys and values `[B, T, KV, D]`. Returns views of all of them, `[B, S, KV, D]`."""
         if layer not in self.layers:
-            self.layers[layer] = k.new_empty(2, len(k), self.room, *k.shape[2:])
-        both = self.layers[layer][:, :, : self.length + k.shape[1]]
-        both[0, :, self.length :], both[1, :, self.length :] = k, v
-        return both[0], both[1]
+            self.layers[layer] = k.new_empty(2, len(k), self.max_length, *k.shape[2:])
+        kv = self.layers[layer][:, :, : self.length + k.shape[1]]
+        kv[0, :, self.length :], kv[1, :, self.length :] = k, v
+        return kv[0], kv[1]
 
     def keep(self, rows: list[int]) -> None:
-        """Drop all rows but these."""
-        self.layers = {layer: both[:, rows] for layer, both in self.layers.items()}
-        self.begins = None if self.begins is None else self.begins[rows]
+        """Keep only these rows of the batch."""
+        self.layers = {layer: kv[:, rows] for layer, kv in self.layers.items()}
+        self.document_starts = None if self.document_starts is None else self.document_starts[rows]
 
 
 class Context(NamedTuple):
-    """What every layer of a call shares: the rotary tables, and where its tokens stand in them and among the others."""
+    """Inputs that all layers of one forward pass share."""
 
-    cos: Tensor  # [at least T, D / 2], as sin is
+    cos: Tensor  # RoPE table [>= T, D / 2]; `sin` has the same shape
     sin: Tensor
-    positions: Tensor | None  # [B, T], rows of the tables; None for the first T
-    documents: Tensor | None  # [2, B, S] of `document_ranges`; None for one document
-    cache: Cache | None
+    positions: Tensor | None  # [B, T], rows of the tables; None for the first T rows
+    documents: Tensor | None  # [2, B, S] of `document_ranges`; None for no document masking
+    cache: KVCache | None
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, which multiplies by `copy`, its weight in half precision, where there is one (`GPT.keep_copies`)."""
+    """`nn.Linear` that multiplies by `copy`, a half-precision copy of its weight, if `GPT.keep_copies` made one."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__(in_features, out_features, bias)
@@ -182,12 +183,11 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.copy is None:
             return super().forward(x)
-        return _CopiedLinear.apply(x, self.weight, self.bias, self.copy)
+        return _HalfLinear.apply(x, self.weight, self.bias, self.copy)
 
 
-class _CopiedLinear(torch.autograd.Function):
-    """x @ copy.T + bias. The gradient of `weight` is a product in the precision of `copy`, summed and kept in that of
-    the weight."""
+class _HalfLinear(torch.autograd.Function):
+    """x @ copy.T + bias. The gradient of `weight` has half-precision inputs, and the weight's dtype."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, copy):
@@ -200,19 +200,19 @@ class _CopiedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         (x, copy), (x_dtype, weight_dtype, bias_dtype) = ctx.saved_tensors, ctx.dtypes
-        rows = dy.flatten(0, -2)
-        dw = product(rows.t(), x.flatten(0, -2), weight_dtype)
-        db = None if bias_dtype is None else rows.sum(0, dtype=torch.float32).to(bias_dtype)
+        dy_2d = dy.flatten(0, -2)
+        dw = matmul(dy_2d.t(), x.flatten(0, -2), weight_dtype)
+        db = None if bias_dtype is None else dy_2d.sum(0, dtype=torch.float32).to(bias_dtype)
         return (dy @ copy).to(x_dtype), dw, db, None
 
 
-def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """`a @ b` in `dtype`, which a GPU sums it in: nothing is rounded on the way."""
+def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """`a @ b` in `dtype`. A GPU accumulates in `dtype` too, so the result is not rounded to half precision first."""
     return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else (a @ b).to(dtype)
 
 
 class Attention(nn.Module):
-    """Self-attention over a packed projection `[C, (H + 2 KV) D]`."""
+    """Causal self-attention with a packed q, k, v projection, C to (H + 2 KV) D."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels, layer: int):
         super().__init__()
@@ -228,7 +228,7 @@ class Attention(nn.Module):
         self.register_buffer("slopes", slopes, persistent=False)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """`[B, T, C]` to `[B, T, C]`."""
+        """Takes the normalised input `[B, T, C]`; returns `[B, T, C]`."""
         c, (cos, sin, positions, documents, cache) = self.config, context
         gains = self.q_gain, self.k_gain
         q, k, v = self.kernels.rope(
@@ -244,13 +244,12 @@ class Attention(nn.Module):
 
 
 def alibi_slopes(n_head: int, device: torch.device) -> Tensor:
-    """What each head's scores lose for every place between query and key (Press et al., "Train Short, Test Long",
-    2022): `[H]`, float32, 2^(-8/H), 2^(-16/H), ... 2^-8."""
+    """ALiBi slopes 2^(-8/H), 2^(-16/H), ... 2^-8: float32 `[H]` (Press et al., "Train Short, Test Long", 2022)."""
     return torch.exp2(-8 / n_head * torch.arange(1, n_head + 1, device=device))
 
 
 class FeedForward(nn.Module):
-    """SwiGLU over a packed gate and up projection `[C, 2 F]`, or an activation over `[C, F]`."""
+    """SwiGLU with a packed gate and up projection, C to 2 F; or another activation without a gate, C to F."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels):
         super().__init__()
@@ -264,7 +263,7 @@ class FeedForward(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm of `x + residual`; returns the normalised value and the new residual stream."""
+    """RMSNorm with a fused residual add. Returns (norm(x + residual), x + residual)."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels):
         super().__init__()
@@ -276,7 +275,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """The same with the mean taken off, and a bias."""
+    """LayerNorm with the interface of `RMSNorm`."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels):
         super().__init__()
@@ -285,27 +284,27 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.d_model))
 
     def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        stream = x if residual is None else residual + x
-        return F.layer_norm(stream, self.gain.shape, self.gain, self.bias, self.eps).to(x.dtype), stream
+        residual = x if residual is None else residual + x
+        return F.layer_norm(residual, self.gain.shape, self.gain, self.bias, self.eps).to(x.dtype), residual
 
 
 class NoNorm(nn.Module):
-    """The same without a norm: the sum, twice."""
+    """The residual add alone, with the interface of `RMSNorm`."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels):
         super().__init__()
 
     def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        stream = x if residual is None else residual + x
-        return stream, stream
+        residual = x if residual is None else residual + x
+        return residual, residual
 
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm, "none": NoNorm}
 
 
 class Block(nn.Module):
-    """One layer. Takes and returns a pair, what the last sub-layer said and the stream it has not yet been added to,
-    so that each addition happens inside the norm that follows it."""
+    """A pre-norm layer. Takes and returns (x, residual): the last sub-layer's output `[B, T, C]`, and the residual
+    stream before it is added. The next norm fuses that add."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels, layer: int):
         super().__init__()
@@ -322,7 +321,7 @@ class Block(nn.Module):
 
 
 class PostNormBlock(Block):
-    """norm(x + f(x)): what is normalised is the stream, kept as wide as it came, and nothing waits to be added."""
+    """A post-norm layer, norm(x + f(x)). The residual stream keeps its dtype in x; `residual` is None."""
 
     def forward(self, x: Tensor, residual: None, context: Context) -> tuple[Tensor, None]:
         x, _ = self.attention_norm(self.dropout(self.attention(x, context)).to(x.dtype), x)
@@ -331,7 +330,7 @@ class PostNormBlock(Block):
 
 
 class ResPostNormBlock(Block):
-    """x + norm(f(x)), the res-post-norm of Swin Transformer V2 (Liu et al., 2022)."""
+    """A res-post-norm layer, x + norm(f(x)) (Liu et al., "Swin Transformer V2", 2022). Its residual is None."""
 
     def forward(self, x: Tensor, residual: None, context: Context) -> tuple[Tensor, None]:
         x = x + self.dropout(self.attention_norm(self.attention(x, context), None)[0])
@@ -343,12 +342,12 @@ BLOCKS = {"pre": Block, "post": PostNormBlock, "res-post": ResPostNormBlock}
 
 
 def position_table(config: ModelConfig, std: float, device: torch.device) -> nn.Parameter | nn.Buffer | None:
-    """`[seq_len, C]`, what is added to an embedding of standard deviation `std`; None for positions of another kind.
+    """Learned or sinusoidal position embedding `[seq_len, C]`; None for other position encodings.
 
-    Sines and cosines, in turn, are those of Vaswani et al., 2017, section 3.5, and in the same proportion to the
-    embedding: they scale it up instead."""
+    The sinusoidal table (Vaswani et al., 2017, section 3.5) is scaled by the token embedding's `std`. The paper scales
+    the embedding up instead, to the same ratio."""
     if config.position == "learned":
-        return nn.Parameter(torch.empty(config.seq_len, config.d_model))  # _initialise fills it
+        return nn.Parameter(torch.empty(config.seq_len, config.d_model))  # filled by GPT._init_weights
     if config.position == "sinusoidal":
         cos, sin = rope_tables(config.seq_len, config.d_model + config.d_model % 2, device=device)
         table = torch.stack((sin, cos), -1).flatten(1)[:, : config.d_model]
@@ -357,9 +356,11 @@ def position_table(config: ModelConfig, std: float, device: torch.device) -> nn.
 
 
 def fan_in(name: str, weight: Tensor, config: ModelConfig) -> None:
-    """Variance-preserving; the two that write to the stream are scaled by 1/sqrt(2L), so that its variance does not
-    grow with depth (GPT-2). The head is small, so that the first loss is ln V: with the norm before it a row of
-    standard deviation s/sqrt(C) gives logits of standard deviation s, which adds s^2/2 nats."""
+    """Initialise `weight` with std 1/sqrt(in).
+
+    The two residual projections of a layer are scaled by 1/sqrt(2 n_layer), so that the residual stream's variance does
+    not grow with depth (GPT-2). The head is scaled by s = 0.25: its logits then have std s, which adds only s^2/2 nats
+    to the ideal first loss ln V."""
     std = weight.shape[1] ** -0.5
     if name.endswith(("out.weight", "down.weight")):
         std *= (2 * config.n_layer) ** -0.5
@@ -367,8 +368,8 @@ def fan_in(name: str, weight: Tensor, config: ModelConfig) -> None:
 
 
 def xavier(name: str, weight: Tensor, config: ModelConfig) -> None:
-    """Standard deviation sqrt(2 / (in + out)), cut off at three (Glorot and Bengio, 2010; Stanford's CS336). What is
-    packed for speed are several matrices."""
+    """Initialise `weight` with std sqrt(2 / (in + out)), truncated at three std (Glorot and Bengio, 2010; Stanford's
+    CS336). The parts of a packed projection count as separate matrices."""
     packed = {
         "qkv.weight": [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)],
         "gate_up.weight": config.d_ff,
@@ -382,36 +383,39 @@ INITS = {"fan-in": fan_in, "xavier": xavier, "look-back": fan_in}
 
 
 def look_back(model: "GPT", std: float) -> None:
-    """Make the heads of the first layer attend to the token before. Copying from the context ("induction heads": Olsson
-    et al., 2022) takes such a head and one above it, of which neither helps without the other, so that plain weights
-    find the pair late.
+    """Initialise the heads of the first layer to attend to the previous token.
 
-    A vector three times as wide as the embedding's `std` is added to all its rows, which the softmax of a tied head
-    does not see. It is all that q and k of the layer read. Both lie in the fastest quarter of the rotated pairs, k as
-    if rotated by one place more, so that they meet one place apart; q's gain makes that more than nine tenths of the
-    weight. Training is free to undo it.
+    Induction heads, which copy from the context (Olsson et al., 2022), need a previous-token head in an earlier layer.
+    Neither helps without the other, so training finds the pair late.
+
+    A constant vector of three times the embedding's `std` is added to every row of the embedding; the softmax of a tied
+    head is invariant to it. The layer's q and k read only this vector. Both lie in the fastest quarter of RoPE's pairs,
+    with k rotated by one extra position, so that q.k peaks at distance one. The gain of q makes the attention weight
+    there exceed 0.9. Training is free to change all of it.
     """
     config, attention = model.config, model.blocks[0].attention
     shared = torch.randn(config.d_model, device=model.embedding.weight.device).sign()
     model.embedding.weight.add_(3 * std * shared)
     heads = attention.qkv.weight.unflatten(0, (-1, config.head_dim))
     q, k, _ = heads.split((config.n_head, config.n_kv_head, config.n_kv_head))
-    read, half, fast = shared * config.d_model**-0.5, config.head_dim // 2, math.ceil(config.head_dim / 8)
-    cos, sin = (table[1, :fast, None] for table in rope_tables(2, config.head_dim, config.rope_theta, q.device))
+    direction, half, n_fast = shared * config.d_model**-0.5, config.head_dim // 2, math.ceil(config.head_dim / 8)
+    cos, sin = (table[1, :n_fast, None] for table in rope_tables(2, config.head_dim, config.rope_theta, q.device))
     nn.init.zeros_(q)
     nn.init.zeros_(k)
-    q[:, :fast] = read
-    k[:, :fast], k[:, half : half + fast] = cos * read, sin * read
+    q[:, :n_fast] = direction
+    k[:, :n_fast], k[:, half : half + n_fast] = cos * direction, sin * direction
     nn.init.constant_(attention.q_gain, 3.0)
 
 
 class GPT(nn.Module):
-    """The model: token ids to the loss of the tokens that follow, or to logits."""
+    """The language model: token ids to the cross-entropy of the next tokens, or to logits.
+
+    `residual` is the dtype of the residual stream; None (the default) is the embedding's.
+    """
 
     def __init__(self, config: ModelConfig, kernels: Kernels):
-        """`config` must be resolved. Parameters are float32 on the current default device. The residual stream is in
-        the embedding's dtype, or in `residual`, which may be set to another. Raises `KernelError` for a dropout that
-        the bound attention does not have."""
+        """`config` must be resolved. Parameters are float32, on the default device. Raises `KernelError` if the config
+        has dropout and the bound attention kernel does not."""
         super().__init__()
         self.residual: torch.dtype | None = None
         if config.dropout:
@@ -428,15 +432,15 @@ class GPT(nn.Module):
         device, std = self.embedding.weight.device, config.embedding_std or 0.25 * config.d_model**-0.5
         cos, sin = rope_tables(config.seq_len, config.head_dim, config.rope_theta, device)
         if not config.position.startswith("rope"):
-            cos, sin = torch.ones_like(cos), torch.zeros_like(sin)  # a rotation that changes nothing
+            cos, sin = torch.ones_like(cos), torch.zeros_like(sin)  # the identity rotation
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.position = position_table(config, std, device)
-        self._initialise(std)
+        self._init_weights(std)
 
     @torch.no_grad()
-    def _initialise(self, std: float) -> None:
-        """Matrices as `init` says, biases 0, and what makes the first stream at the standard deviation `std`."""
+    def _init_weights(self, std: float) -> None:
+        """Initialise matrices by `config.init`, biases to 0, and the token and position embeddings with `std`."""
         for name, parameter in self.named_parameters():
             if name in ("embedding.weight", "position"):
                 nn.init.normal_(parameter, std=std)
@@ -447,22 +451,22 @@ class GPT(nn.Module):
         if self.config.init == "look-back":
             look_back(self, std)
 
-    def hidden(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
-        """`[B, T]` ids to the normalised last hidden states `[B, T, C]`; with a cache, of ids that follow those in it.
+    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Final hidden states `[B, T, C]`, normalised, of ids `[B, T]`. With a cache, the ids follow the cached tokens.
 
-        Raises `ValueError` when that makes more than `config.seq_len` tokens."""
+        Raises `ValueError` if cached and new tokens are more than `config.seq_len`."""
         context = self._context(ids, cache)
         x, residual = self.embedding(ids), None
         if self.residual is not None:
             x = x.to(self.residual)
         if self.position is not None:
             start = 0 if cache is None else cache.length
-            at = slice(start, start + ids.shape[1]) if context.positions is None else context.positions
-            x = x + self.position[at].to(x.dtype)
-        x, recomputed = self.dropout(x), round(self.config.recompute * len(self.blocks))
+            positions = slice(start, start + ids.shape[1]) if context.positions is None else context.positions
+            x = x + self.position[positions].to(x.dtype)
+        x, n_recomputed = self.dropout(x), round(self.config.recompute * len(self.blocks))
         for layer, block in enumerate(self.blocks):
-            if layer < recomputed:
-                # The random state is kept for dropout alone: reading it is an error while a CUDA graph is captured.
+            if layer < n_recomputed:
+                # Only dropout needs the RNG state; reading it is an error while a CUDA graph is captured.
                 options = {"use_reentrant": False, "preserve_rng_state": bool(self.config.dropout)}
                 x, residual = checkpoint(block, x, residual, context, **options)
             else:
@@ -471,37 +475,39 @@ class GPT(nn.Module):
             cache.length += ids.shape[1]
         return self.norm(x, residual)[0]
 
-    def _context(self, ids: Tensor, cache: Cache | None) -> Context:
+    def _context(self, ids: Tensor, cache: KVCache | None) -> Context:
+        """Positions and document mask of `ids` `[B, T]` after the cached tokens."""
         separator, start = self.config.separator, 0 if cache is None else cache.length
         end = start + ids.shape[1]
         if end > self.config.seq_len:
             raise ValueError(f"{end} tokens are more than the model's seq_len {self.config.seq_len}")
-        begins = None
+        document_starts = None
         if cache is None and separator >= 0:
-            begins = ids == separator
-        elif cache is not None and cache.begins is not None:
-            begins = cache.begins[:, :end]
-            begins[:, start:] |= ids == separator
-        if begins is None:
+            document_starts = ids == separator
+        elif cache is not None and cache.document_starts is not None:
+            document_starts = cache.document_starts[:, :end]
+            document_starts[:, start:] |= ids == separator
+        if document_starts is None:
             return Context(self.cos[start:end], self.sin[start:end], None, None, cache)
-        documents = document_ranges(begins.cumsum(1))
+        documents = document_ranges(document_starts.cumsum(1))
         positions = torch.arange(start, end, device=ids.device) - documents[0, :, start:]
         return Context(self.cos, self.sin, positions, documents, cache)
 
     def forward(self, ids: Tensor, targets: Tensor, reduction: str = "mean", scale: Tensor | None = None) -> Tensor:
-        """Cross-entropy in nats of `targets` `[B, T]` (`IGNORE` where none is meant) given `ids` `[B, T]`, times
-        `scale`, a tensor without dimensions."""
+        """Cross-entropy (nats) of `targets` `[B, T]` given `ids` `[B, T]`, times the scalar tensor `scale`. Targets of
+        `IGNORE` do not count."""
         loss, head = self.kernels.linear_cross_entropy, self.head
         return loss(self.hidden(ids), head.weight, targets, reduction, scale=scale, head_cast=head.copy)
 
-    def logits(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
-        """Logits of the token after the last of each row, `[B, T]` to `[B, V]`, float32; `cache` as in `hidden`."""
+    def logits(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Next-token logits, float32 `[B, V]`, after the last of ids `[B, T]`; `cache` as in `hidden`."""
         return self.head(self.hidden(ids, cache)[:, -1])[..., : self.config.vocab_size].float()
 
     def keep_copies(self, dtype: torch.dtype) -> None:
-        """Keep a copy of every matrix that tokens are multiplied by, in `dtype`, so that no step casts one. Optimizers
-        write it with the weight; loading does too. The head's has rows of 0 up to a multiple of 64, for which matrix
-        units have a fast path."""
+        """Keep a copy in `dtype` of the weight of every linear layer, so that the forward pass casts none.
+
+        Optimizers and `load_state_dict` update the copies with the weights. The head's copy is padded with zero rows to
+        a multiple of 64, for which GEMMs on tensor cores are faster."""
         for module in self.modules():
             if isinstance(module, Linear):
                 rows = 64 * math.ceil(len(module.weight) / 64) if module is self.head else len(module.weight)
@@ -509,39 +515,41 @@ class GPT(nn.Module):
         self.refresh_copies()
 
     def copies(self) -> dict[Tensor, Tensor]:
-        """The copies by parameter, without the rows that the head's was padded by."""
+        """The half-precision copies by parameter, without the head's padding rows."""
         linears = [module for module in self.modules() if isinstance(module, Linear) and module.copy is not None]
         return {module.weight: module.copy[: len(module.weight)] for module in linears}
 
     @torch.no_grad()
     def refresh_copies(self) -> None:
-        """Make the copies what the weights are now."""
+        """Copy the current weights to their half-precision copies."""
         for weight, copy in self.copies().items():
             copy.copy_(weight)
 
     def load_state_dict(self, *args, **options):
-        """As of `nn.Module`; copies follow."""
+        """`nn.Module.load_state_dict`, which also updates the half-precision copies."""
         result = super().load_state_dict(*args, **options)
         self.refresh_copies()
         return result
 
     def attention_choice(self, half: bool) -> str:
-        """What attention's `auto` takes on a GPU to train in half precision or in float32, and why."""
+        """Implementations that `auto` attention trains with on a GPU, in half precision or fp32, and the reasons."""
         c = self.config
-        asked = {"documents": c.separator >= 0 or None, "dropout": c.dropout, "slopes": c.position == "alibi" or None}
+        options = {"documents": c.separator >= 0 or None, "dropout": c.dropout, "slopes": c.position == "alibi" or None}
         sizes = c.seq_len, c.seq_len, c.head_dim
-        chosen = (choice(*sizes, True, half, window=window, **asked) for window in c.windows)
+        chosen = (choice(*sizes, True, half, window=window, **options) for window in c.windows)
         return ", ".join(f"{name} for {why}" for name, why in dict.fromkeys(chosen))
 
     def n_parameters(self) -> int:
-        """Parameters, a tied head counted once."""
+        """Number of parameters; a tied head counts once."""
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self) -> int:
-        """FLOPs that training takes a token: 6 for every weight it is multiplied by (head included, embedding not), and
-        12 H D a layer for every key that it sees (forward, two products), on average T/2 of them, or W - W^2 / 2T in a
-        window of W. Documents, which hide more, do not count."""
+        """Training FLOPs per token: 6 per matrix weight (head included, embedding lookup not), and in each layer 12 H D
+        per visible key.
+
+        A token sees T/2 keys on average, or W - W^2 / 2T with a window W. Document masking is not subtracted."""
         c = self.config
         matrices = sum(p.numel() for b in self.blocks for p in b.parameters() if p.ndim == 2)
-        seen = sum(w * (2 * c.seq_len - w) for w in (window or c.seq_len for window in c.windows))  # keys, times 2 T
-        return 6 * (matrices + self.head.weight.numel()) + 6 * c.n_head * c.head_dim * seen // c.seq_len
+        windows = (window or c.seq_len for window in c.windows)
+        visible = sum(w * (2 * c.seq_len - w) for w in windows)  # mean visible keys, summed over layers, times 2 T
+        return 6 * (matrices + self.head.weight.numel()) + 6 * c.n_head * c.head_dim * visible // c.seq_len

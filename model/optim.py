@@ -18,9 +18,11 @@ OptimizerName = Literal["adam", "adamw", "muon"]
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer, and its learning rate over the run."""
+    """The optimizer and its learning-rate schedule."""
 
-    optimizer: Annotated[OptimizerName, "muon trains the matrices of the blocks, adamw the rest"] = "muon"
+    optimizer: Annotated[OptimizerName, "muon is for the blocks' matrices; the other parameters then use adamw"] = (
+        "muon"
+    )
     lr: Annotated[float, "(0, inf)", "peak learning rate of adam and adamw"] = 3e-3
     muon_lr: Annotated[float, "(0, inf)", "peak learning rate of muon"] = 2e-2
     weight_decay: Annotated[
@@ -29,17 +31,20 @@ class OptimizerConfig:
     beta1: Annotated[float, "[0, 1)", "adam and adamw: decay of the first moment"] = 0.9
     beta2: Annotated[float, "[0, 1)", "adam and adamw: decay of the second moment"] = 0.95
     eps: Annotated[float, "(0, inf)", "adam and adamw: added to the denominator"] = 1e-8
-    clip: Annotated[float, "[0, inf)", "gradient norm to clip to (0: none)"] = 1.0
-    # the learning rate over the run
-    schedule: Annotated[Schedule, "after warm-up; wsd is constant, then linear over the last `decay`"] = "linear"
-    warmup: Annotated[float, "[0, inf)", "share of the run in which the rate rises linearly; from 1 on, steps"] = 0.02
-    decay: Annotated[float, "(0, 1]", "share of the run in which wsd falls"] = 0.4
-    final_lr: Annotated[float, "[0, 1]", "share of the peak at the end"] = 0.0
+    clip: Annotated[float, "[0, inf)", "maximum gradient norm (0: no clipping)"] = 1.0
+    # learning-rate schedule
+    schedule: Annotated[Schedule, "after warm-up; wsd is constant, then linear over the last `decay` of the run"] = (
+        "linear"
+    )
+    warmup: Annotated[float, "[0, inf)", "linear warm-up: fraction of the run, or steps if 1 or more"] = 0.02
+    decay: Annotated[float, "(0, 1]", "fraction of the run in which wsd decays"] = 0.4
+    final_lr: Annotated[float, "[0, 1]", "final learning rate, as a fraction of the peak"] = 0.0
 
 
-def orthogonalised(x: Tensor) -> Tensor:
-    """Matrices `[..., rows, columns]`, rows <= columns, with their singular values taken to about 1 (0.7 to 1.2): five
-    Newton-Schulz steps of the quintic of Jordan et al., "Muon", 2024, in the dtype of `x`."""
+def orthogonalize(x: Tensor) -> Tensor:
+    """Bring the singular values of matrices `[..., rows, columns]`, rows <= columns, close to 1 (0.7 to 1.2).
+
+    Five Newton-Schulz iterations with the quintic of Jordan et al., "Muon", 2024, in the dtype of `x`."""
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT
@@ -48,9 +53,12 @@ def orthogonalised(x: Tensor) -> Tensor:
 
 
 class _Optimizer(Optimizer):
-    """An optimizer whose step a CUDA graph can replay: its state is there from the start, and what changes from step to
-    step is read from tensors on the parameters' device. `rates` holds the learning rate of each parameter group, which
-    `set_lr` writes; a group's own "lr" is the same as a float."""
+    """An optimizer whose step can be captured in a CUDA graph.
+
+    State is allocated at construction, and values that change between steps are tensors on the parameters' device.
+    `rates` holds each parameter group's learning rate as such a tensor; `set_lr` sets it and the group's float "lr".
+    `copies` maps parameters to half-precision copies (`GPT.keep_copies`), which the step updates too.
+    """
 
     def __init__(self, groups: Iterable[Tensor] | list[dict], copies: dict[Tensor, Tensor], **defaults):
         super().__init__(groups, defaults)
@@ -61,10 +69,9 @@ class _Optimizer(Optimizer):
 
 
 class AdamW(_Optimizer):
-    """AdamW, or Adam with `decoupled=False`: its weight decay is part of the gradient. `torch.optim.AdamW`'s state.
+    """AdamW, or Adam with L2 regularization if `decoupled` is False. Its state is that of `torch.optim.AdamW`.
 
-    The update is `kernel`'s, an implementation of `kernels.adamw`, which also writes the weights' `copies`: tensors by
-    parameter, in the dtype that products are made in, with as many elements.
+    `kernel`, an implementation of `kernels.adamw`, computes the update and writes the `copies`.
     """
 
     def __init__(
@@ -92,23 +99,24 @@ class AdamW(_Optimizer):
 
     @torch.no_grad()
     def step(self, grad_scale: Tensor | None = None) -> None:
-        """Update every parameter that has a gradient, multiplied by `grad_scale` first."""
+        """Update all parameters that have a gradient; the gradients are multiplied by the scalar `grad_scale`."""
         self.steps += 1
         scale = self.no_clipping if grad_scale is None else grad_scale
         for group, lr in zip(self.param_groups, self.rates, strict=True):
             params = [p for p in group["params"] if p.grad is not None]
             moments = ([self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq"))
-            lists = params, [p.grad for p in params], *moments, [self.copies.get(p) for p in params]
+            tensors = params, [p.grad for p in params], *moments, [self.copies.get(p) for p in params]
             constants = *group["betas"], group["eps"], group["weight_decay"], self.decoupled
-            self.kernel(*lists, lr, self.steps, scale, *constants)
+            self.kernel(*tensors, lr, self.steps, scale, *constants)
 
 
 class Muon(_Optimizer):
-    """Nesterov momentum, orthogonalised, for matrices: `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, except
-    that matrices of one size, transposed or not, are orthogonalised as one batch, in fewer and larger products.
+    """Muon for matrices: the orthogonalized update of SGD with Nesterov momentum.
 
-    Its rate is scaled by 0.2 sqrt(max(rows, columns)), which gives its update AdamW's usual RMS, so that the two rates
-    are alike in size (Liu et al., "Muon is Scalable for LLM Training", 2025). `copies` are as of `AdamW`.
+    It equals `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, except that matrices of one shape, or its
+    transpose, are orthogonalized as one batch, in fewer and larger GEMMs. The learning rate is scaled by
+    0.2 sqrt(max(rows, columns)): the update then has AdamW's typical RMS, so the two optimizers need similar rates (Liu
+    et al., "Muon is Scalable for LLM Training", 2025).
     """
 
     def __init__(
@@ -126,7 +134,7 @@ class Muon(_Optimizer):
 
     @torch.no_grad()
     def step(self, grad_scale: Tensor | None = None) -> None:
-        """Update every parameter that has a gradient, multiplied by `grad_scale` first."""
+        """Update all parameters that have a gradient; the gradients are multiplied by the scalar `grad_scale`."""
         scale = self.no_clipping if grad_scale is None else grad_scale
         for group, lr in zip(self.param_groups, self.rates, strict=True):
             params = [p for p in group["params"] if p.grad is not None]
@@ -135,14 +143,14 @@ class Muon(_Optimizer):
             torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
             updates = torch._foreach_lerp(grads, momenta, group["momentum"])
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-            same_size = defaultdict(list)
+            by_shape = defaultdict(list)
             for p, update in zip(params, updates, strict=True):
                 rows, columns = sorted(p.shape)
                 wide = (p, update) if p.shape[0] == rows else (p.mT, update.mT)
-                same_size[rows, columns].append(wide)
-            for (_, columns), pairs in same_size.items():
+                by_shape[rows, columns].append(wide)
+            for (_, columns), pairs in by_shape.items():
                 wide, updates = zip(*pairs, strict=True)
-                batch = orthogonalised(torch.stack(updates).bfloat16())
+                batch = orthogonalize(torch.stack(updates).bfloat16())
                 torch._foreach_sub_(wide, (batch * (lr * 0.2 * columns**0.5)).unbind())
             copied = [p for p in params if p in self.copies]
             if copied:
@@ -150,15 +158,16 @@ class Muon(_Optimizer):
 
 
 def build_optimizers(model: GPT, config: OptimizerConfig) -> list[Optimizer]:
-    """AdamW on everything, or Muon on the matrices of the blocks and AdamW on the rest; or Adam.
+    """Return [AdamW], [Adam], or for Muon [AdamW, Muon], where Muon has the blocks' matrices.
 
-    Weight decay is on matrices only: on a gain it would pull towards 0, which is not where a gain starts. Each
-    parameter group keeps its peak in `peak_lr`, which `set_lr` scales. The model's copies are kept up to date.
+    Weight decay applies to matrices only: norm gains start at 1 and biases at 0, and need none. Each parameter group
+    stores its peak learning rate in "peak_lr", for `set_lr`. The optimizers update the model's half-precision copies.
     """
-    named = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
-    hidden = [p for key, p in named if p.ndim == 2 and key.startswith("blocks.")] if config.optimizer == "muon" else []
-    taken = {id(p) for p in hidden}
-    rest = [p for _, p in named if id(p) not in taken]
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    is_muon = config.optimizer == "muon"
+    matrices = [p for name, p in named if is_muon and p.ndim == 2 and name.startswith("blocks.")]
+    on_muon = {id(p) for p in matrices}
+    rest = [p for _, p in named if id(p) not in on_muon]
     groups = [
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
@@ -166,8 +175,8 @@ def build_optimizers(model: GPT, config: OptimizerConfig) -> list[Optimizer]:
     copies = model.copies()
     options = {"kernel": model.kernels.adamw, "copies": copies, "decoupled": config.optimizer != "adam"}
     optimizers = [AdamW(groups, config.lr, (config.beta1, config.beta2), config.eps, **options)]
-    if hidden:
-        optimizers.append(Muon(hidden, config.muon_lr, config.weight_decay, copies=copies))
+    if matrices:
+        optimizers.append(Muon(matrices, config.muon_lr, config.weight_decay, copies=copies))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -175,7 +184,7 @@ def build_optimizers(model: GPT, config: OptimizerConfig) -> list[Optimizer]:
 
 
 def load_optimizers(optimizers: list[Optimizer], states: list[dict]) -> None:
-    """Restore moments and step counts; rates and decays stay as now configured."""
+    """Load moments and step counts. Hyperparameters, such as learning rate and weight decay, are not loaded."""
     for optimizer, state in zip(optimizers, states, strict=True):
         configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         optimizer.load_state_dict(state)
@@ -184,7 +193,7 @@ def load_optimizers(optimizers: list[Optimizer], states: list[dict]) -> None:
 
 
 def set_lr(optimizers: list[Optimizer], factor: float) -> None:
-    """Set every group's learning rate to `factor` of its peak."""
+    """Set the learning rate of every parameter group to `factor` times its peak."""
     for optimizer in optimizers:
         for group, rate in zip(optimizer.param_groups, optimizer.rates, strict=True):
             group["lr"] = group["peak_lr"] * factor
@@ -192,17 +201,17 @@ def set_lr(optimizers: list[Optimizer], factor: float) -> None:
 
 
 def lr_factor(config: OptimizerConfig, progress: float, warmup: float) -> float:
-    """The factor of the peak learning rate at `progress`, the share of the run that is done, 0 to 1.
+    """Learning rate at `progress`, the fraction of the run that is done, as a fraction of the peak.
 
-    It rises linearly from 0 over `warmup`, a share of the run (from 1 on the peak is not passed), then follows
-    `config.schedule` to `config.final_lr` at the end."""
+    It rises linearly from 0 during `warmup`, a fraction of the run, then follows `config.schedule` down to
+    `config.final_lr`. With `warmup` of 1 or more the whole run is warm-up."""
     if progress < warmup or warmup >= 1:
         return progress / warmup
-    left = (1 - progress) / (1 - warmup)
+    remaining = (1 - progress) / (1 - warmup)  # of the schedule after warm-up: 1 to 0
     if config.schedule == "constant":
         return 1.0
     if config.schedule == "cosine":
-        left = 0.5 * (1 - math.cos(math.pi * left))
+        remaining = 0.5 * (1 - math.cos(math.pi * remaining))
     elif config.schedule == "wsd":
-        left = min(1.0, (1 - progress) / config.decay)
-    return config.final_lr + (1 - config.final_lr) * left
+        remaining = min(1.0, (1 - progress) / config.decay)
+    return config.final_lr + (1 - config.final_lr) * remaining

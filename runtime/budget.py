@@ -1,4 +1,4 @@
-"""How long a run lasts, and how far it is."""
+"""The length of a run, and its progress."""
 
 import math
 import time
@@ -8,20 +8,20 @@ from typing import Annotated
 
 from runtime.config import ConfigError
 
-NOTHING = {"step": 0, "tokens": 0, "seconds": 0.0, "progress": 0.0}  # the state of a run before its first step
-
-
-LENGTHS = {"steps", "tokens", "seconds"}  # of which one holds
+AT_START = {"step": 0, "tokens": 0, "seconds": 0.0, "progress": 0.0}  # the state of a run before its first step
+LENGTHS = {"steps", "tokens", "seconds"}  # mutually exclusive options
 
 
 @dataclass(frozen=True)
 class Length:
-    """How long a run is: exactly one of `steps`, `tokens` and `seconds`."""
+    """Length of a run: exactly one of `steps`, `tokens` and `seconds`."""
 
     steps: Annotated[int, "[0, inf)", "optimizer steps"] = 0
     tokens: Annotated[int, "[0, inf)", "training tokens"] = 0
-    seconds: Annotated[float, "[0, inf)", "seconds of training, compiling and evaluating included"] = 0.0
-    time_limit: Annotated[float, "[0, inf)", "stop this process after so many seconds, to be resumed (0: never)"] = 0.0
+    seconds: Annotated[float, "[0, inf)", "seconds of training, including compilation and evaluation"] = 0.0
+    time_limit: Annotated[
+        float, "[0, inf)", "stop this process after this many seconds; --resume continues (0: never)"
+    ] = 0.0
 
     def __post_init__(self):
         if sum(map(bool, (self.steps, self.tokens, self.seconds))) != 1:
@@ -32,63 +32,66 @@ class Length:
 
 
 class Budget:
-    """A run's length in optimizer steps, tokens or seconds, and the share of it that is used.
+    """A run's length in optimizer steps, tokens or seconds, and the fraction of it that is done.
 
-    A run of some seconds is measured by the clock, all that training takes counted: its schedule begins when the first
-    step is done, since that may spend half a minute compiling at what would be the start of the warm-up.
+    A run with a length in seconds counts wall-clock time, including evaluation and saving. Its schedule starts after
+    the first step: compiling in that step may take half a minute, longer than the warm-up.
     """
 
-    def __init__(self, length: Length, tokens_per_step: int, before: Mapping[str, float] = NOTHING):
-        """Tokens are rounded up to whole steps. `before` is the `state` in which an earlier process left the run; it
-        may have had another length, and other tokens a step."""
+    def __init__(self, length: Length, tokens_per_step: int, previous: Mapping[str, float] = AT_START):
+        """A length in tokens is rounded up to whole steps. `previous` is the `state` that an earlier process of the run
+        saved; its length and its tokens per step may have been different."""
         self.tokens_per_step, self.seconds = tokens_per_step, length.seconds
-        self.before = {**NOTHING, "length": length.seconds, **before}
-        if self.seconds and self.before["length"] != self.seconds:
-            self.before["progress"] = min(1.0, self.before["seconds"] / self.seconds)
-        left = max(0, length.tokens - self.before["tokens"])
-        self.steps = length.steps or self.before["step"] + math.ceil(left / tokens_per_step)
+        self.previous = {**AT_START, "length": length.seconds, **previous}
+        if self.seconds and self.previous["length"] != self.seconds:
+            self.previous["progress"] = min(1.0, self.previous["seconds"] / self.seconds)
+        remaining_tokens = max(0, length.tokens - self.previous["tokens"])
+        self.steps = length.steps or self.previous["step"] + math.ceil(remaining_tokens / tokens_per_step)
         self.start()
 
-    def share(self, warmup: float) -> float:
-        """The share of the run that a warm-up is: itself below 1, else that of so many steps, which may be more than 1.
-        Raises `ConfigError` for steps of a run whose steps are not known."""
+    def warmup_fraction(self, warmup: float) -> float:
+        """Convert the option `warmup` to a fraction of the run: below 1 it is one already, otherwise a number of steps.
+
+        The fraction may exceed 1. Raises `ConfigError` for steps if the run's length is in seconds."""
         if warmup < 1:
             return warmup
         if self.seconds:
             raise ConfigError(
-                f"warmup {warmup:g} is in steps, and a run of some seconds does not know how many it has: give a share "
-                "of the run, below 1, or the run's length in steps or tokens"
+                f"warmup {warmup:g} is in steps, and a run of {self.seconds:g} seconds has no known number of steps: "
+                "give a fraction of the run, below 1, or the run's length in steps or tokens"
             )
         return warmup / self.steps
 
     def start(self) -> float:
-        """Begin to count. Returns the time."""
+        """Start the clock of this process. Returns the current `time.perf_counter()`."""
         self._started, self._first_step_ended = time.perf_counter(), None
         return self._started
 
     def state(self, step: int) -> dict[str, float]:
-        """What another process needs as its `before` to go on from here."""
+        """State to pass as `previous` to the process that resumes the run."""
         return self.position(step) | {"progress": self.progress(step), "length": self.seconds}
 
     def step_ended(self) -> None:
+        """Call after every step: the schedule of a run in seconds starts after the first."""
         self._first_step_ended = self._first_step_ended or time.perf_counter()
 
     def elapsed(self) -> float:
-        """Seconds of training, in this process and those before it."""
-        return self.before["seconds"] + time.perf_counter() - self._started
+        """Seconds of training so far, in this process and in earlier ones."""
+        return self.previous["seconds"] + time.perf_counter() - self._started
 
     def position(self, step: int) -> dict[str, float]:
-        """How far the run is after `step` steps, as every row of its record says."""
-        tokens = self.before["tokens"] + (step - self.before["step"]) * self.tokens_per_step
+        """Step, tokens and seconds after `step` steps: the first columns of every row of metrics."""
+        tokens = self.previous["tokens"] + (step - self.previous["step"]) * self.tokens_per_step
         return {"step": step, "tokens": tokens, "seconds": self.elapsed()}
 
     def progress(self, step: int) -> float:
-        """Share of the run that is done after `step` steps, 0 to 1."""
+        """Fraction of the run that is done after `step` steps, 0 to 1."""
         if not self.seconds:
             return min(1.0, step / self.steps)
-        spent, progress = self.before["seconds"], self.before["progress"]
+        start_progress = self.previous["progress"]
         if self._first_step_ended is None:
-            return progress
-        left = self.seconds - spent - (self._first_step_ended - self._started)
-        share = (time.perf_counter() - self._first_step_ended) / left if left > 0 else 1.0
-        return min(1.0, progress + (1 - progress) * share)
+            return start_progress
+        # This process covers the rest of the schedule in the time that is left after its first step.
+        remaining = self.seconds - self.previous["seconds"] - (self._first_step_ended - self._started)
+        fraction = (time.perf_counter() - self._first_step_ended) / remaining if remaining > 0 else 1.0
+        return min(1.0, start_progress + (1 - start_progress) * fraction)

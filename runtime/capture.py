@@ -1,7 +1,7 @@
-"""A step as CUDA graphs: recorded once, then replayed without the host's time.
+"""CUDA graph capture of the training step: the step is captured once and replayed at almost no cost to the host.
 
-A graph replays kernels on the addresses that they had. So what it is made of keeps its place (parameters, gradients,
-optimizer state, inputs), what changes is read from tensors, and nothing in it waits for the device.
+A graph replays its kernels on the same addresses. So parameters, gradients, optimizer state and inputs must stay where
+they are, values that change must be read from tensors, and no operation in the step may synchronize with the device.
 """
 
 import warnings
@@ -13,57 +13,60 @@ import torch
 
 from runtime.errors import UserError
 
-WARM_UP = 3  # eager steps before the capture: they compile what is compiled at its first call
+WARM_UP = 3  # eager steps before the capture; kernels are compiled at their first call
 
 
 class Step:
-    """The parts of a training step, which take and return nothing, run eagerly or as CUDA graphs."""
+    """A training step in parts (functions without arguments or results), run eagerly or as CUDA graphs."""
 
-    def __init__(self, parts: Sequence[Callable[[], None]], captured: bool, insist: bool, say: Callable[[str], None]):
-        """With `captured` the parts become graphs after `WARM_UP` eager steps, unless they make the host wait for the
-        device: `say` is then told, or with `insist` a `CaptureError` raised."""
-        self.parts, self.captured, self.insist, self.say = parts, captured, insist, say
-        self.steps = 0  # so far, those that were to be eager aside
+    def __init__(self, parts: Sequence[Callable[[], None]], captured: bool, required: bool, say: Callable[[str], None]):
+        """If `captured`, each part becomes a graph after `WARM_UP` eager steps.
+
+        Parts that synchronize with the device cannot be captured and stay eager; `say` is told so. If `required`,
+        `CaptureError` is raised instead."""
+        self.parts, self.captured, self.required, self.say = parts, captured, required, say
+        self.steps = 0  # steps so far, except those called with `eager`
         pool = torch.cuda.graph_pool_handle() if captured else None
         self.graphs = [Captured(part, pool) for part in parts]
 
     @property
     def replaying(self) -> bool:
-        """Whether there are graphs, whose memory must not be replaced."""
+        """Whether the parts are replayed, so that the tensors they use must stay where they are."""
         return self.captured and self.steps > WARM_UP
 
     @contextmanager
     def __call__(self, eager: bool = False) -> Iterator[Sequence[Callable[[], None]]]:
-        """The parts, to be called inside as one step goes; with `eager` it is not to be a replay."""
+        """A context that yields the parts to call for one step: graphs, or functions if `eager` or not yet captured."""
         self.steps += not eager
-        watched = self.captured and not eager and self.steps == WARM_UP
+        last_warm_up = self.captured and not eager and self.steps == WARM_UP
         if eager or not self.replaying:
-            with synchronizations() if watched else nullcontext() as found:
+            with synchronizations() if last_warm_up else nullcontext() as found:
                 yield self.parts
             if found:
-                self._give_up(f"the host waits for the device in the step, first at {found[0]}")
+                self._stay_eager(f"the host waits for the device in the step, first at {found[0]}")
         elif self.steps == WARM_UP + 1:
-            # The gradients have just got their place in the graphs' memory. The optimizers see it eagerly first: their
-            # kernel makes a table of addresses.
+            # The capture of the backward pass moved the gradients to graph memory. The optimizers run eagerly once more
+            # because their kernel builds a table of the gradients' addresses on the host.
             yield [*self.graphs[:-1], self.parts[-1]]
         else:
             yield self.graphs
 
-    def _give_up(self, why: str) -> None:
+    def _stay_eager(self, why: str) -> None:
         self.captured = False
-        if self.insist:
+        if self.required:
             raise CaptureError(f"cannot capture the step: {why}; --capture=off runs without")
         self.say(f"capture  no: {why}")
 
 
 class CaptureError(UserError):
-    """A step that cannot be captured, though it was to be."""
+    """The step cannot be captured, and `--capture=on` requires it."""
 
 
 class Captured:
-    """`run`, which takes and returns nothing, as a CUDA graph: captured when first called, replayed at every call.
+    """The function `run` as a CUDA graph: captured at the first call, replayed at every call.
 
-    Graphs of one `pool` share memory: they must be replayed in the order in which they were captured.
+    `run` has no arguments and no result. Graphs of one `pool` share memory, so they must be replayed in the order of
+    their capture.
     """
 
     def __init__(self, run: Callable[[], None], pool: tuple[int, int]):
@@ -72,7 +75,7 @@ class Captured:
     def __call__(self) -> None:
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            # Of this thread alone: the one that reads batches ahead may pin memory meanwhile.
+            # Only this thread's calls are restricted: the prefetching thread may pin memory during the capture.
             with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):
                 self.run()
         self.graph.replay()
@@ -80,7 +83,7 @@ class Captured:
 
 @contextmanager
 def synchronizations() -> Iterator[list[str]]:
-    """What makes the host wait for the device inside, a line for each time: it cannot be captured."""
+    """A context that yields a list; on exit it holds "file:line" of every call that waited for the device."""
     found: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -97,17 +100,17 @@ def synchronizations() -> Iterator[list[str]]:
 
 
 class InFlight:
-    """Lets the host be at most `most` steps ahead of a GPU; on a CPU there is nothing to wait for."""
+    """Keeps the host at most `limit` steps ahead of a GPU, so that few batches are queued. Does nothing on a CPU."""
 
-    def __init__(self, device: torch.device, most: int = 2):
-        self.most, self.gpu = most, device.type == "cuda"
+    def __init__(self, device: torch.device, limit: int = 2):
+        self.limit, self.gpu = limit, device.type == "cuda"
         self.steps: deque[torch.cuda.Event] = deque()
 
     def launched(self) -> None:
-        """A step has been launched: wait for the one `most` before it."""
+        """Call after launching a step: waits for the step that was launched `limit` steps earlier."""
         if self.gpu:
             event = torch.cuda.Event()
             event.record()
             self.steps.append(event)
-            if len(self.steps) > self.most:
+            if len(self.steps) > self.limit:
                 self.steps.popleft().synchronize()

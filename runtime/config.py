@@ -1,12 +1,12 @@
-"""Typed configuration from frozen dataclasses: defaults < file < flags.
+"""Typed configuration from frozen dataclasses. Precedence: defaults < config file < flags.
 
-A knob is a dataclass field; its help, and the interval it must lie in, stand in its annotation:
+An option, or knob, is a dataclass field. Its annotation has its help text and the interval of valid values:
 
     lr: Annotated[float, "(0, inf)", "peak learning rate"] = 3e-3
 
-A field whose type is a dataclass is a section: `--model.n_layer=4` sets a knob in it and `--kernels=torch` its first
-knob. A config file holds bare assignments (`lr = 1e-3`, `model = dict(n_layer=6)`). Between those sources a
-configuration is a flat dict from dotted key to value, so that precedence is a dict union.
+A field whose type is a dataclass is a section. `--model.n_layer=4` sets a knob of a section, and `--kernels=torch` sets
+the first knob of one. A config file has plain assignments (`lr = 1e-3`, `model = dict(n_layer=6)`). Each source is read
+into a flat dict from dotted key to value, so precedence is a dict union.
 """
 
 import argparse
@@ -25,12 +25,12 @@ T = TypeVar("T")
 
 
 class ConfigError(UserError):
-    """A knob that does not exist, or a value that it cannot take."""
+    """An unknown knob, or an invalid value."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Knob:
-    """A leaf of the configuration. `choices` and `interval`, such as `[0, 1)`, limit what it takes."""
+    """One option. Valid values are in `choices`, if there are any, and in `interval`, such as `[0, 1)`."""
 
     key: str
     type: type
@@ -40,35 +40,36 @@ class Knob:
     interval: str
 
     def read(self, value: Any) -> Any:
-        """The value in the knob's type: text is parsed, an int passes for a float or text. Raises `ConfigError`."""
+        """Convert `value` to the knob's type: parse a string, and accept an int as a float or a string. Raises
+        `ConfigError` for an invalid value."""
         if self.choices and value not in self.choices:
             raise ConfigError(
-                f"{self.key} must be {_either(self.choices)}, not {value!r}{_nearest(value, self.choices)}"
+                f"{self.key} must be {_join_or(self.choices)}, not {value!r}{_suggestion(value, self.choices)}"
             )
         try:
             value = _convert(value, self.type)
         except (ValueError, KeyError):
             kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[self.type]
             raise ConfigError(f"{self.key} must be {kind}, not {value!r}") from None
-        for holds, words, limit in _bounds(self.interval):
-            if not holds(value, float(limit)):
+        for compare, words, limit in _bounds(self.interval):
+            if not compare(value, float(limit)):
                 raise ConfigError(f"{self.key} must be {words} {limit}, not {value}")
         return value
 
     def __post_init__(self):
-        _bounds(self.interval)  # a slip of the pen shows at once
+        _bounds(self.interval)  # fails early on a malformed interval
 
 
 _INTERVAL = re.compile(r"([\[(])(\S+), (\S+)([\])])")
 
 
 def _bounds(interval: str) -> list[tuple[Callable[[Any, float], bool], str, str]]:
-    """Both ends of an interval in the mathematician's notation: test, its words, limit. `ValueError` if it is none."""
+    """Parse an interval such as `[0, 1)` into (comparison, its words, limit) for each end. Raises `ValueError`."""
     if not interval:
         return []
     match = _INTERVAL.fullmatch(interval)
     if match is None or not float(match[2]) < float(match[3]):
-        raise ValueError(f"{interval!r} is no interval, such as '[0, 1)' or '(0, inf)'")
+        raise ValueError(f"{interval!r} is not an interval such as '[0, 1)' or '(0, inf)'")
     left, low, high, right = match.groups()
     lower = (operator.ge, "at least", low) if left == "[" else (operator.gt, "more than", low)
     upper = (operator.le, "at most", high) if right == "]" else (operator.lt, "less than", high)
@@ -83,18 +84,18 @@ def _convert(value: Any, kind: type) -> Any:
     raise ValueError
 
 
-def _either(names: Iterable[str]) -> str:
-    *most, last = names
-    return f"{', '.join(most)} or {last}" if most else last
+def _join_or(names: Iterable[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
 
 
-def _nearest(name: Any, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(name), names, 1)
-    return f" (did you mean {near[0]}?)" if near else ""
+def _suggestion(name: Any, names: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(str(name), names, 1)
+    return f" (did you mean {matches[0]}?)" if matches else ""
 
 
 def knobs(cls: type, prefix: str = "") -> dict[str, Knob]:
-    """Every knob of a configuration class and its sections, by dotted key, in the order they are declared."""
+    """All knobs of a configuration class and its sections, by dotted key, in declaration order."""
     found = {}
     for name, annotation in get_type_hints(cls, include_extras=True).items():
         if dataclasses.is_dataclass(annotation):
@@ -113,7 +114,7 @@ def _sections(cls: type) -> dict[str, type]:
 
 
 def flatten(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested values to dotted keys; a section given one bare value takes it for its first knob."""
+    """Convert nested values to dotted keys. A section that is given a single value sets its first knob to it."""
     flat = {}
     for name, value in values.items():
         section = _sections(cls).get(name)
@@ -124,22 +125,23 @@ def flatten(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def merge(layers: Iterable[Mapping[str, Any]], rivals: set[str]) -> dict[str, Any]:
-    """Later layers win. Of `rivals` only one can hold, so a layer that gives one displaces those below it."""
+def merge(layers: Iterable[Mapping[str, Any]], exclusive: set[str]) -> dict[str, Any]:
+    """Merge flat configurations; later layers win. The keys of `exclusive` exclude each other, so a layer that has one
+    removes those of earlier layers."""
     merged = {}
     for layer in layers:
-        if rivals & layer.keys():
-            merged = {key: value for key, value in merged.items() if key not in rivals}
+        if exclusive & layer.keys():
+            merged = {key: value for key, value in merged.items() if key not in exclusive}
         merged |= layer
     return merged
 
 
 def build(cls: type[T], flat: Mapping[str, Any], prefix: str = "") -> T:
-    """The configuration with these values and the defaults elsewhere. Raises `ConfigError`."""
+    """Build a configuration from dotted keys; other knobs have their defaults. Raises `ConfigError`."""
     known = knobs(cls, prefix)
     for key in flat:
         if key.startswith(prefix) and key not in known:
-            raise ConfigError(f"no knob called {key}{_nearest(key, known)}")
+            raise ConfigError(f"no knob called {key}{_suggestion(key, known)}")
     values = {name: build(kind, flat, f"{prefix}{name}.") for name, kind in _sections(cls).items()}
     for key, knob in known.items():
         name = key.removeprefix(prefix)
@@ -152,22 +154,22 @@ def build(cls: type[T], flat: Mapping[str, Any], prefix: str = "") -> T:
 
 
 def as_dict(config: Any) -> dict[str, Any]:
-    """A configuration as nested plain values, which `flatten` and `build` turn back into an equal one."""
+    """Convert a configuration to nested dicts; `flatten` and `build` invert this."""
     return dataclasses.asdict(config)
 
 
 def read(cls: type, flat: Mapping[str, Any], *keys: str) -> list[Any]:
-    """The values of some knobs, whatever the others are. Raises `ConfigError`."""
+    """Read only these knobs, without validating the others. Raises `ConfigError`."""
     known = knobs(cls)
     return [known[key].read(flat.get(key, known[key].default)) for key in keys]
 
 
 def read_file(name: str, folder: Path) -> dict[str, Any]:
-    """The assignments of a config file, looked for as given and then in `folder`. Raises `ConfigError`."""
+    """Run a config file and return its assignments. `name` is a path, or a file of `folder`. Raises `ConfigError`."""
     path = next((p for p in (Path(name), folder / name) if p.is_file()), None)
     if path is None:
-        there = ", ".join(sorted(p.name for p in folder.glob("*.py")))
-        raise ConfigError(f"no config file {name!r}, neither here nor in {folder.name}/, which has {there}")
+        available = ", ".join(sorted(p.name for p in folder.glob("*.py")))
+        raise ConfigError(f"no config file {name!r}, neither here nor in {folder.name}/, which has {available}")
     try:
         namespace = runpy.run_path(str(path))
     except Exception as error:
@@ -181,15 +183,15 @@ class _Parser(argparse.ArgumentParser):
 
 
 def read_flags(cls: type, argv: list[str], description: str) -> dict[str, Any]:
-    """The values of the flags given, by dotted key. `-h` prints every knob and exits. Raises `ConfigError`."""
+    """Parse flags into values by dotted key. `-h` prints every knob and exits. Raises `ConfigError`."""
     parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for key, knob in knobs(cls).items():
-        bare = "true" if knob.type is bool else "on" if "on" in knob.choices else None  # what the flag alone means
-        shown = "" if knob.default in ("", None) else f" (default {knob.default})"
+        bare = "true" if knob.type is bool else "on" if "on" in knob.choices else None  # value of the flag without one
+        default = "" if knob.default in ("", None) else f" (default {knob.default})"
         parser.add_argument(
             f"--{key}",
             metavar="|".join(knob.choices) if knob.choices else knob.type.__name__,
-            help=f"{knob.help}{shown}".replace("%", "%%"),
+            help=f"{knob.help}{default}".replace("%", "%%"),
             **({"nargs": "?", "const": bare} if bare else {}),
         )
     for name in _sections(cls):
@@ -198,7 +200,7 @@ def read_flags(cls: type, argv: list[str], description: str) -> dict[str, Any]:
     if unknown:
         flags = [f"--{key}" for key in (*knobs(cls), *_sections(cls))]
         name = unknown[0].split("=")[0]
-        what = "no flag called" if name.startswith("-") else "unexpected argument"
-        raise ConfigError(f"{what} {name}{_nearest(name, flags)}; -h lists every flag")
+        problem = "no flag called" if name.startswith("-") else "unexpected argument"
+        raise ConfigError(f"{problem} {name}{_suggestion(name, flags)}; -h lists every flag")
     flat = flatten(cls, vars(given))
     return dict(zip(flat, read(cls, flat, *flat), strict=True))

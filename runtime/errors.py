@@ -1,5 +1,5 @@
-"""The root of errors that a user can mend."""
+"""The base class of errors that the user can fix."""
 
 
 class UserError(ValueError):
-    """What the user can mend: shown as one message, without a traceback."""
+    """An error that the user can fix. Programs print its message, without a traceback."""

@@ -1,4 +1,4 @@
-"""What the machine can do: the device, the precisions it computes in, its rated peak."""
+"""Hardware: choice of device, precision, torch.compile and CUDA graphs; peak FLOP/s and memory statistics."""
 
 import ctypes
 import os
@@ -19,8 +19,8 @@ from runtime.errors import UserError
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Dense bf16/fp16 tensor-core TFLOP/s with float32 accumulation, from NVIDIA's and AMD's data sheets. GeForce cards run
-# that at half their advertised float16 rate.
+# Dense bf16/fp16 tensor-core TFLOP/s with fp32 accumulation, from NVIDIA's and AMD's data sheets. On GeForce cards this
+# is half the advertised fp16 rate, which is for fp16 accumulation.
 PEAK_TFLOPS = {
     "GB200": 2500, "B300": 2500, "B200": 2250, "GH200": 989, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756,
     "H100": 989, "H800": 989, "H20": 148, "A100": 312, "A800": 312, "A40": 150, "A30": 165, "A10G": 70, "A10": 125,
@@ -36,11 +36,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 class HardwareError(UserError):
-    """A device or precision that this machine does not have."""
+    """This machine does not support the requested device, precision, compilation or capture."""
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one. Raises `HardwareError` for a device that is not there."""
+    """Return the device called `name`; `auto` is a GPU if there is one. Raises `HardwareError` if it is missing."""
     available = ["cpu"]
     if torch.backends.mps.is_available():
         available.insert(0, "mps")
@@ -52,7 +52,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> Precision:
-    """`auto` is bf16 where the device multiplies it in hardware, else fp32. Raises `HardwareError` when it cannot."""
+    """Return the precision to train in; `auto` is bf16 if the device has bf16 matrix units, else fp32.
+
+    Raises `HardwareError` for bf16 on a GPU without it."""
     if device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -61,26 +63,26 @@ def pick_precision(name: str, device: torch.device) -> Precision:
         return "bf16" if bf16 else "fp32"
     if name == "bf16" and not bf16 and device.type == "cuda":
         raise HardwareError(
-            f"{torch.cuda.get_device_name(device)} does not compute in bf16: take --precision=fp16 or fp32"
+            f"{torch.cuda.get_device_name(device)} does not compute in bf16: use --precision=fp16 or fp32"
         )
     return name
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """What matrix products are computed in `precision` under."""
+    """The autocast context for `precision`; it is disabled for fp32."""
     dtype = DTYPES[precision]
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def peak_flops(device: torch.device, precision: Precision) -> float | None:
-    """Rated FLOP/s of the device's matrix units, None where this table does not know it."""
+    """Peak dense FLOP/s of the device's tensor cores; None for fp32, a CPU or an unknown card."""
     if device.type != "cuda" or precision == "fp32":
         return None
     return rated_flops(torch.cuda.get_device_name(device))
 
 
 def rated_flops(card: str) -> float | None:
-    """Peak bf16 FLOP/s of a card by its name; None rather than a near relative's rate (Ti, SUPER, Laptop)."""
+    """Peak bf16 FLOP/s of a card by its name. None if unknown: a Ti, SUPER or Laptop variant has its own rate."""
     for name, rate in PEAK_TFLOPS.items():
         if re.search(rf"\b{name}\b(?! (Ti|SUPER|Laptop|D|Max-Q)\b)", card):
             return 1e12 * rate
@@ -88,73 +90,77 @@ def rated_flops(card: str) -> float | None:
 
 
 def pick_residual(name: str, device: torch.device, precision: Precision) -> torch.dtype | None:
-    """Dtype of the residual stream, None for the parameters' own. `auto` is bf16 for bf16 on a GPU, where it halves the
-    norms' traffic. Raises `HardwareError` for bf16 under another precision."""
+    """Return the dtype of the residual stream; None means that of the parameters.
+
+    `auto` is bf16 for training in bf16 on a GPU, where it halves the memory traffic of norms. Raises `HardwareError`
+    for bf16 with another precision."""
     if name == "bf16" and precision != "bf16":
-        raise HardwareError(f"a bf16 residual stream takes --precision=bf16, not {precision}; --residual=fp32 does not")
+        raise HardwareError(f"a bf16 residual stream needs --precision=bf16, not {precision}; or use --residual=fp32")
     bf16 = name == "bf16" or (name == "auto" and device.type == "cuda" and precision == "bf16")
     return torch.bfloat16 if bf16 else None
 
 
 def pick_compile(name: str, device: torch.device) -> tuple[bool, str]:
-    """Whether to use torch.compile, and what to say of it: `auto` does on a CPU, while a GPU's step is captured in a
-    CUDA graph. Raises `HardwareError` where it is asked for in vain."""
-    lacking = ""
+    """Whether to use torch.compile, and a line that says why. `auto` does not on a GPU, which uses CUDA graphs instead.
+
+    Raises `HardwareError` if `on` is impossible."""
+    obstacle = ""
     if device.type == "mps":
-        lacking = "torch.compile does not serve mps well yet"
+        obstacle = "torch.compile does not support mps well yet"
     elif not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", ""), "g++", "clang++")):
-        lacking = "there is no C++ compiler (g++ or clang++)"
+        obstacle = "there is no C++ compiler (g++ or clang++)"
     elif not Path(sysconfig.get_path("include"), "Python.h").exists():
-        lacking = "Python's C headers are missing (python3-dev)"
-    if name == "on" and lacking:
-        raise HardwareError(f"cannot compile on this machine: {lacking}; --compile=off runs without")
+        obstacle = "Python's C headers are missing (python3-dev)"
+    if name == "on" and obstacle:
+        raise HardwareError(f"cannot compile on this machine: {obstacle}; --compile=off runs without")
     if name == "off" or (name == "auto" and device.type == "cuda"):
         return False, "no"
-    if lacking:
-        return False, f"no: {lacking}"
-    return True, "yes: the first step takes up to a minute, a few seconds when it finds its code in the cache"
+    if obstacle:
+        return False, f"no: {obstacle}"
+    return True, "yes: the first step takes up to a minute, or a few seconds if the compiled code is cached"
 
 
 def pick_capture(
-    name: str, device: torch.device, precision: Precision, compiled: bool, redraws: bool
+    name: str, device: torch.device, precision: Precision, compiled: bool, recompute_dropout: bool
 ) -> tuple[bool, str]:
-    """Whether to capture the training step in a CUDA graph, and what to say of it. `redraws`: dropout is drawn again
-    where activations are recomputed. Raises `HardwareError` where it is asked for in vain."""
-    lacking = ""
+    """Whether to capture the training step as CUDA graphs, and a line that says why.
+
+    `recompute_dropout`: whether layers with dropout recompute their activations. Raises `HardwareError` if `on` is
+    impossible."""
+    obstacle = ""
     if device.type != "cuda":
-        lacking = f"{device.type} has no CUDA graphs"
+        obstacle = f"{device.type} has no CUDA graphs"
     elif precision == "fp16":
-        lacking = "fp16's loss scale is decided on the host"
-    elif redraws:
-        lacking = "model.recompute with model.dropout reads the random state on the host"
-    if name == "on" and lacking:
-        raise HardwareError(f"cannot capture the step: {lacking}; --capture=off runs without")
-    if not lacking and name == "auto" and compiled:
-        lacking = "the model is compiled; --capture=on does both"
-    if name == "off" or lacking:
-        return False, "no" + (f": {lacking}" if lacking and name != "off" else "")
+        obstacle = "fp16's loss scaling is decided on the host"
+    elif recompute_dropout:
+        obstacle = "model.recompute with model.dropout reads the RNG state on the host"
+    if name == "on" and obstacle:
+        raise HardwareError(f"cannot capture the step: {obstacle}; --capture=off runs without")
+    if not obstacle and name == "auto" and compiled:
+        obstacle = "the model is compiled; --capture=on does both"
+    if name == "off" or obstacle:
+        return False, "no" + (f": {obstacle}" if obstacle and name != "off" else "")
     return True, f"yes: after {WARM_UP} eager steps, forward, backward and optimizers are replayed as CUDA graphs"
 
 
 def set_up(device: torch.device, deterministic: bool) -> None:
-    """What the process needs before it computes: deterministic operations if asked for, its GPU as the current one, on
-    which graphs are captured, and memory that is kept.
+    """Configure the process: deterministic algorithms, the current GPU (graphs are captured on it), the CPU allocator.
 
-    On a CPU a step allocates what the last one freed. Taken from the system each time, page by page, that is a sixth of
-    a small model's step, so glibc is told to keep what is freed."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without
+    On a CPU, glibc is told to keep freed memory. By default it returns large blocks to the system, and the page faults
+    of allocating them again cost a sixth of a small model's step."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
     torch.use_deterministic_algorithms(deterministic)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     if device.type == "cpu":
-        with suppress(AttributeError):  # another C library
+        with suppress(AttributeError):  # not glibc
             mallopt = ctypes.CDLL(None).mallopt
             mallopt(_M_MMAP_THRESHOLD, 2**30)
             mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def device_name(device: torch.device) -> str:
-    """The card's name, or the processor's and its threads."""
+    """Name of the GPU, or of the CPU with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -166,17 +172,18 @@ def device_name(device: torch.device) -> str:
 
 
 def describe(device: torch.device, precision: Precision) -> str:
-    """The device, precision and rated speed in one line."""
+    """One line with the device, the precision and the peak FLOP/s."""
     peak = peak_flops(device, precision)
     rated = f"{peak / 1e12:,.0f} TFLOP/s rated" if peak else "rated speed unknown"
     return f"{device.type} ({device_name(device)}), {precision}, {rated}"
 
 
 def memory(device: torch.device, graphs: bool = False) -> dict[str, int | None]:
-    """Bytes held at the peak (by the process on a CPU), bytes reserved, and allocations that had to be retried. CUDA
-    graphs hold what is reserved for them, allocated or not."""
+    """Memory statistics: peak bytes allocated (on a CPU, of the process), peak bytes reserved, allocation retries.
+
+    With CUDA `graphs` the peak is the reserved memory, because graphs keep all memory of their pool."""
     if device.type != "cuda":
-        return {"memory": _peak_resident(), "memory_reserved": None, "memory_retries": None}
+        return {"memory": _peak_rss(), "memory_reserved": None, "memory_retries": None}
     stats = torch.cuda.memory_stats(device)
     return {
         "memory": stats["reserved_bytes.all.peak" if graphs else "allocated_bytes.all.peak"],
@@ -185,8 +192,8 @@ def memory(device: torch.device, graphs: bool = False) -> dict[str, int | None]:
     }
 
 
-def _peak_resident() -> int:
-    """The most memory that this process has held. Linux's ru_maxrss would count the process that started it too."""
+def _peak_rss() -> int:
+    """Peak resident memory of this process in bytes. Linux's ru_maxrss may include that of the parent process."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -195,5 +202,5 @@ def _peak_resident() -> int:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on any device: torch has no exception of its own for the CPU's."""
+    """Whether `error` is a failed allocation. On a CPU torch raises a plain RuntimeError, known by its text only."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

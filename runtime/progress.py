@@ -1,4 +1,4 @@
-"""How far something is, to whoever looks at a terminal."""
+"""Progress bars on a terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 
 def progress_bar(say: Callable[[str], None], **options: Any) -> tqdm | None:
-    """A bar, or None off a terminal and, which `say` is told, without tqdm: lines are the progress then."""
+    """Return a tqdm bar with these `options`, or None if stderr is not a terminal or tqdm is not installed.
+
+    `say` is told about a missing tqdm. Callers print lines if there is no bar."""
     if not sys.stderr.isatty():
         return None
     try:

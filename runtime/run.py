@@ -1,11 +1,11 @@
-"""A run's folder: what is recorded there, and who may write to it.
+"""The folder of a run and the files in it.
 
-    config.json     the resolved configuration        samples.txt   what the model wrote, by step
-    metrics.jsonl   one row a logged step: the record  loss.png      the curves
-    status.json     how the run stands or ended        *.pt          checkpoints
-    tokenizer.json  all that generation needs besides
+    config.json     the configuration                      samples.txt   generated samples, by step
+    metrics.jsonl   one row of metrics per logged step     loss.png      the loss curves
+    status.json     the run's current or final status      *.pt          checkpoints
+    tokenizer.json  the tokenizer, which generation needs
 
-W&B mirrors the rows when asked to; the files are the record.
+Rows can also be sent to Weights & Biases.
 """
 
 import json
@@ -29,18 +29,19 @@ Status = Literal["running", "finished", "diverged", "nan", "oom", "crashed", "in
 
 
 class RunError(UserError):
-    """A run that cannot be made, or cannot be found."""
+    """A run that cannot be created or found."""
 
 
 def choose_folder(out: Path, name: str, config_name: str, resume: bool, overwrite: bool) -> Path:
-    """The folder of the run to start or resume; nothing is made yet. Raises `RunError`.
+    """Choose the folder of a run to start or resume, without creating it. Raises `RunError`.
 
-    A run without a name is called after its config, with a number when that is taken: small, small-2, small-3.
+    A run without a name gets that of its config, with a number if it exists: small, small-2, small-3. Resuming without
+    a name takes the one with the highest number.
     """
     if name and (name != Path(name).name or name == ".."):
-        raise RunError(f"run must be a name, not the path {name!r}: --out names the folder that runs are in")
+        raise RunError(f"run must be a name, not the path {name!r}: --out sets the folder of all runs")
     if resume and overwrite:
-        raise RunError("--resume goes on with a run and --overwrite discards it: give one of them")
+        raise RunError("--resume continues a run and --overwrite deletes it: give one of them")
     folder = out / (name or config_name)
     if resume:
         found = folder if name else max(_numbered(out, config_name), key=_number, default=folder)
@@ -48,10 +49,12 @@ def choose_folder(out: Path, name: str, config_name: str, resume: bool, overwrit
             raise RunError(f"no run to resume at {found}{_runs_in(out)}")
         return found
     if overwrite and folder.exists() and not (_is_run(folder) or _is_empty(folder)):
-        raise RunError(f"{folder} is not a run (no config.json), so --overwrite leaves it alone: take another name")
+        raise RunError(
+            f"{folder} is not a run (no config.json), so --overwrite does not delete it: choose another name"
+        )
     if folder.exists() and not overwrite:
         if name:
-            raise RunError(f"run {folder} exists: --resume goes on with it, --overwrite discards it")
+            raise RunError(f"run {folder} exists: --resume continues it, --overwrite deletes it")
         folder = out / f"{config_name}-{_number(max(_numbered(out, config_name), key=_number)) + 1}"
     return folder
 
@@ -79,22 +82,22 @@ def _runs_in(out: Path) -> str:
 
 
 def check_writable(folder: Path, size: int) -> None:
-    """Raise `RunError` unless `folder` can be made and hold `size` bytes. Leaves nothing behind."""
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    """Raise `RunError` unless `folder` can be created and its disk has `size` bytes free. Creates nothing."""
+    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     try:
-        with tempfile.TemporaryFile(dir=there):
-            free = shutil.disk_usage(there).free
+        with tempfile.TemporaryFile(dir=parent):
+            free = shutil.disk_usage(parent).free
     except OSError as error:
-        raise RunError(f"cannot write to {there}: {error.strerror}; --out names another folder") from error
+        raise RunError(f"cannot write to {parent}: {error.strerror}; choose another folder with --out") from error
     if free < size:
         raise RunError(
-            f"{there} has {free / 1e6:,.0f} MB free and this run's checkpoints take {size / 1e6:,.0f} MB; "
-            "--out names another folder"
+            f"{parent} has {free / 1e6:,.0f} MB free and this run's checkpoints take {size / 1e6:,.0f} MB; "
+            "choose another folder with --out"
         )
 
 
 def find(path: str) -> Path:
-    """The folder of a finished or running run, for those who read it. Raises `RunError`."""
+    """Return the folder of an existing run, to read it. Raises `RunError`."""
     folder = Path(path)
     if not _is_run(folder):
         raise RunError(f"{folder} is not a run (no config.json){_runs_in(folder.parent)}")
@@ -102,18 +105,19 @@ def find(path: str) -> Path:
 
 
 class Run:
-    """The record of one run: rows, samples, status, and the lines or the bar a person sees."""
+    """Writes the files of a run, and its lines and progress bar on the terminal."""
 
     def __init__(self, folder: Path, config: dict[str, Any], at_step: int | None = None):
-        """Make `folder`, or open it to resume at `at_step`: rows and samples that a lost stretch of training had
-        written after that step are dropped, since they are about to be written again. Raises `RunError` when another
-        process has made the folder since it was chosen."""
+        """Create `folder`, or open it to resume at the checkpoint of `at_step`.
+
+        Rows and samples after `at_step` are dropped, because training will write them again. Raises `RunError` if
+        another process has created the folder since `choose_folder`."""
         try:
             folder.mkdir(parents=True, exist_ok=at_step is not None)
         except FileExistsError:
-            raise RunError(f"another run has just begun in {folder}: start again, or give this one a --run") from None
-        self.folder, self.rows, self.bar, self.mirror = folder, [], None, None
-        self.sampled = -1  # the step of the last sample
+            raise RunError(f"another run has just started in {folder}: start again, or give --run a name") from None
+        self.folder, self.rows, self.bar, self.wandb = folder, [], None, None
+        self.sampled_step = -1  # step of the last sample
         self._bar_opened = False
         self._metrics, self._samples = folder / "metrics.jsonl", folder / "samples.txt"
         if self._metrics.exists():
@@ -123,56 +127,60 @@ class Run:
             samples = re.split(r"(?m)^(?=--- step \d+ ---$)", self._samples.read_text())
             kept = {int(s.split()[2]): s for s in samples if s and int(s.split()[2]) <= at_step}
             write_atomically(self._samples, "".join(kept.values()))
-            self.sampled = max(kept, default=-1)
+            self.sampled_step = max(kept, default=-1)
         write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
         self.set_status("running")
 
     def set_status(self, status: Status, **facts: Any) -> None:
+        """Write status.json."""
         facts = {"status": status, "time": time.strftime("%FT%T%z"), **facts}
         write_atomically(self.folder / "status.json", json.dumps(facts, indent=2) + "\n")
 
     def log(self, row: dict[str, Any], line: str = "") -> None:
-        """Record a row, and show its line if it has one."""
+        """Append a row to metrics.jsonl, and print `line` if there is one."""
         self.rows.append(row)
         with self._metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        if self.mirror:
-            self.mirror.log({k: v for k, v in row.items() if v is not None}, step=row["step"])
+        if self.wandb:
+            self.wandb.log({k: v for k, v in row.items() if v is not None}, step=row["step"])
         if line:
             self.say(line)
 
-    def trouble(self, loss: float, norm: float, vocab_size: int) -> Status | None:
-        """What ends a run before its time: a loss or gradient norm that is not finite, or five rows of losses half as
-        bad again as both a uniform guess and the first (one is a spike, from which a run may recover)."""
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+    def failure(self, loss: float, grad_norm: float, vocab_size: int) -> Status | None:
+        """Return "nan" or "diverged" if the run has failed, else None.
+
+        A run has diverged if its last five logged losses exceed 1.5 times both the first one and ln(vocab_size), the
+        loss of a uniform guess. A run may recover from fewer, which are a spike."""
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return "nan"
         losses = [row["loss"] for row in self.rows if "loss" in row]
         bound = 1.5 * max(math.log(vocab_size), losses[0] if losses else 0.0)
         return "diverged" if len(losses) > 5 and min(losses[-5:]) > bound else None
 
     def best(self) -> float:
-        """The lowest evaluation loss so far."""
+        """Lowest validation loss so far; inf before the first evaluation."""
         return min((row["val_loss"] for row in self.rows if "val_loss" in row), default=math.inf)
 
     def summary(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """`facts` and, for the status at the end, the speed by the clock and in steady steps (the first one compiles),
-        and the evaluation if it is the last that was recorded."""
+        """Add to the final `facts` of a run: tokens per second of wall-clock time (`tok_s_wall`), the median over rows
+        without the first, which compiles (`tok_s_steady`), and the validation metrics of the last row, if any."""
         facts = facts | {"tok_s_wall": facts["tokens"] / facts["seconds"]}
         if speeds := [row["tok_s"] for row in self.rows if "tok_s" in row]:
             facts["tok_s_steady"] = median(speeds[1:] or speeds)
         return facts | {k: v for row in self.rows[-1:] for k, v in row.items() if k.startswith("val_")}
 
     def add_sample(self, step: int, text: str) -> None:
-        self.sampled = step
+        """Append a sample to samples.txt."""
+        self.sampled_step = step
         with self._samples.open("a") as file:
             file.write(f"--- step {step} ---\n{text}\n\n")
 
     def say(self, line: str) -> None:
-        """Print a line, above the bar if there is one."""
+        """Print a line, above the progress bar if there is one."""
         self.bar.write(line) if self.bar is not None else print(line, flush=True)
 
     def show_progress(self, progress: float, note: str) -> None:
-        """Move the bar to a share of the run; off a terminal the lines are the progress."""
+        """Set the progress bar, if stderr is a terminal, to `progress` (0 to 1) and show `note` in it."""
         if not self._bar_opened:
             layout = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
             self.bar = progress_bar(self.say, total=1.0, initial=progress, bar_format=layout, leave=False)
@@ -181,18 +189,19 @@ class Run:
             self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(progress - self.bar.n)
 
-    def start_mirror(self, mode: Literal["off", "offline", "online"], config: dict[str, Any]) -> None:
-        """Mirror rows to W&B, a resumed run's to the run that they began in. Never asks anything and never fails a run:
-        what keeps it from starting is said."""
+    def start_wandb(self, mode: Literal["off", "offline", "online"], config: dict[str, Any]) -> None:
+        """Send rows to Weights & Biases; a resumed run continues its W&B run.
+
+        This never prompts and never fails: if W&B cannot start, the reason is printed."""
         if mode == "off":
             return
         try:
             import wandb
 
             if mode == "online":
-                wandb.Api()  # raises where there is no key, for which `init` would ask
-            earlier = sorted(self.folder.glob("wandb/*run-*-*"))  # by date; each name ends in the run's id
-            self.mirror = wandb.init(
+                wandb.Api()  # raises if there is no API key; `init` would prompt for it
+            earlier = sorted(self.folder.glob("wandb/*run-*-*"))  # sorted by date; each name ends in the W&B run's id
+            self.wandb = wandb.init(
                 project="nanofuse", name=self.folder.name, dir=self.folder, config=config, mode=mode,
                 id=earlier[-1].name.rpartition("-")[2] if earlier else None, resume="allow",
                 settings=wandb.Settings(silent=True, init_timeout=30),
@@ -201,11 +210,11 @@ class Run:
             self.say(f"W&B is off for this run: {error}")
 
     def plot(self) -> None:
-        """Draw loss.png from the rows, where matplotlib is installed."""
+        """Plot the losses to loss.png, if matplotlib is installed."""
         try:
             import matplotlib
         except ModuleNotFoundError:
-            self.say("loss.png is left out: the package matplotlib is not installed")
+            self.say("no loss.png: the package matplotlib is not installed")
             return
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
@@ -221,21 +230,21 @@ class Run:
         plt.close(figure)
 
     def close(self, status: Status, **facts: Any) -> None:
-        """Record and say how the run ended, and let go of bar and mirror."""
+        """Write and print the final status, and close the progress bar and W&B."""
         self.set_status(status, **facts)
-        shown = (
+        texts = (
             f"{key} {value:,.6g}" if isinstance(value, float) else f"{key} {value}" for key, value in facts.items()
         )
-        self.say(f"{status}: {', '.join(shown)}")
+        self.say(f"{status}: {', '.join(texts)}")
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-        if self.mirror:
-            self.mirror.finish(exit_code=0 if status == "finished" else 1)
+        if self.wandb:
+            self.wandb.finish(exit_code=0 if status == "finished" else 1)
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a record; a last line that a killed process left half-written is dropped."""
+    """Read metrics.jsonl, without the last line if a killed process left it incomplete."""
     rows = []
     for line in path.read_text().splitlines():
         try:
@@ -246,21 +255,21 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def status_of(error: BaseException) -> Status:
-    """How a run ends that `error` ends."""
+    """The status of a run that ended with `error`."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     return "oom" if out_of_memory(error) else "crashed"
 
 
-def explained(error: Exception) -> str:
-    """What to tell the user of an error that refuses a run."""
+def error_message(error: Exception) -> str:
+    """The message to print for an error that the user can fix."""
     if isinstance(error, ModuleNotFoundError):
-        return f"what was asked for takes the package {error.name}, which is not installed"
+        return f"this configuration needs the package {error.name}, which is not installed"
     return str(error)
 
 
 def commit() -> str:
-    """The commit that this tree is at, with a + when it has changes; empty outside a checkout."""
+    """Abbreviated hash of the checked-out commit, with a + if there are uncommitted changes; "" outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -269,14 +278,14 @@ def commit() -> str:
 
 
 class Interrupt:
-    """Turns the first SIGINT or SIGTERM into a flag, so that the step under way can end and be saved.
+    """A context that turns the first SIGINT or SIGTERM into a flag, so that the current step can end and be saved.
 
-    `signal` is its number, 0 before. A second one acts as it would have without this.
+    `signal` is the signal's number, or 0. A second signal has its usual effect.
     """
 
     def __enter__(self):
         self.signal = 0
-        self._before = {s: signal.signal(s, self._catch) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._previous_handlers = {s: signal.signal(s, self._catch) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _catch(self, number, frame):
@@ -284,5 +293,5 @@ class Interrupt:
         self.__exit__()
 
     def __exit__(self, *error):
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)

@@ -1,23 +1,23 @@
-"""What more than one test file needs: a small corpus, and runs on it so small that they take a second."""
+"""Shared fixtures: a small corpus, and training runs of about a second on it."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-# Workers side by side (pytest -n) share the cores, and so do the processes that tests start. torch reads it on import.
+# Workers of pytest -n share the cores with each other and with the tests' subprocesses. torch reads this on import.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
-# Kernels run compiled where there is a GPU and in the interpreter elsewhere: read when triton is first imported.
+# Triton kernels run compiled on a GPU and interpreted elsewhere. triton reads this on import.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import train
 
-# Operators as small as these are slower on more threads.
+# More threads make operators on such small tensors slower.
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 SENTENCES = [
@@ -39,7 +39,7 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(corpus, tmp_path_factory):
-    """The flags of a run of one second: two narrow layers on bytes, in float32, eager."""
+    """A function that returns the flags of a one-second run: two narrow layers on bytes, in fp32, eager."""
     cache = tmp_path_factory.mktemp("cache")
 
     def flags(out: Path, **changes) -> list[str]:
@@ -57,7 +57,7 @@ def tiny(corpus, tmp_path_factory):
 
 @pytest.fixture
 def run(tiny, tmp_path):
-    """Train with some knobs changed: exit code and the run's folder."""
+    """A function that trains with some options changed. Returns the exit code and the run's folder."""
 
     def start(*extra: str, **changes) -> tuple[int, Path]:
         name = str(changes.get("run", "small"))

@@ -1,4 +1,4 @@
-"""A loopback stand-in for the Hugging Face hub: the few requests that listing and downloading a dataset take."""
+"""A fake Hugging Face Hub server on localhost, with the requests for listing and downloading one dataset."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ COMMIT = "c0ffee" * 6 + "cafe"
 class HubServer(ThreadingHTTPServer):
     """Serves `files` (path: content) as one dataset. `requests` logs method, path and Range header.
 
-    `break_at`: the first GET of a file breaks off after this many bytes. `silent`: requests are accepted and
-    never answered. `digests` are the SHA-256 that the files are announced with.
+    `break_at`: the connection closes after this many bytes of the first GET of a file. `silent`: requests are accepted
+    but never answered. `digests`: SHA-256 by path, as listed by the server.
     """
 
     daemon_threads = True

@@ -1,4 +1,4 @@
-"""Training windows cover every epoch once and resume anywhere; evaluation is the same for every batch size."""
+"""Batches: each epoch covers every window once, resuming works anywhere, evaluation ignores the batch size."""
 
 import numpy as np
 import pytest
@@ -21,13 +21,13 @@ def test_an_epoch_visits_every_window_once(seq_len, extra, seed, epoch):
     assert count == len(tokens) // seq_len
     inputs, targets = batches.get(epoch * count, count)
     assert inputs.shape == targets.shape == (count, seq_len)
-    assert inputs.unique().numel() == inputs.numel()  # tokens are their own places
+    assert inputs.unique().numel() == inputs.numel()  # each token equals its position
     assert torch.equal((inputs + 1) % len(tokens), targets)
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
 
 
 @given(first=st.integers(0, 40), count=st.integers(1, 40), cut=st.integers(1, 40))
-def test_windows_depend_on_nothing_but_seed_and_index(first, count, cut):
+def test_windows_depend_on_seed_and_index_only(first, count, cut):
     tokens = np.random.default_rng(0).integers(2**16, size=101, dtype=np.uint16)
     batches = Batches(tokens, 7, seed=3)
     whole = batches.get(0, 81)
@@ -56,7 +56,7 @@ def test_every_epoch_and_every_seed_has_its_own_order_and_offset():
 
 def test_too_little_text_is_an_error_with_the_numbers():
     assert Batches(np.arange(9), 8, 0).get(0, 2)[0].shape == (2, 8)
-    with pytest.raises(DataError, match=r"8 tokens long.*seq_len = 8 takes 9"):
+    with pytest.raises(DataError, match=r"8 tokens long.*seq_len = 8 needs 9"):
         Batches(np.arange(8), 8, 0)
     with pytest.raises(DataError, match="1 tokens long"):
         eval_batches(np.arange(1), 4, 2, 10)

@@ -600,7 +600,7 @@ def test_training_on_bytes_needs_torch_and_numpy_alone(tiny, tmp_path):
     }
     done = python(WITHOUT, *tiny(tmp_path / "out", **changes))
     assert done.returncode == 0, done.stderr
-    assert "loss.png is left out: the package matplotlib is not installed" in done.stdout
+    assert "no loss.png: the package matplotlib is not installed" in done.stdout
     assert "W&B is off for this run: No module named 'wandb'" in done.stdout
     assert json.loads((tmp_path / "out/small/status.json").read_text())["status"] == "finished"
 
@@ -608,6 +608,6 @@ def test_training_on_bytes_needs_torch_and_numpy_alone(tiny, tmp_path):
 def test_a_package_that_is_needed_is_named(tiny, tmp_path):
     done = python(WITHOUT, *tiny(tmp_path / "out", **{"data.tokenizer": "bpe"}))
     assert done.returncode == 2 and done.stderr == (
-        "error: what was asked for takes the package tokenizers, which is not installed\n"
+        "error: this configuration needs the package tokenizers, which is not installed\n"
     )
     assert not (tmp_path / "out").exists()

@@ -1,8 +1,8 @@
-"""A step as CUDA graphs: proved on a CPU by recording the operators of a step and replaying them.
+"""CUDA graph capture of the training step, emulated on a CPU by recording a step's operators and replaying them.
 
-A graph freezes addresses and what the host computed. So does a recording: a replay runs each operator again on the
-tensors and numbers that it got, and puts its results where the first run put them. A number that the host baked in, a
-tensor made anew or rebound between steps, and state made too late then show as a replay that differs from eager steps.
+A graph fixes the addresses of tensors and the numbers that the host computed. So does a recording: a replay runs each
+operator on the same tensors and numbers, and writes its results to the same memory. Replays then differ from eager
+steps if the step uses a number computed on the host, a tensor that is rebound between steps, or state allocated late.
 """
 
 import json
@@ -26,7 +26,7 @@ HOST_READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero
 
 
 class Recording(TorchDispatchMode):
-    """The operators run under it. Raises where the host reads a value of the device."""
+    """Records the operators that run under it. Raises if the host reads a value from the device."""
 
     def __init__(self):
         super().__init__()
@@ -44,7 +44,7 @@ class Recording(TorchDispatchMode):
         for operator, args, kwargs, results in self.calls:
             again = operator(*args, **kwargs)
             for kept, new in zip(tensors(results), tensors(again), strict=True):
-                if kept.data_ptr() != new.data_ptr():  # neither a view nor in place: memory of the graph's own
+                if kept.data_ptr() != new.data_ptr():  # neither a view nor in place: memory that belongs to the graph
                     kept.copy_(new)
 
 
@@ -53,7 +53,7 @@ def tensors(results):
 
 
 class Recorded:
-    """In the place of `Captured`."""
+    """Replaces `Captured` on a CPU."""
 
     replays = 0
 
@@ -71,8 +71,8 @@ class Recorded:
 
 
 class Eager:
-    """The same without replays. Under a recording too: autograd adds in place what nobody else holds, and the layout of
-    the sum, hence a product's rounding, may depend on it."""
+    """Replaces `Captured` without replays. It records too, because the recording's references to tensors decide whether
+    autograd accumulates in place, which may affect the layout of a sum and hence rounding."""
 
     def __init__(self, run, pool):
         self.run = run
@@ -84,7 +84,7 @@ class Eager:
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Training on a CPU replays recordings where it would replay graphs on a GPU."""
+    """Makes training on a CPU replay recordings in place of CUDA graphs."""
     monkeypatch.setattr(hardware, "pick_capture", lambda *args: (True, "yes"))
     monkeypatch.setattr(runtime.capture, "Captured", Recorded)
     monkeypatch.setattr(runtime.capture, "synchronizations", lambda: nullcontext([]))
@@ -95,16 +95,16 @@ def recorded(monkeypatch):
 
 @pytest.fixture
 def eagerly(recorded, monkeypatch):
-    """A function to call once what is to be replayed has been: no replays from then on."""
+    """A function that turns replays off."""
     return lambda: monkeypatch.setattr(runtime.capture, "Captured", Eager)
 
 
 COLUMNS = ("step", "loss", "grad_norm", "lr", "val_loss", "diag")
-STEPS = WARM_UP + 2 + 20  # eager ones, two in which parts are recorded, and replays
+STEPS = WARM_UP + 2 + 20  # eager steps, two steps that capture parts, and replays
 
 
 def trained(folder):
-    """The weights, moments and record that a run ends with."""
+    """Final weights and moments of a run, and its metrics."""
     state = checkpoint.load(folder / "last.pt")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     leaves = tree_leaves([state["model"], [optimizer["state"] for optimizer in state["optimizers"]]])
@@ -131,7 +131,7 @@ CASES = {
 
 @pytest.mark.parametrize("knobs", CASES.values(), ids=CASES)
 def test_replays_equal_eager_steps_to_the_bit(run, eagerly, knobs):
-    """Losses, norms, weights and moments, of the runs as a user starts them."""
+    """Compares losses, norms, weights and moments of whole runs."""
     quiet = {"steps": STEPS, "log_every": 1, "eval_every": 10, "save_every": 100}
     code, replayed = run(run="replayed", **quiet, **knobs)
     parts = 2 if knobs.get("micro_batch", 4) == 4 else 1 + 4 // knobs["micro_batch"]
@@ -180,15 +180,15 @@ def rebind_the_rate(self, take):
     take()
 
 
-def bake_the_rate_in(self, take):
+def use_the_rate_of_the_host(self, take):
     for optimizer in self.optimizers:
         for group, rate in zip(optimizer.param_groups, optimizer.rates, strict=True):
             rate.fill_(group["lr"])
     take()
 
 
-def make_state_in_the_step(self, take):
-    if self.step > WARM_UP:  # the step in which this part is captured
+def allocate_state_in_the_step(self, take):
+    if self.step > WARM_UP:  # in the step that captures this part
         if not hasattr(self, "decay"):
             self.decay = torch.ones_like(self.loss)
         self.decay *= 0.5
@@ -200,14 +200,14 @@ FAULTS = {
     "host read": ("update", read_on_the_host),
     "rebound input": ("forward_backward", rebind_the_input),
     "rebound rate": ("update", rebind_the_rate),
-    "baked rate": ("update", bake_the_rate_in),
-    "late state": ("update", make_state_in_the_step),
+    "host rate": ("update", use_the_rate_of_the_host),
+    "late state": ("update", allocate_state_in_the_step),
 }
 
 
 @pytest.mark.parametrize("part, fault", FAULTS.values(), ids=FAULTS)
-def test_what_a_graph_would_freeze_shows(run, eagerly, monkeypatch, part, fault):
-    """Each way to be wrong runs eagerly, and is refused or ends elsewhere when it is replayed."""
+def test_faults_that_a_graph_would_hide_are_found(run, eagerly, monkeypatch, part, fault):
+    """Each fault is harmless in eager steps; replays refuse it or give other results."""
     right = getattr(train.Trainer, part)
 
     def wrong(self, *args, **options):
@@ -215,7 +215,7 @@ def test_what_a_graph_would_freeze_shows(run, eagerly, monkeypatch, part, fault)
 
     knobs = {"steps": WARM_UP + 7, "log_every": 1, "eval_every": 100, "save_every": 100, "optimizer": "adamw"}
     monkeypatch.setattr(train.Trainer, part, wrong)
-    if fault is read_on_the_host:  # GPUs would say so of the last eager step
+    if fault is read_on_the_host:  # on a GPU the last warm-up step would report it
         with pytest.raises(RuntimeError, match="makes the host wait for the device"):
             run(run="replayed", **knobs)
         return
@@ -226,24 +226,24 @@ def test_what_a_graph_would_freeze_shows(run, eagerly, monkeypatch, part, fault)
     assert trained(replayed)[1] != trained(eager)[1]
 
 
-# What decides whether there are graphs, and what is said of it.
+# Whether the step is captured, and the reasons that are reported.
 
 CUDA = torch.device("cuda")
 
 
 @pytest.mark.parametrize(
-    "device, precision, compiled, redraws, why",
+    "device, precision, compiled, recompute_dropout, why",
     [
         (torch.device("cpu"), "bf16", False, False, "cpu has no CUDA graphs"),
-        (CUDA, "fp16", False, False, "fp16's loss scale is decided on the host"),
-        (CUDA, "bf16", False, True, "model.recompute with model.dropout reads the random state on the host"),
+        (CUDA, "fp16", False, False, "fp16's loss scaling is decided on the host"),
+        (CUDA, "bf16", False, True, "model.recompute with model.dropout reads the RNG state on the host"),
     ],
 )
-def test_what_cannot_be_captured_is_said_or_refused(device, precision, compiled, redraws, why):
-    assert pick_capture("auto", device, precision, compiled, redraws) == (False, f"no: {why}")
-    assert pick_capture("off", device, precision, compiled, redraws) == (False, "no")
+def test_reasons_against_capture_are_reported_or_refused(device, precision, compiled, recompute_dropout, why):
+    assert pick_capture("auto", device, precision, compiled, recompute_dropout) == (False, f"no: {why}")
+    assert pick_capture("off", device, precision, compiled, recompute_dropout) == (False, "no")
     with pytest.raises(HardwareError, match=f"{why}; --capture=off runs without"):
-        pick_capture("on", device, precision, compiled, redraws)
+        pick_capture("on", device, precision, compiled, recompute_dropout)
 
 
 def test_a_gpus_step_is_captured_unless_the_model_is_compiled():
@@ -258,19 +258,19 @@ def test_the_residual_stream_is_bf16_on_a_gpu_in_bf16():
     assert pick_residual("auto", CUDA, "bf16") == pick_residual("bf16", torch.device("cpu"), "bf16") == torch.bfloat16
     assert pick_residual("auto", torch.device("cpu"), "bf16") is pick_residual("fp32", CUDA, "bf16") is None
     assert pick_residual("auto", CUDA, "fp16") is None
-    with pytest.raises(HardwareError, match="takes --precision=bf16, not fp32"):
+    with pytest.raises(HardwareError, match="needs --precision=bf16, not fp32"):
         pick_residual("bf16", CUDA, "fp32")
 
 
-@pytest.mark.parametrize("insist", [False, True])
-def test_a_step_that_waits_for_the_device_is_not_captured(recorded, monkeypatch, insist):
+@pytest.mark.parametrize("required", [False, True])
+def test_a_step_that_waits_for_the_device_is_not_captured(recorded, monkeypatch, required):
     said = []
     monkeypatch.setattr(runtime.capture, "synchronizations", lambda: nullcontext(["loss.py:7"]))
-    step = Step([lambda: None], True, insist, said.append)
+    step = Step([lambda: None], True, required, said.append)
     for _ in range(WARM_UP - 1):
         with step() as parts:
             assert parts is step.parts
-    if insist:
+    if required:
         with pytest.raises(CaptureError, match=r"first at loss.py:7; --capture=off runs without"), step():
             pass
         return
@@ -288,7 +288,8 @@ def test_a_step_that_is_watched_runs_eagerly_between_replays(recorded):
             taken.append(list(parts))
     eagerly, replayed = list(step.parts), list(step.graphs)
     warm_up = [eagerly] * (1 + WARM_UP)
-    assert taken == [*warm_up, [step.graphs[0], int], replayed, eagerly, replayed]  # the last part a step later
+    # The last part is captured one step later than the others.
+    assert taken == [*warm_up, [step.graphs[0], int], replayed, eagerly, replayed]
 
 
 def test_synchronizations_are_noted_and_other_warnings_pass(monkeypatch):
@@ -338,7 +339,7 @@ ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a GPU
 @ON_A_GPU
 @pytest.mark.parametrize("knobs", [{"optimizer": "adamw"}, {"optimizer": "muon", "micro_batch": 2}], ids=str)
 def test_graphs_equal_eager_steps_on_a_gpu(run, knobs):
-    """With inputs that change while the step before is in flight."""
+    """The inputs change while the previous step is still running."""
     knobs |= {"steps": STEPS, "log_every": STEPS, "eval_every": 100, "save_every": 100, "device": "cuda"}
     captured, eager = (run(run=f"capture-{mode}", capture=mode, precision="bf16", **knobs)[1] for mode in ("on", "off"))
     assert_same(trained(captured), trained(eager))
@@ -350,7 +351,7 @@ def test_no_step_waits_for_the_gpu(tiny, tmp_path, capture):
     trainer = train.Trainer(*train.configure(tiny(tmp_path, capture=capture, device="cuda", precision="bf16")))
     for step in range(2 * WARM_UP):
         inputs, targets = (x.pin_memory() for x in trainer.batches.get(4 * step, 4))
-        if step not in (0, WARM_UP, WARM_UP + 1):  # kernels are compiled, graphs captured
+        if step not in (0, WARM_UP, WARM_UP + 1):  # these steps compile kernels or capture graphs
             torch.cuda.set_sync_debug_mode("error")
         trainer.train_step(inputs, targets, 0.5)
         torch.cuda.set_sync_debug_mode("default")

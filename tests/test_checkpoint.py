@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, and nothing else is believed."""
+"""Checkpoints: atomic writes, and refusal of damaged and foreign files."""
 
 import os
 import zipfile
@@ -20,7 +20,7 @@ def test_what_is_saved_comes_back(tmp_path):
     assert loaded["nested"] == state(1)["nested"] and torch.equal(loaded["model"]["w"], state(1)["model"]["w"])
 
 
-def test_the_one_before_and_the_best_are_kept(tmp_path):
+def test_the_previous_and_the_best_are_kept(tmp_path):
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, state(step))
         if step == 1:
@@ -34,10 +34,10 @@ def test_without_hard_links_they_are_kept_too(tmp_path, monkeypatch):
         raise OSError("no links here")
 
     monkeypatch.setattr(os, "link", refuse)
-    test_the_one_before_and_the_best_are_kept(tmp_path)
+    test_the_previous_and_the_best_are_kept(tmp_path)
 
 
-def test_it_is_on_the_disk_before_it_takes_its_name_and_so_is_the_name(tmp_path, monkeypatch):
+def test_the_file_is_synced_before_it_is_renamed_and_the_folder_after(tmp_path, monkeypatch):
     done = []
     for name in ("fsync", "replace"):
         call = getattr(os, name)
@@ -46,18 +46,18 @@ def test_it_is_on_the_disk_before_it_takes_its_name_and_so_is_the_name(tmp_path,
     assert done == ["fsync", "replace", "fsync"]
 
 
-def test_the_way_out_is_a_file_that_reads(tmp_path):
+def test_the_suggested_checkpoint_is_a_valid_one(tmp_path):
     for step in (1, 2):
         checkpoint.save(tmp_path, state(step))
     checkpoint.mark_best(tmp_path)
     for name in ("last.pt", "previous.pt"):
         (tmp_path / name).unlink()
         (tmp_path / name).write_bytes(b"torn")
-    with pytest.raises(CheckpointError, match=r"last\.pt cannot be used.*best\.pt is there from before"):
+    with pytest.raises(CheckpointError, match=r"last\.pt cannot be used.*best\.pt is an earlier checkpoint"):
         checkpoint.load(tmp_path / "last.pt")
 
 
-def test_a_full_disk_leaves_the_last_one(tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_last_one(tmp_path, monkeypatch):
     checkpoint.save(tmp_path, state(1))
 
     def full(value, file):
@@ -76,9 +76,11 @@ def test_a_truncated_file_is_refused_and_the_good_one_named(tmp_path, keep):
     checkpoint.save(tmp_path, state(2))
     last = tmp_path / "last.pt"
     whole = last.read_bytes()
-    last.unlink()  # previous.pt is another file, but be sure not to write through a link
+    last.unlink()  # do not write through a hard link to previous.pt
     last.write_bytes(whole[:keep])
-    with pytest.raises(CheckpointError, match=rf"truncated or no checkpoint at all; {tmp_path}/previous.pt is there"):
+    with pytest.raises(
+        CheckpointError, match=rf"truncated or no checkpoint at all; {tmp_path}/previous.pt is an earlier"
+    ):
         checkpoint.load(last)
     assert checkpoint.load(tmp_path / "previous.pt")["step"] == 1
 

@@ -1,4 +1,4 @@
-"""The configuration: where values come from, and what is said of bad ones."""
+"""The configuration: sources of values, their precedence, and error messages."""
 
 import json
 import math
@@ -51,7 +51,7 @@ def test_defaults_then_file_then_flags(tmp_path):
     assert config == Outer(0.25, "slow", inner=Inner(size=7))
 
 
-def test_a_whole_number_passes_for_a_float_and_for_text(tmp_path):
+def test_an_int_is_accepted_as_a_float_and_as_text(tmp_path):
     (tmp_path / "a.py").write_text("model = dict(window=256)\nsteps = 1\nlr = 1\n")
     config = build(Config, flatten(Config, read_file("a.py", tmp_path)))
     assert config.model.window == "256" and config.lr == 1.0
@@ -62,7 +62,7 @@ def test_a_configuration_survives_json():
     assert build(Outer, flatten(Outer, json.loads(json.dumps(as_dict(config))))) == config
 
 
-def test_a_layer_that_gives_one_rival_displaces_the_others_below():
+def test_a_layer_replaces_exclusive_keys_of_earlier_layers():
     assert merge([{"steps": 5, "lr": 1}, {"tokens": 7}], {"steps", "tokens"}) == {"lr": 1, "tokens": 7}
 
 

@@ -1,4 +1,4 @@
-"""Embedded and local corpora: what they read, and how each thing that can be wrong with them is told."""
+"""Corpora of the Python installation and of local files: their documents, and their error messages."""
 
 import gzip
 import json
@@ -50,7 +50,7 @@ def last():
 
 @pytest.fixture
 def embedded(tmp_path, monkeypatch):
-    """A standard library of the files given, and one required package, `package` 1.0, of others."""
+    """A fake standard library with the given files, and one required package, `package` 1.0, with others."""
 
     def build(library: dict[str, str], package: dict[str, str], version: str = "1.0") -> None:
         site = tmp_path / "lib/site-packages"
@@ -108,7 +108,7 @@ def test_docstrings_of_every_definition_in_source_order():
 
 
 @pytest.mark.parametrize("source", [b'"""unfinished', b'print """two"""', b'"""nul\0"""', b"x = 1"])
-def test_no_docstrings_where_there_can_be_none(source):
+def test_source_without_docstrings(source):
     assert docstrings(source) == []
 
 
@@ -160,7 +160,7 @@ def test_a_real_part_of_the_standard_library(embedded, monkeypatch):
     assert Path(json.__file__).read_text() in sources
 
 
-def test_package_file_that_is_gone(embedded):
+def test_a_package_file_that_is_missing(embedded):
     embedded({}, {"package/a.py": '"""A."""'})
     (corpora._STANDARD_LIBRARY / "site-packages/package/a.py").unlink()
     with pytest.raises(DataError, match=r"stopped at or before .*package/a\.py"):
@@ -263,13 +263,13 @@ def test_a_parquet_string_that_is_not_utf8(tmp_path):
             "a.jsonl:1: no field 'text' holding a string; its fields: body (str), text",
         ),
         ("a.jsonl.gz", b"plain", "a.jsonl.gz cannot be read: Not a gzipped file"),
-        # mtime: a test's name holds these bytes, and workers side by side must agree on it
+        # The fixed mtime makes the bytes deterministic: they are part of the test's id, equal in all workers.
         ("a.jsonl.gz", gzip.compress(b"{}", mtime=0)[:-4], "a.jsonl.gz cannot be read: Compressed file ended before"),
         ("a.jsonl.zst", b"plain", "a.jsonl.zst cannot be read: ZSTD decompress failed"),
         ("a.parquet", b"PAR1 not PAR1", "a.parquet cannot be read as Parquet: "),
     ],
 )
-def test_bad_files_are_told(tmp_path, name, content, told):
+def test_bad_files(tmp_path, name, content, told):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as error:
         read(tmp_path / name)
@@ -277,7 +277,7 @@ def test_bad_files_are_told(tmp_path, name, content, told):
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
-def test_file_that_goes_after_opening(tmp_path, name):
+def test_a_file_that_is_deleted_after_opening(tmp_path, name):
     path = tmp_path / name
     path.write_text("text")
     (shard,) = open_corpus(str(path)).shards()

@@ -1,4 +1,4 @@
-"""The probe of a step: every number against autograd or a dense computation, and the step left as it was."""
+"""Diagnostics: every measure against autograd or a dense computation, and the step itself is unchanged."""
 
 import copy
 import math
@@ -10,14 +10,14 @@ from test_model import FEATURES, NO_TRITON, build, documents
 from torch.nn.utils import clip_grad_norm_
 
 from kernels.attention import attention_torch, document_ranges, visible
-from model.diagnostics import Probe, _group, entropy, watch
+from model.diagnostics import Probe, _group, block_statistics, entropy
 from model.optim import OptimizerConfig, build_optimizers
 
-# A batch for the model that `build` gives, of few enough ids that gradients of parts of it have much in common.
+# A batch for the model of `build`, with few distinct ids, so that the micro-batches' gradients are similar.
 IDS = torch.randint(7, (6, 24), generator=torch.Generator().manual_seed(5))
 TARGETS = IDS.roll(-1, 1)
 
-# Each with another way of the stream, or of attention's scores.
+# Variants of the residual stream and of the attention scores.
 MODELS = FEATURES | {
     "learned, layer norm after the sum": {"position": "learned", "norm": "layer", "norm_place": "post", "bias": True},
     "alibi, norm before the sum": {"position": "alibi", "norm_place": "res-post"},
@@ -30,26 +30,26 @@ def optimizers_of(model, name="adamw"):
 
 
 def step(model, optimizers, probed=True, size=2, scale=1.0, clip=1e-3):
-    """An optimizer step as train.py makes it, on micro-batches of `size`: the probe's row, and what it measured."""
+    """A step like train.py's with micro-batches of `size`. Returns the probe's row and the parameters before it."""
     probe, grads = Probe(model, optimizers, scale) if probed else None, []
     for ids, targets in zip(IDS.split(size), TARGETS.split(size), strict=True):
         (model(ids, targets, "sum") / IDS.numel() * scale).backward()
         grads.append([p.grad.clone() for p in model.parameters()])
-        probe and probe.accumulated()
+        probe and probe.after_backward()
     for p in model.parameters():
         p.grad /= scale
     clip_grad_norm_(model.parameters(), clip)
     before = [p.detach().clone() for p in model.parameters()]
-    probe and probe.before()
+    probe and probe.before_step()
     for optimizer in optimizers:
         optimizer.step()
-    row = probe.after(IDS) if probed else None
+    row = probe.after_step(IDS) if probed else None
     model.zero_grad()
     return row, before
 
 
 def groups_of(model):
-    """Names of parameters by group, by hand."""
+    """Names of parameters by group, written out."""
     names = [name for name, _ in model.named_parameters()]
     found = {"embedding": ["embedding.weight"], "position": ["position"] if "position" in names else []}
     found["norms"] = [n for n in names if n.endswith(("norm.gain", "norm.bias"))]
@@ -65,7 +65,7 @@ def norm(tensors):
 
 
 def gradient(model, ids, targets):
-    """Of the mean loss: each parameter's, by name."""
+    """Gradient of the mean loss, by parameter name."""
     names, parameters = zip(*model.named_parameters(), strict=True)
     return dict(zip(names, torch.autograd.grad(model(ids, targets), parameters), strict=True))
 
@@ -81,11 +81,11 @@ def test_norms_by_group(features, scale):
     row, before = step(model, optimizers_of(model), scale=scale)
     now, then = dict(model.named_parameters()), dict(zip(whole, before, strict=True))
     assert sum(len(names) for names in groups.values()) == len(now)
-    assert {key: row[key] for key in ("activation", "entropy")} == watch(model, IDS[:4])
+    assert {key: row[key] for key in ("activation", "entropy")} == block_statistics(model, IDS[:4])
     for key in ("gradient", "parameter", "update", "ratio", "snr"):
         assert row[key].keys() == groups.keys()
     for group, names in groups.items():
-        assert row["gradient"][group] == pytest.approx(norm(whole[n] for n in names), rel=1e-4)  # though it is clipped
+        assert row["gradient"][group] == pytest.approx(norm(whole[n] for n in names), rel=1e-4)  # before clipping
         assert row["parameter"][group] == pytest.approx(norm(then[n] for n in names), rel=1e-5)
         update = norm(now[n].detach() - then[n] for n in names)
         assert row["update"][group] == pytest.approx(update, rel=1e-5) and update > 0
@@ -116,7 +116,7 @@ def test_signal_to_noise_is_that_of_adams_moments():
         row, _ = step(model, optimizers, clip=math.inf)
     for group, names in groups_of(model).items():
         snr = [(m[n] / (1 - 0.9**3)).abs() / (v[n] / (1 - 0.95**3)).sqrt() for n in names]
-        snr = torch.cat([x.flatten() for x in snr]).nan_to_num(0)  # rows of ids that are not there
+        snr = torch.cat([x.flatten() for x in snr]).nan_to_num(0)  # embedding rows of ids that do not occur
         assert row["snr"][group] == pytest.approx(snr.mean().item(), rel=1e-3)
     assert row["snr"]["embedding"] < row["snr"]["head"] <= 1 + 1e-6
 
@@ -132,11 +132,11 @@ def test_a_step_that_overflowed():
     optimizers, scaler = optimizers_of(model), torch.amp.GradScaler("cpu")
     probe = Probe(model, optimizers, scaler.get_scale())
     scaler.scale(model(IDS, TARGETS) * math.inf).backward()
-    probe.accumulated()
+    probe.after_backward()
     scaler.unscale_(optimizers[0])
-    probe.before()
+    probe.before_step()
     scaler.step(optimizers[0])
-    row = probe.after(IDS)
+    row = probe.after_step(IDS)
     assert set(row["update"].values()) == {0.0} and row["snr"] == {}
 
 
@@ -155,21 +155,21 @@ def test_agreement_of_micro_batches():
     assert row["coherence"] == pytest.approx(sum(cosines) / 3, rel=1e-4) and row["coherence"] < 0.99
 
 
-def test_one_micro_batch_tells_nothing_of_agreement():
+def test_one_micro_batch_has_no_noise_scale_and_coherence():
     model = build()
     row, _ = step(model, optimizers_of(model), size=6)
     assert row["noise_scale"] is None and row["coherence"] is None and row["gradient"]["embedding"] > 0
 
 
 def agreement(grads, tokens):
-    """What the probe makes of micro-batches with these gradients `[N, size]`, each its share of the whole batch's."""
+    """The probe's `_agreement` for micro-batches with mean gradients `[N, size]`."""
     parameter = torch.nn.Parameter(torch.zeros(grads.shape[1]))
     probe = Probe(SimpleNamespace(named_parameters=lambda: [("head.weight", parameter)]), [])
     parameter.grad = torch.zeros_like(parameter)
     for grad in grads / len(grads):
         parameter.grad += grad
-        probe.accumulated()
-    probe.before()
+        probe.after_backward()
+    probe.before_step()
     return probe._agreement(tokens)
 
 
@@ -187,21 +187,21 @@ def test_opposed_micro_batches_hide_the_gradient():
 
 @pytest.mark.parametrize("n", [2, 8])
 def test_noise_of_a_known_size(n):
-    """A token's gradient is G with a variance of `deviation**2` an element, so a micro-batch's has that over its
-    tokens; of so many elements every norm is near its expectation."""
+    """A token's gradient is G plus noise of variance `deviation**2` per element; a micro-batch's has that divided by
+    its tokens. With this many elements every norm is close to its expectation."""
     size, micro_batch, deviation = 200_000, 64, 20.0
     generator = torch.Generator().manual_seed(n)
     true = torch.randn(size, generator=generator)
     own = true + deviation / micro_batch**0.5 * torch.randn(n, size, generator=generator)
     row = agreement(own, n * micro_batch)
     assert row["noise_scale"] == pytest.approx(size * deviation**2 / true.square().sum().item(), rel=0.05)
-    noise = deviation**2 / micro_batch  # of each element of a micro-batch's gradient, whose own elements are 1
+    noise = deviation**2 / micro_batch  # variance per element of a micro-batch's gradient, where G has variance 1
     expected = (1 + noise / n) / math.sqrt((1 + noise) * (1 + noise / n))
     assert row["coherence"] == pytest.approx(expected, rel=0.02)
 
 
 def dense_entropy(q, k, seen, softcap=0.0, slopes=None):
-    """From float64 weights written out, head by head and query by query."""
+    """Reference in float64, by head and query."""
     total, (b, t, h, d) = 0.0, q.shape
     for row in range(b):
         for head in range(h):
@@ -223,11 +223,11 @@ def dense_entropy(q, k, seen, softcap=0.0, slopes=None):
 )
 def test_entropy_is_that_of_the_weights(options):
     torch.manual_seed(0)
-    q, k = 2 * torch.randn(2, 150, 4, 8), torch.randn(2, 150, 2, 8)  # more queries than are held at a time
+    q, k = 2 * torch.randn(2, 150, 4, 8), torch.randn(2, 150, 2, 8)  # more queries than QUERY_CHUNK
     options = dict(options)
     if lengths := options.pop("lengths", None):
-        places = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
-        options["documents"] = document_ranges(torch.stack((places, places.flip(0).sub(2).neg())))
+        positions = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
+        options["documents"] = document_ranges(torch.stack((positions, positions.flip(0).sub(2).neg())))
     seen = visible(150, 150, True, options.get("window", 0), options.get("documents"), "cpu")
     terms = {key: options[key] for key in ("softcap", "slopes") if key in options}
     expected = dense_entropy(q, k, seen, **terms)
@@ -262,7 +262,7 @@ def test_blocks_as_the_model_computes_them(kernels, features):
         )
     with torch.no_grad():
         dense.hidden(ids)
-    row = watch(model, ids)
+    row = block_statistics(model, ids)
     blocks = [str(i) for i in range(model.config.n_layer)]
     assert list(row["activation"]) == list(row["entropy"]) == blocks
     assert list(row["entropy"].values()) == pytest.approx(seen, rel=1e-3)
@@ -271,15 +271,15 @@ def test_blocks_as_the_model_computes_them(kernels, features):
     assert all(block.attention.kernels is model.kernels for block in model.blocks)
 
 
-def test_the_model_is_as_before_when_the_pass_fails():
+def test_a_failing_forward_pass_leaves_the_model_unchanged():
     model = build()
     with pytest.raises(ValueError, match="more than the model's seq_len"):
-        watch(model, torch.zeros(1, 25, dtype=torch.long))
+        block_statistics(model, torch.zeros(1, 25, dtype=torch.long))
     assert all(block.attention.kernels is model.kernels and not block._forward_hooks for block in model.blocks)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_a_probed_run_is_the_same_run(name):
+def test_a_probe_does_not_change_a_run(name):
     states = []
     for probed in (True, False):
         model = build(dropout=0.1, attention="torch")

@@ -1,4 +1,4 @@
-"""Out to Hugging Face's format and in again: the same logits, the same ids."""
+"""Export to and import from Hugging Face's format: equal logits and equal ids."""
 
 import pytest
 import torch
@@ -62,8 +62,8 @@ def test_transformers_gives_our_logits_and_ids(run, tmp_path, capsys, changes):
     ],
     ids=["full", "windowed"],
 )
-def test_a_model_of_transformers_comes_in(tmp_path, kind, windows):
-    """Not one that we wrote: its own initialisation, sharded, in bfloat16."""
+def test_a_transformers_model_is_imported(tmp_path, kind, windows):
+    """The model has transformers' own initialization, sharded files and bfloat16 weights."""
     config = transformers.Qwen3Config(
         vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=64, tie_word_embeddings=False, **kind,
@@ -83,7 +83,7 @@ def test_a_model_of_transformers_comes_in(tmp_path, kind, windows):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"model_type": "mamba"}, "its model_type is 'mamba'; only llama and qwen3 are ours"),
+        ({"model_type": "mamba"}, "its model_type is 'mamba'; only llama and qwen3 are supported"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type is 'llama3'"),
@@ -91,7 +91,7 @@ def test_a_model_of_transformers_comes_in(tmp_path, kind, windows):
         ({"model_type": "llama", "use_sliding_window": True}, "use_sliding_window is True"),
     ],
 )
-def test_models_that_are_not_ours(change, message):
+def test_unsupported_models_are_refused(change, message):
     config = ModelConfig(n_layer=1, n_head=2, d_model=16).resolved(30)
     weights = GPT(config, bind(KernelChoice())).state_dict()
     with pytest.raises(ValueError, match=message):
@@ -102,7 +102,7 @@ def test_a_llama_has_no_window(run, tmp_path, capsys):
     _, folder = run(steps=1, **{"model.qk_norm": "false", "model.window": "8"})
     with pytest.raises(SystemExit):
         main(["--run", str(folder), "--to", str(tmp_path / "hf")])
-    assert "a window (8) takes QK-norm" in capsys.readouterr().err and not (tmp_path / "hf").exists()
+    assert "a window (8) needs QK-norm" in capsys.readouterr().err and not (tmp_path / "hf").exists()
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_llama_has_no_window(run, tmp_path, capsys):
     [{"norm": "layer"}, {"norm_place": "post"}, {"position": "alibi"}, {"activation": "gelu"}, {"bias": True}],
     ids=lambda change: next(iter(change)),
 )
-def test_what_neither_family_has(change):
+def test_features_of_neither_architecture_are_refused(change):
     config = ModelConfig(n_layer=1, n_head=2, d_model=16, **change).resolved(30)
     weights = GPT(config, bind(KernelChoice())).state_dict()
     ((knob, value),) = change.items()
@@ -120,7 +120,7 @@ def test_what_neither_family_has(change):
         to_huggingface(config, weights, 0)
 
 
-def test_layers_without_a_list_have_windows_from_the_first_that_may():
+def test_without_layer_types_windows_start_at_max_window_layers():
     theirs = {"num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
     assert window_of(theirs) == "LSSS:9" and window_of(theirs | {"use_sliding_window": False}) == ""
 
@@ -140,8 +140,8 @@ def test_nothing_is_overwritten(run, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
-def test_special_tokens_that_are_left_out_are_not_written(run, tmp_path, capsys):
-    """Published models have ids for them, and weights."""
+def test_ids_without_a_token_are_not_generated(run, tmp_path, capsys):
+    """Published models have ids and embedding rows for special tokens."""
     _, folder = run(steps=1, **{"model.vocab_size": 4096})
     assert main(["--run", str(folder), "--to", str(tmp_path / "hf")]) == 0
     assert main(["--run", str(tmp_path / "in"), "--from", str(tmp_path / "hf")]) == 0
@@ -156,7 +156,7 @@ def test_special_tokens_that_are_left_out_are_not_written(run, tmp_path, capsys)
         ("model.safetensors", b"cut", "cannot be read: Error while deserializing header"),
     ],
 )
-def test_a_folder_that_is_not_whole(run, tmp_path, capsys, name, content, message):
+def test_an_incomplete_folder_is_refused(run, tmp_path, capsys, name, content, message):
     folder = tmp_path / "hf"
     assert main(["--run", str(run(steps=1)[1]), "--to", str(folder)]) == 0
     (folder / name).write_bytes(content) if content else (folder / name).unlink()
@@ -174,7 +174,7 @@ def test_more_tokens_than_weights(run, tmp_path, capsys):
     assert "has 260 tokens in tokenizer.json, 257 in its weights" in capsys.readouterr().err
 
 
-def test_a_place_that_cannot_be(run, tmp_path, capsys):
+def test_an_invalid_output_folder_is_refused(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--run", str(run(steps=1)[1]), "--to", f"{train.__file__}/hf"])
     assert "Not a directory" in capsys.readouterr().err

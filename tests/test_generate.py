@@ -12,7 +12,7 @@ def folder(run):
     return run(steps=6)[1]
 
 
-def test_one_prompt_is_streamed_and_repeats_with_its_seed(folder, capsys):
+def test_one_prompt_is_streamed_and_repeats_with_the_same_seed(folder, capsys):
     texts = []
     for seed in (0, 0, 1):
         assert main(["--run", str(folder), "--prompt", "The old ", "--tokens", "30", "--seed", str(seed)]) == 0
@@ -20,7 +20,7 @@ def test_one_prompt_is_streamed_and_repeats_with_its_seed(folder, capsys):
     assert texts[0] == texts[1] != texts[2] and texts[0].startswith("The old ") and len(texts[0]) > 20
 
 
-def test_a_batch_of_prompts_is_a_line_of_json_each(folder, capsys):
+def test_a_batch_of_prompts_gives_one_json_line_each(folder, capsys):
     flags = ["--run", str(folder), "--tokens", "5", "--temperature=0"]
     assert main([*flags, "--prompt", "A", "--prompt", "The old fox"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -29,7 +29,7 @@ def test_a_batch_of_prompts_is_a_line_of_json_each(folder, capsys):
     assert capsys.readouterr().out.rstrip("\n") == "A" + lines[0]["text"]
 
 
-def test_a_small_share_of_the_probability_is_the_likeliest(folder, capsys):
+def test_small_top_p_and_top_k_of_one_are_greedy(folder, capsys):
     texts = set()
     for flags in (["--temperature=0"], ["--temperature=9", "--top-p=1e-9"], ["--temperature=9", "--top-k=1"]):
         main(["--run", str(folder), "--prompt", "The", *flags])

@@ -1,4 +1,4 @@
-"""Hub corpora, end to end: a process with the user's environment variables, against a hub on loopback."""
+"""Hub corpora end to end: subprocesses with the Hub's environment variables, and a fake Hub server on localhost."""
 
 import io
 import json
@@ -79,7 +79,7 @@ def test_reads_a_dataset_then_needs_no_network(server, tmp_path):
 
 
 def test_broken_download_resumes(tmp_path):
-    part = 10 * 2**20  # what huggingface_hub receives at a time
+    part = 10 * 2**20  # the chunk size of huggingface_hub
     text = random.Random(0).randbytes(part * 3 // 4).hex()
     with HubServer("roneneldan/TinyStories", {TRAIN: parquet([text]), VAL: parquet(["."])}) as server:
         server.break_at = part + 1000
@@ -109,7 +109,7 @@ def test_shard_damaged_after_it_was_verified(server, tmp_path):
 
 @pytest.mark.parametrize("listed", [False, True])
 def test_silent_server(server, tmp_path, listed):
-    if listed:  # and then one file is gone from the cache, so that the silence is met in its download
+    if listed:  # remove one file from the cache, so that its download is what times out
         assert read_corpus(tmp_path, server.url) == {"shards": STORIES}
         next((tmp_path / "hub").rglob(f"blobs/{server.digests[TRAIN]}")).unlink()
     server.silent = True
@@ -137,7 +137,7 @@ def test_dataset_without_the_expected_files(server, tmp_path):
     assert "has no file data/validation-*.parquet" in read_corpus(tmp_path, server.url)["error"]
 
 
-def test_fingerprints_are_of_the_files_meant():
+def test_fingerprints_depend_on_repository_and_patterns():
     names = ("tinystories", "wikitext-2", "wikitext-103", "openwebtext", "fineweb", "fineweb-edu", "pile")
     prints = {open_corpus(name).fingerprint for name in names}
     assert len(prints) == len(names)

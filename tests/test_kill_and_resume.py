@@ -1,8 +1,8 @@
-"""Kill a run at random moments and resume it each time; it must end as one left alone does, bit for bit.
+"""Kill a run at random times and resume it each time; the final weights must equal those of an undisturbed run.
 
     python tests/test_kill_and_resume.py --kills 20
 
-The suite runs a short form of it.
+The test suite runs a short version.
 """
 
 import argparse
@@ -34,33 +34,33 @@ def finish(process: subprocess.Popen) -> None:
 
 
 def kill_and_resume(flags: list[str], out: Path, kills: int, seed: int = 0) -> int:
-    """Train `flags` once undisturbed and once killed `kills` times after a random while; compare the weights.
+    """Train with `flags` once undisturbed and once with `kills` kills at random times, and compare the weights.
 
-    A kill that comes before there is a checkpoint to resume from begins the run anew. Returns how many kills struck in
-    the middle of training, as against after its end.
+    After a kill before the first checkpoint the run starts from the beginning. Returns the number of kills that hit a
+    running process.
     """
-    flags, rng, struck = [*flags, f"--out={out}"], random.Random(seed), 0
+    flags, rng, n_hits = [*flags, f"--out={out}"], random.Random(seed), 0
     finish(start([*flags, "--run=whole"]))
     duration = json.loads((out / "whole" / "status.json").read_text())["seconds"]
     last = out / "killed" / "last.pt"
 
-    def go_on() -> subprocess.Popen:
+    def start_or_resume() -> subprocess.Popen:
         return start([*flags, "--run=killed", "--resume" if last.exists() else "--overwrite"])
 
     for _ in range(kills):
-        process = go_on()
+        process = start_or_resume()
         while not process.stdout.readline().startswith("compile"):  # the last line before training
             assert process.poll() is None
         time.sleep(rng.uniform(0, 2 * duration / kills))
-        struck += process.poll() is None
+        n_hits += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    finish(go_on())
+    finish(start_or_resume())
     ours, theirs = (checkpoint.load(out / name / "last.pt") for name in ("killed", "whole"))
     assert ours["step"] == theirs["step"]
     for key in theirs["model"]:
         assert torch.equal(ours["model"][key], theirs["model"][key]), f"{key} differs"
-    return struck
+    return n_hits
 
 
 def test_killed_three_times(tiny, tmp_path):
@@ -76,5 +76,5 @@ if __name__ == "__main__":
     size = "--model.n_layer=2 --model.d_model=64 --model.n_head=2 --model.seq_len=64 --batch_size=8 --compile=off"
     cadence = "--steps=1500 --save_every=25 --eval_every=200 --log_every=50 --data.corpus=stdlib"
     with tempfile.TemporaryDirectory() as folder:
-        struck = kill_and_resume([*size.split(), *cadence.split()], Path(folder), args.kills, args.seed)
-    print(f"killed {struck} times in training, resumed each time, and ended with the same weights")
+        n_hits = kill_and_resume([*size.split(), *cadence.split()], Path(folder), args.kills, args.seed)
+    print(f"killed {n_hits} times in training, resumed each time, and ended with the same weights")

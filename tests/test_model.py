@@ -1,4 +1,4 @@
-"""The model: its shapes, counts and first loss, what it may see, and what it generates."""
+"""The model: shapes, counts, initial loss, masking, caching, generation and half-precision weights."""
 
 import math
 from dataclasses import replace
@@ -12,7 +12,7 @@ from kernels.launch import AVAILABLE
 from kernels.linear_cross_entropy import IGNORE
 from model.evaluate import evaluate
 from model.generate import generate, next_tokens
-from model.gpt import GPT, Cache, ModelConfig
+from model.gpt import GPT, KVCache, ModelConfig
 from runtime.config import ConfigError
 
 SHAPES = {
@@ -59,7 +59,7 @@ def build(seed=0, kernels="auto", attention="", **changes):
 
 
 def documents(*lengths, rows=1):
-    """Ids `[rows, sum of lengths]` of documents of those lengths, each begun by the separator."""
+    """Random ids `[rows, sum of lengths]`: documents of these lengths, each starting with the separator."""
     ids = torch.randint(SEPARATOR, (rows, sum(lengths)))
     ids[:, [sum(lengths[:i]) for i in range(len(lengths))]] = SEPARATOR
     return ids
@@ -96,7 +96,7 @@ def test_every_switch_begins_uniform_and_sees_no_future(changes):
 
 
 def rotated(x, interleaved):
-    """Heads `[T, H, D]`, each pair as a complex number turned by its angle."""
+    """RoPE of heads `[T, H, D]` by complex multiplication."""
     pairs = x.unflatten(-1, (-1, 2)) if interleaved else x.unflatten(-1, (2, -1)).transpose(-1, -2)
     angles = torch.arange(len(x))[:, None] * 10000.0 ** (-torch.arange(0, x.shape[-1], 2) / x.shape[-1])
     turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.exp(1j * angles)[:, None])
@@ -104,7 +104,7 @@ def rotated(x, interleaved):
 
 
 def dense(model, ids):
-    """Last hidden states `[T, C]` of ids `[T]`, from the formulas alone: no QK-norm, as many heads of every kind."""
+    """A plain reference: final hidden states `[T, C]` of ids `[T]`, without QK-norm and grouped-query attention."""
     c, weights = model.config, {k: v.detach().clone() for k, v in model.named_parameters()}
     t, d = len(ids), c.head_dim
 
@@ -167,7 +167,7 @@ IN_TRITON = ("interleaved", "ALiBi", "squared ReLU, biases", "post-norm")
 def test_every_switch_is_its_formula(switch, kernels):
     model = build(kernels=kernels, qk_norm=False, **SWITCHES[switch])
     with torch.no_grad():
-        for parameter in model.parameters():  # gains and biases that would otherwise be 1 and 0
+        for parameter in model.parameters():  # so that gains are not all 1 and biases not all 0
             parameter += 0.1 * torch.randn_like(parameter)
         ids = torch.randint(101, (9,))
         torch.testing.assert_close(model.hidden(ids[None])[0], dense(model, ids), rtol=1e-4, atol=1e-5)
@@ -181,7 +181,7 @@ def test_activations_without_a_gate_have_as_many_weights(activation):
         assert plain.flops_per_token() == gated.flops_per_token()
 
 
-def test_what_is_added_counts_as_parameters_and_takes_no_products():
+def test_options_that_add_parameters_but_no_gemms_leave_flops_unchanged():
     plain = build()
     for changes, more in (
         ({"position": "learned"}, 24 * 64),
@@ -196,7 +196,7 @@ def test_what_is_added_counts_as_parameters_and_takes_no_products():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_weights_begin_as_wide_as_asked(tied):
+def test_initial_weights_have_the_configured_std(tied):
     model = build(d_model=256, d_ff=512, vocab_size=300, tied=tied, n_kv_head=2, init="xavier", embedding_std=0.5)
     block = model.blocks[0]
     q, k, _ = block.attention.qkv.weight.split((256, 128, 128))
@@ -226,7 +226,7 @@ def test_heads_that_look_back_attend_to_the_token_before(sizes):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_computing_activations_again_changes_no_gradient(dropout):
+def test_recomputing_activations_changes_no_gradient(dropout):
     ids, gradients, passes = torch.randint(101, (2, 24)), [], []
     for share in (0.0, 0.5, 1.0):
         model, calls = build(n_layer=4, dropout=dropout, recompute=share), []
@@ -247,7 +247,7 @@ def test_position_matters():
     assert not torch.allclose(hidden[0, 2], hidden[0, 4], atol=1e-4)
 
 
-def test_counts_are_what_they_say():
+def test_parameter_and_flop_counts():
     model = build(tied=False, n_kv_head=2, d_ff=160, qk_norm=True)
     qkv, out, gate_up, down = 64 * (64 + 2 * 32), 64 * 64, 64 * 320, 160 * 64
     matrices = 2 * (qkv + out + gate_up + down)
@@ -274,9 +274,12 @@ def test_sizes_from_a_million_to_a_billion():
         ({"d_model": 65}, "d_model 65 must be a multiple of n_head 4"),
         ({"d_model": 12}, "head_dim 3 must be even"),
         ({"n_kv_head": 3}, "n_head 4 must be a multiple of n_kv_head 3"),
-        ({"norm": "none", "norm_place": "post"}, "norm_place post takes a norm: norm must be rms or layer, not none"),
-        ({"init": "look-back", "position": "alibi"}, "init look-back takes position rope, not alibi: give init fan-in"),
-        ({"init": "look-back", "qk_norm": False}, "init look-back takes qk_norm True, not False"),
+        ({"norm": "none", "norm_place": "post"}, "norm_place post needs a norm: norm must be rms or layer, not none"),
+        (
+            {"init": "look-back", "position": "alibi"},
+            "init look-back needs position rope, not alibi; or use init fan-in",
+        ),
+        ({"init": "look-back", "qk_norm": False}, "init look-back needs qk_norm True, not False"),
         ({"vocab_size": 100}, "vocab_size 100 is less than the tokenizer's 101"),
         *(
             ({"window": text}, f"window must be a number of keys, such as 256, or S and L by layer, .* not {text!r}")
@@ -284,12 +287,12 @@ def test_sizes_from_a_million_to_a_billion():
         ),
     ],
 )
-def test_shapes_that_cannot_be(changes, message):
+def test_invalid_shapes(changes, message):
     with pytest.raises(ConfigError, match=message):
         build(**changes)
 
 
-def test_kernels_never_show_in_the_parameters():
+def test_parameters_do_not_depend_on_kernels():
     one, other = build(kernels="torch"), build(seed=1, kernels="auto")
     other.load_state_dict(one.state_dict())
     ids = torch.randint(101, (2, 24))
@@ -325,64 +328,64 @@ def test_each_layer_has_its_window(text, windows):
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
-@pytest.mark.parametrize("window, reach", [("5", 8), ("SL:5", 23)])
-def test_a_window_hides_what_is_before_it(attention, window, reach):
-    """Each layer takes what it sees, itself and 4 before, from a layer that sees as much."""
+@pytest.mark.parametrize("window, receptive_field", [("5", 8), ("SL:5", 23)])
+def test_a_window_hides_earlier_positions(attention, window, receptive_field):
+    """Each layer sees the current position and the 4 before it, so the receptive field grows by 4 per layer."""
     model = build(attention=attention, window=window)
     ids = torch.randint(101, (1, 24))
     last = model.hidden(ids)[0, -1]
-    for back in (reach, reach + 1):
+    for back in (receptive_field, receptive_field + 1):
         if back < 24:
             changed = ids.clone()
             changed[0, 23 - back] = (changed[0, 23 - back] + 1) % 101
-            assert torch.allclose(model.hidden(changed)[0, -1], last, atol=1e-6, rtol=0) == (back > reach)
+            assert torch.allclose(model.hidden(changed)[0, -1], last, atol=1e-6, rtol=0) == (back > receptive_field)
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
-def test_a_document_is_as_alone(attention):
+def test_a_document_is_independent_of_the_others(attention):
     model = build(attention=attention, **FEATURES["all"])
     lengths = (7, 1, 12, 4)
     ids = documents(*lengths, rows=2)
-    ids[1, :8] = torch.randint(SEPARATOR, (8,))  # a row that begins within a document
+    ids[1, :8] = torch.randint(SEPARATOR, (8,))  # the row starts within a document
     hidden = model.hidden(ids)
     torch.testing.assert_close(hidden[1:, :8], model.hidden(ids[1:, :8]))
     for part, states in zip(ids[0].split(lengths), hidden[0].split(lengths), strict=True):
         torch.testing.assert_close(states, model.hidden(part[None])[0])
     changed = ids.clone()
-    changed[:, 9:20] = (changed[:, 9:20] + 1) % SEPARATOR  # all of a document but the separator
+    changed[:, 9:20] = (changed[:, 9:20] + 1) % SEPARATOR  # a document without its separator
     same = (model.hidden(changed) == hidden).all(-1).all(0)
     assert same.tolist() == [True] * 9 + [False] * 11 + [True] * 4
 
 
 def test_positions_restart_in_each_document():
-    """Attention sees only their differences, so no output tells."""
+    """RoPE depends on position differences only, so this must be tested on positions and not on outputs."""
     model, ids = build(separator=SEPARATOR), documents(4, 1, 3)
     assert model._context(ids, None).positions.tolist() == [[0, 1, 2, 3, 0, 0, 1, 2]]
-    cache = Cache(model.config, torch.tensor([2]))
+    cache = KVCache(model.config, torch.tensor([2]))
     model.hidden(ids[:, :3], cache)
     assert model._context(ids[:, 3:], cache).positions.tolist() == [[1, 0, 0, 1, 2]]
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
-def test_cached_states_are_those_of_a_whole_pass(attention, features):
-    """In chunks of several tokens and of one."""
+def test_cached_states_equal_a_full_forward_pass(attention, features):
+    """The cache is filled in chunks of several tokens and of one."""
     model, ids = build(attention=attention, **features), documents(8, 11, 5, rows=3)
     sizes = (6, 1, 1, 9, 1, 6)
     with torch.no_grad():
-        cache, whole = Cache(model.config, torch.zeros(3, dtype=torch.int64)), model.hidden(ids)
+        cache, whole = KVCache(model.config, torch.zeros(3, dtype=torch.int64)), model.hidden(ids)
         for part, truth in zip(ids.split(sizes, 1), whole.split(sizes, 1), strict=True):
             torch.testing.assert_close(model.hidden(part, cache), truth)
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
-def test_a_row_padded_on_the_left_is_as_alone(attention, features):
-    """Before and after another row has left the cache."""
+def test_left_padding_changes_nothing(attention, features):
+    """Both before and after another row is dropped from the cache."""
     model, ids, padding = build(attention=attention, **features), documents(11, 13, rows=3), [0, 6, 2]
     with torch.no_grad():
         alone = [model.hidden(row[None, n:])[0] for row, n in zip(ids, padding, strict=True)]
-        cache = Cache(model.config, torch.tensor(padding))
+        cache = KVCache(model.config, torch.tensor(padding))
         for row, n, states in zip(range(3), padding, model.hidden(ids[:, :10], cache), strict=True):
             torch.testing.assert_close(states[n:], alone[row][: 10 - n])
         cache.keep([2, 1])
@@ -391,9 +394,9 @@ def test_a_row_padded_on_the_left_is_as_alone(attention, features):
             torch.testing.assert_close(states, torch.stack([alone[2][i - 2], alone[1][i - 6]]))
 
 
-def test_what_outgrows_the_model_is_refused():
+def test_more_tokens_than_the_context_length_are_refused():
     model = build()
-    cache = Cache(model.config, torch.zeros(1, dtype=torch.int64))
+    cache = KVCache(model.config, torch.zeros(1, dtype=torch.int64))
     model.hidden(torch.zeros(1, 20, dtype=torch.int64), cache)
     for ids, cached in ((torch.zeros(1, 25, dtype=torch.int64), None), (torch.zeros(1, 5, dtype=torch.int64), cache)):
         with pytest.raises(ValueError, match="25 tokens are more than the model's seq_len 24"):
@@ -413,22 +416,22 @@ def test_dropout_is_for_training():
     assert texts[0] == texts[1] and model.training
 
 
-def test_dropout_falls_in_three_places():
-    """Half of the embedding's output, of what sub-layers say and of the weights; of one token all weigh 1."""
+def test_dropout_applies_in_three_places():
+    """Dropout of 0.5 zeroes half of the embedding's output, the sub-layer outputs and the attention weights."""
     model, ids = build(dropout=0.5), torch.randint(101, (400, 1))
-    shares = []
+    zero_fractions = []
 
     def count(x):
-        shares.append((x == 0).float().mean().item())
+        zero_fractions.append((x == 0).float().mean().item())
 
-    for place in (model.dropout, model.blocks[1].dropout):
-        place.register_forward_hook(lambda module, args, out: count(out))
+    for module in (model.dropout, model.blocks[1].dropout):
+        module.register_forward_hook(lambda module, args, out: count(out))
     model.blocks[0].attention.out.register_forward_pre_hook(lambda module, args: count(args[0]))
     model.hidden(ids)
-    assert shares == pytest.approx([0.5] * 4, abs=0.05)  # a block has two sub-layers
+    assert zero_fractions == pytest.approx([0.5] * 4, abs=0.05)  # a block has two sub-layers
 
 
-def test_dropout_takes_an_attention_that_has_it():
+def test_dropout_needs_an_attention_kernel_that_has_it():
     config = ModelConfig(n_layer=1, n_head=2, d_model=16, dropout=0.1).resolved(11)
     with pytest.raises(KernelError, match=r"attention has no dropout: take --kernels\.attention=sdpa \(or torch\)"):
         GPT(config, replace(bind(KernelChoice()), names={"attention": "triton"}))
@@ -453,20 +456,20 @@ def test_evaluation_takes_no_gradients():
     assert taken == [False]
 
 
-def test_what_writes_to_the_stream_begins_smaller_by_the_root_of_its_writers():
+def test_residual_projections_are_scaled_by_depth():
     model = build(n_layer=8)
     for name, width in (("attention.out", 64), ("feed_forward.down", model.config.d_ff)):
         weight = model.get_submodule(f"blocks.3.{name}").weight
         assert weight.std().item() == pytest.approx((16 * width) ** -0.5, rel=0.1)
 
 
-def test_sampling_keeps_the_likeliest():
+def test_top_k_and_top_p_keep_the_most_likely():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(4000, 4)
     generator = torch.Generator().manual_seed(0)
 
     def share(**kind):
-        drawn = next_tokens(logits, **{"temperature": 1.0, "top_k": 0, "top_p": 1.0} | kind, generator=generator)
-        return (torch.bincount(drawn, minlength=4) / 4000).tolist()
+        sampled = next_tokens(logits, **{"temperature": 1.0, "top_k": 0, "top_p": 1.0} | kind, generator=generator)
+        return (torch.bincount(sampled, minlength=4) / 4000).tolist()
 
     assert share() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
     assert share(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
@@ -476,7 +479,7 @@ def test_sampling_keeps_the_likeliest():
     assert share(temperature=0.5) == pytest.approx([0.685, 0.247, 0.062, 0.007], abs=0.03)
 
 
-def test_generation_in_a_batch_is_as_alone():
+def test_generation_in_a_batch_equals_generation_alone():
     model, prompts = build(), [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
     together = generate(model, prompts, 30, temperature=0, generator=torch.Generator())
     alone = [generate(model, [p], 30, temperature=0, generator=torch.Generator())[0] for p in prompts]
@@ -484,30 +487,31 @@ def test_generation_in_a_batch_is_as_alone():
 
 
 @pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
-def test_generation_is_that_of_whole_passes(features):
-    """Rows of several lengths, of which one ends early, and others outgrow the model."""
+def test_cached_generation_equals_full_forward_passes(features):
+    """Rows of several lengths: one ends early, others exceed the context length."""
     model, prompts = build(**features), [[1, 2, SEPARATOR, 3], [4] * 3, [7] * 20]
 
     def write(tokens, **kind):
         return generate(model, prompts, tokens, temperature=3.0, generator=torch.Generator().manual_seed(1), **kind)
 
-    first, *others = write(6)  # of the first row, a token that ends no other before, after which draws would differ
+    # Stop at a token of the first row that no other row has earlier: other rows must not end early.
+    first, *others = write(6)
     stop = next(first[n] for n in (5, 4, 3, 2, 1) if not any(first[n] in row[:n] for row in others))
-    rows, live, generator = [list(prompt) for prompt in prompts], [0, 1, 2], torch.Generator().manual_seed(1)
+    rows, active, generator = [list(prompt) for prompt in prompts], [0, 1, 2], torch.Generator().manual_seed(1)
     with torch.no_grad():
         for _ in range(30):
-            if not live:
+            if not active:
                 break
-            logits = torch.cat([model.logits(torch.tensor([rows[i][-24:]])) for i in live])
-            drawn = dict(zip(live, next_tokens(logits, 3.0, 0, 1.0, generator).tolist(), strict=True))
-            live = [i for i in live if drawn[i] != stop]
-            for i in live:
-                rows[i].append(drawn[i])
-    assert 0 not in live
+            logits = torch.cat([model.logits(torch.tensor([rows[i][-24:]])) for i in active])
+            sampled = dict(zip(active, next_tokens(logits, 3.0, 0, 1.0, generator).tolist(), strict=True))
+            active = [i for i in active if sampled[i] != stop]
+            for i in active:
+                rows[i].append(sampled[i])
+    assert 0 not in active
     assert [prompt + new for prompt, new in zip(prompts, write(30, stop=stop), strict=True)] == rows
 
 
-def test_a_token_passes_once_until_the_model_is_outgrown():
+def test_each_token_is_processed_once_up_to_the_context_length():
     model, passed = build(), []
     model.embedding.register_forward_hook(lambda module, ids, out: passed.append(ids[0].shape[1]))
     generate(model, [[1] * 20, [2]], 8, generator=torch.Generator())
@@ -515,7 +519,7 @@ def test_a_token_passes_once_until_the_model_is_outgrown():
     assert passed == [20, 1, 1, 1, 1, 24, 24, 24, 24, 24]
 
 
-def test_only_ids_that_are_asked_for_are_drawn():
+def test_only_the_given_ids_are_sampled():
     model = build()
     for temperature in (0, 5.0):
         (row,) = generate(model, [[1]], 60, [3, 5, 100], temperature=temperature, generator=torch.Generator())
@@ -533,14 +537,13 @@ def test_generation_repeats_with_its_seed_and_ends_at_the_stop_token():
     assert write(0, stop) == write(0)[: write(0).index(stop)]
 
 
-# Weights in half precision, and the residual stream
+# Half-precision copies of the weights, and the dtype of the residual stream
 
 
 @pytest.mark.parametrize("kernels", ["torch", pytest.param("triton", marks=NO_TRITON)])
 @pytest.mark.parametrize("features", [{}, {"tied": False, "bias": True}, {"norm": "none", "recompute": 1.0}], ids=str)
 def test_copies_of_the_weights_change_no_result(features, kernels):
-    """The products are those of autocast, whose cast of a weight is what the copy holds, but for rounding: the gradient
-    of a weight is rounded to bf16 there."""
+    """The GEMMs are those of autocast, which casts the weights itself. Autocast rounds weight gradients to bf16."""
     results = []
     for copied in (False, True):
         model = build(kernels=kernels, **features)
@@ -569,7 +572,7 @@ def test_copies_follow_what_is_loaded_and_are_not_saved():
     assert model.head.copy.shape == (128, 64) and not model.head.copy[101:].any()  # of 101 rows
 
 
-def test_the_residual_stream_is_in_the_dtype_asked_for():
+def test_the_residual_stream_has_the_requested_dtype():
     model, dtypes = build(n_layer=3), set()
     model.residual = torch.bfloat16
     for block in model.blocks:
@@ -592,5 +595,5 @@ def test_the_residual_stream_is_in_the_dtype_asked_for():
         ({"dropout": 0.1, "window": "5"}, True, "sdpa for dropout"),
     ],
 )
-def test_what_attentions_auto_takes_on_a_gpu_is_said(changes, half, said):
+def test_attention_choice_is_described(changes, half, said):
     assert build(**changes, head_dim=128).attention_choice(half) == said

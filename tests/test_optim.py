@@ -1,4 +1,4 @@
-"""Optimisers and schedule."""
+"""Optimizers, the learning-rate schedule and the budget."""
 
 import itertools
 import math
@@ -8,7 +8,7 @@ import torch
 
 from kernels import KernelChoice, bind
 from model.gpt import GPT, ModelConfig
-from model.optim import Muon, OptimizerConfig, build_optimizers, load_optimizers, lr_factor, orthogonalised, set_lr
+from model.optim import Muon, OptimizerConfig, build_optimizers, load_optimizers, lr_factor, orthogonalize, set_lr
 from runtime.budget import Budget, Length
 from runtime.config import ConfigError
 
@@ -51,7 +51,7 @@ def test_weight_decay_is_decoupled(model):
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.5])
-def test_adam_is_adamw_but_for_weight_decay(model, weight_decay):
+def test_adam_and_adamw_differ_in_weight_decay_only(model, weight_decay):
     start = {key: value.clone() for key, value in model.state_dict().items()}
     ends = []
     for name in ("adam", "adamw"):
@@ -67,8 +67,8 @@ def test_adam_is_adamw_but_for_weight_decay(model, weight_decay):
     assert same == [not weight_decay or p.ndim < 2 for p in model.parameters()]
 
 
-def test_adam_takes_weight_decay_into_the_gradient(model):
-    """Of a gradient of 0 that leaves the decay, whose size Adam divides away."""
+def test_adam_adds_weight_decay_to_the_gradient(model):
+    """With a gradient of 0 only the decay term is left, and Adam normalizes its size."""
     before = model.head.weight.detach().clone()
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -77,7 +77,7 @@ def test_adam_takes_weight_decay_into_the_gradient(model):
 
 
 def test_muon_is_torchs():
-    """Step by step, of wide, tall and square matrices, of which some share a stack."""
+    """Compare several steps on wide, tall and square matrices, some of which are orthogonalized in one batch."""
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=generator) for shape in [(24, 16), (16, 24), (16, 16), (16, 16), (8, 40)]]
     ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
@@ -93,11 +93,11 @@ def test_muon_is_torchs():
         assert (p - q).norm() < 0.01 * (q - begun).norm()
 
 
-def test_orthogonalised_matrices_have_singular_values_about_one():
+def test_orthogonalized_matrices_have_singular_values_about_one():
     x = torch.randn(3, 16, 40, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(orthogonalised(x))
+    values = torch.linalg.svdvals(orthogonalize(x))
     assert values.min() > 0.6 and values.max() < 1.3
-    assert torch.equal(orthogonalised(torch.zeros(1, 4, 8)), torch.zeros(1, 4, 8))
+    assert torch.equal(orthogonalize(torch.zeros(1, 4, 8)), torch.zeros(1, 4, 8))
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd", "constant"])
@@ -118,7 +118,7 @@ def test_a_schedule_without_warm_up_begins_at_its_peak():
     assert lr_factor(OptimizerConfig(schedule="linear"), 0.0, 0.0) == 1
 
 
-def test_restored_state_keeps_the_rates_now_configured(model):
+def test_loading_state_keeps_the_configured_hyperparameters(model):
     first = optimizers_of(model)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
@@ -138,12 +138,12 @@ def test_a_warm_up_as_long_as_the_run_rises_to_its_end():
     assert [lr_factor(wsd, i / 4, 2.0) for i in range(5)] == [0, 0.125, 0.25, 0.375, 0.5]
 
 
-def test_a_warm_up_is_a_share_or_steps():
+def test_a_warm_up_is_a_fraction_or_steps():
     budget = Budget(Length(tokens=1000), 100)
-    assert [budget.share(warmup) for warmup in (0.0, 0.3, 1.0, 5.0, 20.0)] == [0, 0.3, 0.1, 0.5, 2]
-    assert Budget(Length(seconds=9.0), 100).share(0.3) == 0.3
-    with pytest.raises(ConfigError, match=r"warmup 5 is in steps, .* give a share of the run, below 1, or"):
-        Budget(Length(seconds=9.0), 100).share(5.0)
+    assert [budget.warmup_fraction(warmup) for warmup in (0.0, 0.3, 1.0, 5.0, 20.0)] == [0, 0.3, 0.1, 0.5, 2]
+    assert Budget(Length(seconds=9.0), 100).warmup_fraction(0.3) == 0.3
+    with pytest.raises(ConfigError, match=r"warmup 5 is in steps, .* give a fraction of the run, below 1, or"):
+        Budget(Length(seconds=9.0), 100).warmup_fraction(5.0)
 
 
 def test_budget_in_tokens_is_whole_steps():
@@ -170,10 +170,11 @@ def test_budget_by_the_clock_begins_after_the_first_step(monkeypatch):
     late = Budget(Length(seconds=5.0), 1)
     now[0] = 140.0
     late.step_ended()
-    assert late.progress(1) == 1  # the first step took more than there was
+    assert late.progress(1) == 1  # the first step took longer than the budget
 
     now[0] = 1000.0
-    assert Budget(Length(seconds=120.0), 1, saved).progress(9) == 0.25  # the same seconds are less of a longer run
+    # The same seconds are a smaller fraction of a longer run.
+    assert Budget(Length(seconds=120.0), 1, saved).progress(9) == 0.25
     resumed = Budget(Length(seconds=50.0), 1, saved)
     assert resumed.elapsed() == 30 and resumed.progress(9) == pytest.approx(0.5)
     now[0] = 1010.0
@@ -212,7 +213,7 @@ def test_a_clipped_step_is_the_step_of_smaller_gradients(model, name):
 
 
 def test_loaded_state_keeps_the_tensors_of_a_graph(model):
-    """Rates and the number of steps are read where they were when the graph was captured."""
+    """A captured graph reads learning rates and step counts from fixed addresses."""
     optimizers = optimizers_of(model)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
@@ -227,7 +228,7 @@ def test_loaded_state_keeps_the_tensors_of_a_graph(model):
 
 
 def test_state_of_torchs_adamw_loads(model):
-    """Checkpoints hold what `torch.optim.AdamW` made of the same groups."""
+    """The state has the format of `torch.optim.AdamW`."""
     ours = optimizers_of(model, "adamw")[0]
     theirs = torch.optim.AdamW([dict(group) for group in ours.param_groups], lr=1e-2, betas=(0.9, 0.95), fused=True)
     for p in model.parameters():

@@ -1,4 +1,4 @@
-"""Preparing: exact contents, disjoint splits, nothing half-done opens, and every interruption resumes to the same."""
+"""Preparing corpora: contents, disjoint splits, incomplete folders, and resuming after any interruption."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ STORIES = [f"Story {n}.\n" + f"Once upon a time {n} cats sat.\n" * (n % 5 + 1) f
 
 
 class FakeCorpus:
-    """A corpus of shards given as `name=(split, documents)`; a document that is an exception is raised."""
+    """A corpus with shards `name=(split, documents)`. An exception among the documents is raised when read."""
 
     def __init__(self, deduplicate=True, name="fake", **shards):
         self.reads = []
@@ -38,7 +38,7 @@ class FakeCorpus:
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Prepare a FakeCorpus, as bytes unless told otherwise; `run.lines` are those that it said."""
+    """A function that prepares a FakeCorpus, with the bytes tokenizer by default; `run.lines` are the printed lines."""
 
     def run(fake: FakeCorpus, cache="cache", **config):
         monkeypatch.setattr(module, "open_corpus", lambda name: fake.corpus)
@@ -52,7 +52,7 @@ def run(tmp_path, monkeypatch):
 def documents(dataset, split) -> list[str]:
     ids = getattr(dataset, split)
     texts = dataset.tokenizer.decode(ids).split("<|endoftext|>")
-    assert texts.pop() == ""  # each document is followed by its end
+    assert texts.pop() == ""  # each document ends with end-of-text
     return texts
 
 
@@ -64,7 +64,7 @@ def test_both_splits_hold_the_documents_and_the_summary_counts_them(run):
     dataset = run(FakeCorpus(a=(None, STORIES[:30]), b=(None, STORIES[30:])))
     train, val = documents(dataset, "train"), documents(dataset, "val")
     assert sorted(train + val) == sorted(STORIES)
-    assert [text for text in STORIES if text in train] == train  # in their order
+    assert [text for text in STORIES if text in train] == train  # in the same order
     assert 4 <= len(val) <= 20
     for split, texts in (("train", train), ("val", val)):
         size = sum(map(len, texts))
@@ -95,17 +95,17 @@ def test_whatever_changes_the_tokens_changes_the_folder(run):
     folders = {run(fake, **variant).path for variant in variants}
     folders.add(run(FakeCorpus(a=(None, STORIES[1:]))).path)
     assert len(folders) == 6
-    assert run(fake, vocab_size=999).path in folders  # of no consequence to bytes
+    assert run(fake, vocab_size=999).path in folders  # bytes do not depend on it
 
 
-def test_a_text_falls_on_the_same_side_wherever_it_stands(run):
+def test_a_documents_split_does_not_depend_on_its_position(run):
     forward = run(FakeCorpus(deduplicate=False, a=(None, STORIES * 2)))
     backward = run(FakeCorpus(deduplicate=False, a=(None, STORIES[::-1])))
     assert sorted(documents(forward, "val")) == sorted(documents(backward, "val") * 2)
     assert not set(documents(forward, "val")) & set(documents(forward, "train"))
 
 
-def test_repeats_are_dropped_where_the_corpus_asks_for_it(run):
+def test_duplicates_are_dropped_if_the_corpus_says_so(run):
     dataset = run(FakeCorpus(a=(None, STORIES + STORIES[:9]), b=(None, STORIES)))
     assert sorted(documents(dataset, "train") + documents(dataset, "val")) == sorted(STORIES)
 
@@ -125,7 +125,7 @@ def test_a_lone_document_is_cut_at_the_end_of_a_line(run, fraction, tokenizer):
     val = documents(dataset, "val")[0]
     (train,) = documents(dataset, "train")
     assert text.startswith(train) and text.endswith(val) and val.startswith("line")
-    assert len(train) + len(val) < len(text)  # what ended train gave its place to the end of the document
+    assert len(train) + len(val) < len(text)  # the end-of-text token replaced the last token
     assert len(train) + len(val) > len(text) - 20
     assert len(val) / len(text) == pytest.approx(fraction, rel=0.1, abs=0.02)
 
@@ -199,7 +199,7 @@ def test_an_error_in_a_shard_keeps_those_before_it(run, monkeypatch):
     ids=["hashed", "official", "lone"],
 )
 def test_a_kill_at_any_moment_resumes_to_the_same(run, monkeypatch, tmp_path, fake):
-    """Killed before each call that makes something durable, then run again."""
+    """Kill the process before each call that writes to disk, then run it again."""
     expected = contents(run(fake, cache="whole", max_tokens=2000))
     for calls in itertools.count():
         cache = f"killed-{calls}"
@@ -251,7 +251,7 @@ def test_a_damaged_folder_is_an_error_that_says_what_to_delete(run, name, damage
     assert sorted(folder.iterdir()) == left
 
 
-def test_of_files_too_large_to_checksum_each_time_the_size_is_checked(run, monkeypatch):
+def test_only_the_size_of_large_files_is_checked(run, monkeypatch):
     monkeypatch.setattr(module, "VERIFY_BYTES", 100)
     fake = FakeCorpus(a=(None, STORIES))
     folder = run(fake).path
@@ -262,7 +262,7 @@ def test_of_files_too_large_to_checksum_each_time_the_size_is_checked(run, monke
         run(fake)
 
 
-def test_partial_files_that_lost_what_was_finished_are_an_error(run, tmp_path):
+def test_partial_files_that_lost_bytes_are_an_error(run, tmp_path):
     fake = FakeCorpus(a=(None, STORIES), b=(None, [DataError("line 7 is bad")]))
     with pytest.raises(DataError, match="line 7"):
         run(fake)
@@ -273,7 +273,7 @@ def test_partial_files_that_lost_what_was_finished_are_an_error(run, tmp_path):
     assert lost.stat().st_size == 100
 
 
-def test_of_two_at_once_one_prepares_and_the_other_waits_for_it(run, monkeypatch, tmp_path):
+def test_one_of_two_processes_prepares_and_the_other_waits(run, monkeypatch, tmp_path):
     reading, waiting = threading.Event(), threading.Event()
 
     class SlowCorpus(FakeCorpus):
@@ -304,7 +304,7 @@ def test_each_stage_is_a_line_and_long_ones_report(run, monkeypatch):
     assert any(re.fullmatch(r"tokenizing fake: [\d.]+ M tokens so far, in shard a", line) for line in run.lines)
 
 
-def test_a_file_of_the_users_is_a_corpus(tmp_path):
+def test_a_users_file_is_a_corpus(tmp_path):
     (tmp_path / "tale, of two.txt").write_text("It was the best of times.\n" * 50)
     config = {"corpus": str(tmp_path / "tale, of two.txt"), "tokenizer": "bytes", "val_fraction": 0.02}
     dataset = prepare(DataConfig(**config, cache=str(tmp_path / "cache")), lambda line: None)

@@ -1,4 +1,4 @@
-"""A run's folder and its record."""
+"""Run folders, their files, and hardware checks."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def test_names(tmp_path):
 
 def test_names_that_are_refused(tmp_path):
     (tmp_path / "mine").mkdir()
-    with pytest.raises(RunError, match="mine exists: --resume goes on with it, --overwrite discards it"):
+    with pytest.raises(RunError, match="mine exists: --resume continues it, --overwrite deletes it"):
         choose(tmp_path, "mine")
     with pytest.raises(RunError, match="give one of them"):
         choose(tmp_path, "mine", resume=True, overwrite=True)
@@ -56,13 +56,13 @@ def test_reopening_drops_what_came_after_the_checkpoint(tmp_path):
         run.log({"step": step, "loss": 1.0}, "")
         run.add_sample(step, f"--- not a heading\ntext {step}")
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "lo')  # killed in the middle of a row
+        file.write('{"step": 4, "lo')  # as if killed while writing a row
     again = Run(folder, {}, at_step=2)
     assert [row["step"] for row in again.rows] == [1, 2]
     again.log({"step": 3}, "")
     assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
     samples = (folder / "samples.txt").read_text()
-    assert "text 2" in samples and "text 3" not in samples and again.sampled == 2
+    assert "text 2" in samples and "text 3" not in samples and again.sampled_step == 2
 
 
 def test_the_summary(tmp_path):
@@ -70,22 +70,23 @@ def test_the_summary(tmp_path):
     for row in ({"tok_s": 1.0}, {"val_loss": 9.0}, {"tok_s": 30.0}, {"tok_s": 50.0}):
         run.log({"step": 1, **row}, "")
     facts = {"step": 4, "tokens": 400, "seconds": 20.0}
-    assert run.summary(facts) == facts | {"tok_s_wall": 20.0, "tok_s_steady": 40.0}  # the first row compiled
+    # The steady speed leaves out the first row, which includes compilation.
+    assert run.summary(facts) == facts | {"tok_s_wall": 20.0, "tok_s_steady": 40.0}
     run.log({"step": 4, "val_loss": 2.0, "val_bpb": 1.0}, "")
     assert run.summary(facts)["val_loss"] == 2 == run.best()
 
 
-def test_trouble(tmp_path):
+def test_failure(tmp_path):
     run = Run(tmp_path / "mine", {})
     run.log({"step": 1, "loss": 3.0}, "")
-    assert run.trouble(2.0, 1.0, 100) is None
-    assert run.trouble(float("nan"), 1.0, 100) == run.trouble(2.0, float("inf"), 100) == "nan"
+    assert run.failure(2.0, 1.0, 100) is None
+    assert run.failure(float("nan"), 1.0, 100) == run.failure(2.0, float("inf"), 100) == "nan"
     for step in range(2, 7):  # the bound is 1.5 ln 100 = 6.91
-        assert run.trouble(7.0, 1.0, 100) is None
+        assert run.failure(7.0, 1.0, 100) is None
         run.log({"step": step, "loss": 7.0}, "")
-    assert run.trouble(7.0, 1.0, 100) == "diverged"
+    assert run.failure(7.0, 1.0, 100) == "diverged"
     run.log({"step": 7, "loss": 6.8}, "")
-    assert run.trouble(6.8, 1.0, 100) is None
+    assert run.failure(6.8, 1.0, 100) is None
 
 
 def test_the_first_interrupt_is_a_flag_and_the_second_acts():
@@ -138,16 +139,17 @@ ALLOCATING = """
 import resource, torch
 from runtime.hardware import set_up
 set_up(torch.device("cpu"), deterministic=False)
-for _ in range(10):  # the first few grow the heap past what else is in it
+for _ in range(10):  # the first few allocations grow the heap
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(10_000_000)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has no such settings")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
 def test_memory_that_is_freed_is_kept():
-    """Allocating it again takes no page from the system, where glibc gives back all of more than 32 MB at once. In a
-    process of its own: the settings are for life, and of its main thread's memory."""
+    """Allocating again must cause no page faults; by default glibc returns blocks over 32 MB to the system.
+
+    This runs in a subprocess, because the settings last for the life of a process."""
     done = subprocess.run([sys.executable, "-c", ALLOCATING], cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 100

@@ -32,8 +32,8 @@ TEXTS = {
     "special": f"{EOT} <|endoftext|>{EOT}x <|im_start|>",
     "one long run": "a" * 5000 + "=" * 5000 + "7" * 5000,
 }
-# Only characters that Unicode had assigned by this Python's version: later ones may be letters to one engine of
-# regular expressions and not yet to the other.
+# Only characters that are assigned in this Python's version of Unicode: the two regular expression engines may classify
+# later ones differently.
 characters = st.characters(exclude_categories=["Cs", "Cn"])
 
 
@@ -55,12 +55,12 @@ HUGGINGFACE = {tokenizer.name: tokenizer.to_huggingface() for tokenizer in (byte
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_text_comes_back_and_both_libraries_agree_on_its_ids(tokenizer, text):
+def test_text_round_trips_and_both_libraries_give_equal_ids(tokenizer, text):
     check(tokenizer, text)
 
 
 @given(st.text(characters) | st.text(st.sampled_from(" \n\t\r'sdel09_(")))
-def test_any_text_comes_back_and_both_libraries_agree_on_its_ids(text):
+def test_any_text_round_trips_and_both_libraries_give_equal_ids(text):
     check(BPE, text)
     check(byte_tokenizer(), text)
 
@@ -70,13 +70,13 @@ def test_bytes_are_their_own_ids():
     assert byte_tokenizer().vocab_size == 257
 
 
-def test_training_compresses_and_gives_the_vocabulary_asked_for():
+def test_training_compresses_and_gives_the_requested_vocabulary():
     assert BPE.vocab_size == 700 and sorted(BPE.ranks.values()) == list(range(699)) and BPE.eot == 699
     assert len(BPE.encode(SOURCE)) < len(SOURCE) / 2.5
     assert train_bpe([SOURCE], 700) == BPE
 
 
-def test_training_says_what_vocabulary_the_text_supports():
+def test_too_large_a_vocabulary_is_refused_with_the_possible_size():
     with pytest.raises(DataError, match="supports only 258"):
         train_bpe(["ab", "ab", "cd"], 300)
     assert train_bpe(["ab", "ab", "cd"], 258).encode("ab") == [256]
@@ -108,7 +108,7 @@ def test_a_vocabulary_beyond_16_bits_takes_32():
     assert Tokenizer("narrow", BPE.pattern, BPE.ranks, eot=2**16 - 1).dtype == np.uint16
 
 
-def test_decoding_stands_a_replacement_in_for_half_a_character():
+def test_decoding_replaces_incomplete_characters():
     assert byte_tokenizer().decode([65, 0xC3]) == "A\ufffd"
     assert byte_tokenizer().decode_bytes(np.array([65, 0xC3], np.uint16)) == b"A\xc3"
 
@@ -138,7 +138,7 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path, damage):
         Tokenizer.load(path)
 
 
-def test_what_is_exported_is_read_back_by_both(tmp_path, tokenizer):
+def test_an_exported_tokenizer_is_read_back(tmp_path, tokenizer):
     path = tmp_path / "tokenizer.json"
     tokenizer.to_huggingface().save(str(path))
     exported = tokenizers.Tokenizer.from_file(str(path))
@@ -149,7 +149,7 @@ def test_what_is_exported_is_read_back_by_both(tmp_path, tokenizer):
 
 
 def published(path, **changes) -> None:
-    """A tokenizer.json as GPT-2's: no split pattern of its own; here special tokens come first."""
+    """A tokenizer.json like GPT-2's, without a split pattern, but with special tokens first."""
     trained = tokenizers.ByteLevelBPETokenizer()
     trained.train_from_iterator([SOURCE], 600, special_tokens=["<pad>", EOT], show_progress=False)
     path.write_text(json.dumps(json.loads(trained.to_str()) | changes))
@@ -171,7 +171,7 @@ def test_a_published_tokenizer_gives_its_own_ids(tmp_path):
         ({"pre_tokenizer": {"type": "Metaspace"}}, "not the tokenizer.json of a byte-level BPE.*Metaspace"),
         ({"pre_tokenizer": None}, "not the tokenizer.json of a byte-level BPE"),
         ({"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}, "not the tokenizer.json of a byte-level BPE"),
-        ({"added_tokens": []}, "neither <|endoftext|> nor"),
+        ({"added_tokens": []}, "it needs <|endoftext|> or"),
     ],
     ids=["pre-tokenizer", "none", "unigram", "no end"],
 )
@@ -194,7 +194,7 @@ def test_merges_out_of_order_are_an_error(tmp_path):
 
 
 def test_gpt2_is_fetched_once_and_then_read_from_its_cache(tmp_path, monkeypatch):
-    """With a vocabulary of one merge in place of the real one, so without the check of the real one's hash."""
+    """A vocabulary with one merge replaces the real one, so the check of the real one's hash is disabled."""
     theirs = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     vocabulary = {char: n for n, char in enumerate(sorted(theirs, key=lambda char: (ord(char) > 255, char)))}
     files = {"vocab.bpe": "#version: 0.2\nh e\n", "encoder.json": json.dumps(vocabulary | {"he": 256, EOT: 50256})}
@@ -214,7 +214,7 @@ def test_gpt2_is_fetched_once_and_then_read_from_its_cache(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("server", ["refuses", "never answers"])
-def test_gpt2_out_of_reach_says_so_and_what_to_do(tmp_path, monkeypatch, server):
+def test_unreachable_gpt2_vocabulary_is_an_error_with_remedies(tmp_path, monkeypatch, server):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         if server == "never answers":

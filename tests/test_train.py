@@ -1,4 +1,4 @@
-"""The trainer as a person runs it: what it leaves, how it ends, what it refuses."""
+"""train.py end to end: the files that runs write, resuming, statuses, and invalid configurations."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def test_a_run_leaves_its_record(run):
 
 
 @pytest.mark.parametrize("tokenizer, size", [("bytes", 257), ("bpe", 300)])
-def test_documents_that_are_packed_apart_are_those_of_the_tokenizer(run, tokenizer, size):
+def test_documents_are_separated_by_the_tokenizers_end_of_text(run, tokenizer, size):
     knobs = {**VARIED, "model.dropout": 0, "data.tokenizer": tokenizer, "data.vocab_size": size}
     _, folder = run(**knobs, steps=2)
     model, tokenizer = load_run(folder, torch.device("cpu"))
@@ -79,7 +79,7 @@ VARIED = {"data.packing": "documents", "model.window": "SL:8", "model.n_kv_head"
     "knobs", [{"optimizer": "adamw"}, {"optimizer": "muon"}, VARIED], ids=["adamw", "muon", "varied"]
 )
 def test_resuming_is_exact(run, monkeypatch, knobs):
-    """Interrupted between two checkpoints, then resumed: the same weights bit for bit, and the same record."""
+    """A run that is interrupted between two checkpoints and resumed has bitwise equal weights and equal metrics."""
     _, whole = run(run="whole", **knobs)
     take = train.Trainer.train_step
 
@@ -92,10 +92,10 @@ def test_resuming_is_exact(run, monkeypatch, knobs):
     code, parts = run(run="parts", **knobs)
     assert code == 1 and status(parts)["status"] == "interrupted" and status(parts)["step"] == 8
     monkeypatch.undo()
-    assert run("--resume", run="parts")[0] == 0  # its own configuration, not the flags', says how
+    assert run("--resume", run="parts")[0] == 0  # with the run's own configuration, not that of the flags
     assert same(weights(whole), weights(parts))
     speeds = [row["tok_s"] for row in rows(parts) if "tok_s" in row]
-    assert max(speeds) < 50 * min(speeds)  # a resumed stretch does not count the steps before it
+    assert max(speeds) < 50 * min(speeds)  # the speed after resuming does not count earlier steps
     columns = ("step", "tokens", "loss", "grad_norm", "lr", "val_loss", "val_bpb")
     assert [[row.get(c) for c in columns] for row in rows(whole)] == [
         [row.get(c) for c in columns] for row in rows(parts)
@@ -115,7 +115,7 @@ def test_a_crash_loses_only_what_came_after_the_checkpoint(run, monkeypatch):
 
 
 def test_accumulating_is_the_large_batch(run):
-    """In float64 the two agree to rounding, so any miscounting of tokens would show."""
+    """In float64 the two differ by rounding only, so a wrong number of tokens would show."""
     torch.set_default_dtype(torch.float64)
     try:
         large, small = (run(run=name, micro_batch=n, steps=3)[1] for name, n in (("large", 4), ("small", 1)))
@@ -136,12 +136,12 @@ def test_half_precisions_follow_float32(run, precision):
 
 @pytest.mark.parametrize("clip", [0, 1])
 def test_an_overflow_in_one_gradient_stops_every_optimizer(run, monkeypatch, clip):
-    """Muon's gradients are finite when the embedding's, AdamW's, overflow."""
+    """Here the embedding's gradient (on AdamW) overflows while Muon's gradients are finite."""
     trainers, take = [], train.Trainer.train_step
 
     def overflowing(self, *args):
         trainers.append(self)
-        if self.step == 2:  # what overflowed is gone, and not added to
+        if self.step == 2:  # the overflowed gradients were cleared
             loss, norm = take(self, *args)
             assert norm.isfinite() and norm > 0
             return loss, norm
@@ -163,7 +163,7 @@ def test_compiled_follows_eager(run):
     assert rows(compiled)[-1]["val_loss"] == pytest.approx(rows(eager)[-1]["val_loss"], abs=1e-3)
 
 
-def test_a_seed_is_a_run(run):
+def test_a_seed_determines_a_run(run):
     folders = [run(run=name, seed=seed, deterministic="true")[1] for name, seed in (("a", 1), ("b", 1), ("c", 2))]
     a, b, c = map(weights, folders)
     assert same(a, b) and not same(a, c) and torch.are_deterministic_algorithms_enabled()
@@ -190,8 +190,8 @@ def test_a_warm_up_in_steps_and_one_that_never_ends(run, capsys):
     assert "warm-up  8 steps of 4: the rate rises to the end" in capsys.readouterr().out
 
 
-def test_a_target_that_is_the_input_is_learnt_at_once(run):
-    """Which is why a loss that has it says nothing."""
+def test_targets_equal_to_inputs_are_learnt_at_once(run):
+    """A loss with `data.shift` 0 says nothing about the model."""
     losses = [
         status(run(run=f"by{shift}", steps=60, eval_every=99, save_every=99, **{"data.shift": shift})[1])["val_loss"]
         for shift in (0, 1)
@@ -235,7 +235,7 @@ def test_nan_is_reported_at_once(run, monkeypatch):
     assert checkpoint.load(folder / "last.pt")["step"] == 3
 
 
-def test_weights_that_the_last_steps_broke_are_not_saved(run):
+def test_weights_that_are_not_finite_are_not_saved(run):
     wild = {"optimizer": "adamw", "lr": 1e30, "warmup": 0, "log_every": 99, "save_every": 99, "eval_every": 99}
     code, folder = run(**wild, steps=5)
     assert code == 1 and status(folder)["status"] == "nan" and not list(folder.glob("*.pt"))
@@ -298,7 +298,7 @@ def test_overwriting_discards_the_run(run):
 
 def test_only_a_run_is_overwritten(run, tmp_path, capsys):
     (tmp_path / "out" / "mine").mkdir(parents=True)
-    assert run("--overwrite", run="mine", steps=1)[0] == 0  # an empty folder holds nothing to lose
+    assert run("--overwrite", run="mine", steps=1)[0] == 0  # an empty folder may be overwritten
     thesis = tmp_path / "out" / "notes" / "thesis.txt"
     thesis.parent.mkdir()
     thesis.touch()
@@ -307,17 +307,17 @@ def test_only_a_run_is_overwritten(run, tmp_path, capsys):
         assert message in capsys.readouterr().err and thesis.exists()
 
 
-def test_of_two_runs_that_begin_at_once_one_is_refused(run, tmp_path, capsys, monkeypatch):
+def test_one_of_two_runs_that_start_at_once_is_refused(run, tmp_path, capsys, monkeypatch):
     name = tmp_path / "out" / "small"
-    monkeypatch.setattr(train, "choose_folder", lambda *args: name)  # both looked before either had made it
+    monkeypatch.setattr(train, "choose_folder", lambda *args: name)  # both processes chose it before either created it
     assert run(steps=3)[0] == 0
     before = {path: path.read_bytes() for path in name.iterdir()}
-    assert run(steps=5)[0] == 2 and "another run has just begun in" in capsys.readouterr().err
+    assert run(steps=5)[0] == 2 and "another run has just started in" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in name.iterdir()} == before
 
 
 def test_the_best_is_kept_and_used(run, monkeypatch):
-    """Saved for it, though no other checkpoint was due."""
+    """An evaluation saves a checkpoint, even if none is due."""
     losses = iter((3.0, 2.0, 2.5))
     monkeypatch.setattr(train, "evaluate", lambda *_: {"val_loss": next(losses), "val_bpb": 1.0})
     _, folder = run(eval_every=4, save_every=99)
@@ -329,7 +329,7 @@ def test_the_best_is_kept_and_used(run, monkeypatch):
     assert same(model.state_dict(), weights(folder))
 
 
-def test_an_evaluation_that_a_crash_lost_is_made_on_resuming(run, monkeypatch):
+def test_resuming_runs_an_evaluation_that_a_crash_lost(run, monkeypatch):
     monkeypatch.setattr(train, "evaluate", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(run="mine")
@@ -338,18 +338,18 @@ def test_an_evaluation_that_a_crash_lost_is_made_on_resuming(run, monkeypatch):
     assert code == 0 and [row["step"] for row in rows(folder) if "val_loss" in row] == [6, 12]
 
 
-def test_rows_tell_the_speed_since_the_last_one(tiny, tmp_path):
+def test_a_rows_speed_is_since_the_last_row(tiny, tmp_path):
     trainer = train.Trainer(*train.configure(tiny(tmp_path / "out")))
     trainer.peak = 1e9
     for step, busy in ((4, 2.0), (12, 1.0)):
-        trainer.step, trainer.busy = step, trainer.busy + busy
+        trainer.step, trainer.train_seconds = step, trainer.train_seconds + busy
         trainer.log({"loss": 1.0, "grad_norm": 1.0}, 0.5)
     speeds = [row["tok_s"] for row in trainer.run.rows]
     assert speeds == [4 * 128 / 2, 8 * 128 / 1]
     assert trainer.run.rows[-1]["mfu"] == speeds[-1] * trainer.flops / 1e9
 
 
-def test_every_knob_of_the_optimizers_arrives(tiny, tmp_path):
+def test_optimizer_options_reach_the_optimizers(tiny, tmp_path):
     knobs = {"optimizer": "muon", "lr": 0.01, "muon_lr": 0.03, "beta1": 0.7, "beta2": 0.8, "eps": 1e-3}
     schedule = {"schedule": "wsd", "decay": 0.5, "final_lr": 0.2, "warmup": 0}
     trainer = train.Trainer(*train.configure(tiny(tmp_path / "out", **knobs, **schedule)))
@@ -363,12 +363,12 @@ def test_every_knob_of_the_optimizers_arrives(tiny, tmp_path):
 
 def test_a_step_is_sampled_and_saved_once(run):
     _, folder = run(sample_every=6)
-    assert run("--resume", run="small")[0] == 0  # there is nothing left to do
+    assert run("--resume", run="small")[0] == 0  # the run is already finished
     assert (folder / "samples.txt").read_text().count("--- step 12 ---") == 1
     assert checkpoint.load(folder / "previous.pt")["step"] == 9
 
 
-def test_a_padded_vocabulary_writes_only_what_the_tokenizer_has(run):
+def test_a_padded_vocabulary_samples_only_the_tokenizers_ids(run):
     code, folder = run(steps=1, sample_every=1, **{"model.vocab_size": 4096})
     assert code == 0 and (folder / "samples.txt").stat().st_size > 100
 
@@ -392,25 +392,31 @@ REFUSED = {
     "unknown device": ({"device": "cuda:9"}, "device 'cuda:9' is not on this machine, which has cpu"),
     "unknown kernel": ({"kernels.attention": "flsh"}, "attention has no 'flsh' kernel; it has torch, triton, sdpa"),
     "triton without a GPU": ({"kernels": "triton"}, "needs a GPU and this run is on cpu: take --kernels=torch"),
-    "all dropped": ({"model.dropout": 1}, "model.dropout must be less than 1, not 1"),
-    "a window of nothing": ({"model.window": 0}, "model.window must be a number of keys, such as 256, or S and L"),
+    "dropout of 1": ({"model.dropout": 1}, "model.dropout must be less than 1, not 1"),
+    "an empty window": ({"model.window": 0}, "model.window must be a number of keys, such as 256, or S and L"),
     "unknown packing": ({"data.packing": "document"}, "did you mean documents?"),
     "unknown config": ({"config": "huge.py"}, "no config file 'huge.py'"),
     "vocabulary beyond the corpus": ({"data.tokenizer": "bpe", "data.vocab_size": 60000}, "supports only"),
-    "sequence beyond the corpus": ({"model.seq_len": 10**6}, "a window of seq_len = 1,000,000 takes 1,000,001"),
-    "a warm-up of steps by the clock": ({"steps": 0, "seconds": 9, "warmup": 5}, "warmup 5 is in steps, and a run of"),
+    "sequence beyond the corpus": ({"model.seq_len": 10**6}, "a window of seq_len = 1,000,000 needs 1,000,001"),
+    "a warm-up of steps by the clock": (
+        {"steps": 0, "seconds": 9, "warmup": 5},
+        "warmup 5 is in steps, and a run of 9 seconds",
+    ),
     "a shift of two": ({"data.shift": 2}, "data.shift must be at most 1, not 2"),
-    "a norm in no place": ({"model.norm": "none", "model.norm_place": "post"}, "norm must be rms or layer, not none"),
+    "a norm place without a norm": (
+        {"model.norm": "none", "model.norm_place": "post"},
+        "norm must be rms or layer, not none",
+    ),
     "a path for a name": ({"run": "out/mine"}, "run must be a name, not the path 'out/mine'"),
     "a seed beyond 64 bits": ({"seed": 2**64}, "seed must be less than 18446744073709551616"),
-    "a cache that is a file": ({"data.cache": train.__file__}, "--data.cache names another folder"),
+    "a cache that is a file": ({"data.cache": train.__file__}, "choose another folder with --data.cache"),
     "no run to resume": ({"run": "gone", "resume": "true"}, "no run to resume"),
 }
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off")
 def test_triton_kernels_in_the_interpreter(run):
-    """The loop with every Triton kernel: training, evaluation, samples; the same losses as with torch's."""
+    """Training, evaluation and sampling with all Triton kernels give the losses of the torch kernels."""
     losses = {}
     for kernels in ("torch", "triton"):
         code, folder = run(kernels=kernels, run=kernels, steps=3, log_every=1, eval_every=3, eval_tokens=64)
@@ -424,12 +430,12 @@ def test_triton_kernels_in_the_interpreter(run):
 def test_dropout_that_attention_lacks_is_refused_before_any_work(run, tmp_path, capsys):
     changes = {"kernels.attention": "triton", "model.dropout": 0.1, "data.corpus": "no/such.txt"}
     assert run(**changes)[0] == 2 and not (tmp_path / "out").exists()
-    assert "attention has no dropout: take --kernels.attention=sdpa (or torch)" in capsys.readouterr().err
+    assert "attention has no dropout: use --kernels.attention=sdpa (or torch)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("changes, message", REFUSED.values(), ids=REFUSED)
 def test_refusals(run, tmp_path, capsys, monkeypatch, changes, message):
-    """One message that says what would be right; nothing on disk."""
+    """One line that names the error; no files are written."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     code, _ = run(**changes)
     error = capsys.readouterr().err
@@ -459,7 +465,7 @@ def test_a_run_that_exists_is_left_alone(run, capsys):
     _, folder = run(run="mine")
     before = {path: path.read_bytes() for path in folder.iterdir()}
     code, _ = run(run="mine")
-    assert code == 2 and "--resume goes on with it, --overwrite discards it" in capsys.readouterr().err
+    assert code == 2 and "--resume continues it, --overwrite deletes it" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -473,7 +479,7 @@ def test_a_run_that_exists_is_left_alone(run, capsys):
         {"model.window": "SL"},
     ],
 )
-def test_what_cannot_change_on_resuming(run, capsys, change):
+def test_resuming_refuses_another_model_or_optimizer(run, capsys, change):
     _, folder = run(run="mine")
     before = (folder / "last.pt").read_bytes()
     code, _ = run("--resume", run="mine", **change)
@@ -481,7 +487,7 @@ def test_what_cannot_change_on_resuming(run, capsys, change):
     assert (folder / "last.pt").read_bytes() == before and status(folder)["status"] == "finished"
 
 
-def test_a_corpus_that_has_other_tokens_now(run, tmp_path, capsys):
+def test_resuming_refuses_a_corpus_with_other_tokens(run, tmp_path, capsys):
     corpus = text(tmp_path / "corpus.txt", "one two three four five six seven\n" * 200)
     data = {"data.corpus": corpus, "data.tokenizer": "bpe", "data.vocab_size": 262}
     run(run="mine", steps=2, **data)
@@ -496,7 +502,7 @@ def test_kernels_dropout_and_recomputing_may_change_on_resuming(run):
     assert run("--resume", run="mine", steps=14, **changes)[0] == 0
 
 
-def test_what_a_checkpoint_does_not_name_has_its_default(run, capsys):
+def test_keys_that_a_checkpoint_lacks_have_their_defaults(run, capsys):
     _, folder = run(run="mine")
     state = checkpoint.load(folder / "last.pt")
     del state["model_config"]["window"]
@@ -506,14 +512,14 @@ def test_what_a_checkpoint_does_not_name_has_its_default(run, capsys):
     assert run("--resume", run="mine", steps=14)[0] == 0
 
 
-def test_a_resumed_run_has_its_own_configuration_under_the_flags(run, tmp_path):
-    """Here three sequences a pass, which divide its batch of six and not that of small.py."""
+def test_a_resumed_run_takes_its_own_configuration_and_the_flags(run, tmp_path):
+    """A micro-batch of 3 divides the run's batch of 6, but not the batch of 4 in small.py."""
     _, folder = run(run="mine", batch_size=6)
     assert train.main(["--resume", "--run=mine", f"--out={tmp_path / 'out'}", "--micro_batch=3", "--steps=13"]) == 0
     assert json.loads((folder / "config.json").read_text())["micro_batch"] == 3 and status(folder)["step"] == 13
 
 
-def test_another_batch_on_resuming_counts_the_tokens_that_were(run):
+def test_resuming_with_another_batch_size_keeps_the_token_count(run):
     _, folder = run(steps=0, tokens=1280)  # ten steps of 128
     assert run("--resume", run="small", steps=0, tokens=3328, batch_size=8)[0] == 0  # and eight of 256
     assert [status(folder)[key] for key in ("step", "tokens")] == [18, 3328]
@@ -539,7 +545,7 @@ def test_a_truncated_checkpoint_is_refused(run, capsys):
     last.write_bytes(content[: len(content) // 2])
     code, _ = run("--resume", run="mine")
     error = capsys.readouterr().err
-    assert code == 2 and "truncated" in error and "previous.pt is there from before" in error
+    assert code == 2 and "truncated" in error and "previous.pt is an earlier checkpoint" in error
 
 
 def test_a_folder_that_cannot_be_written(run, tmp_path, capsys):
@@ -560,4 +566,4 @@ def test_bf16_on_a_card_without_it(run, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
     code, _ = run(device="cuda", precision="bf16")
-    assert code == 2 and "Tesla V100 does not compute in bf16: take --precision=fp16" in capsys.readouterr().err
+    assert code == 2 and "Tesla V100 does not compute in bf16: use --precision=fp16" in capsys.readouterr().err
