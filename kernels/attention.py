@@ -1,26 +1,41 @@
-"""Attention: causal or full, with grouped queries, a sliding window, packed documents, a softcap, a sink and slopes.
+"""Attention: causal or full, with grouped queries, a sliding window, packed documents, a softcap, a sink and ALiBi.
 
     s_ij = scale * q_i . k_j,  or softcap * tanh(scale * q_i . k_j / softcap) with a softcap;  plus slope * (j - i)
     p_ij = exp(s_ij) / (exp(sink) + sum_j exp(s_ij)) over the keys j that query i sees,  o_i = sum_j p_ij v_j
 
-Query head h reads key/value head h // (H / KV). Queries are the last T of the S tokens that have keys, so that query i
-is at position i + S - T (generation with a cache). It sees the keys up to its own position (all, when not causal), of
-those the last `window`, and of those the ones of its own document. The sink is a logit per head of a key whose value is
-0; without one exp(sink) is 0, and a query that sees nothing gives 0.
+Query head h reads key/value head h // (H / KV). Queries are the last T of the S positions: query i is at position
+i + S - T (decoding with a cache). It sees the keys up to its own position (all keys, if not causal), within the last
+`window` positions, and in its own document. The sink is a logit per head with no key and a value of 0; without a sink
+exp(sink) is 0. A query that sees no key returns 0.
 
-With delta_i = do_i . o_i the gradients are dv = p^T do, ds = p * (do v^T - delta), dq = scale * ds k,
-dk = scale * ds^T q, each head of k and v summed over the queries' heads that read it, and dsink the sum of
--exp(sink - lse_i) delta_i; with a softcap ds is first multiplied by 1 - tanh^2. Slopes are constants. Saved: q, k, v, o
-and lse_i, the log of the sum above. In float32 that is saved in two terms, the largest score and the log of the sum
-relative to it: rounded as one number, a large lse_i would take digits off every p_ij.
+The gradients, with delta_i = do_i . o_i, are
 
-The Triton kernels work on tiles of queries and keys and never hold more than a tile of the scores. The keys that a
-query sees, and the queries that see a key, are a range whose ends never move back from one token to the next: tiles
-outside the ranges of a tile's first and last row are skipped, and those inside all of its rows' ranges are not masked.
-The backward computes the scores again, once for dq and delta and once for dk and dv, so that every sum has one program
-and one order. Short causal sequences, which are bound by memory, have kernels of their own: a program holds all keys of
-a head, so that the softmax is a plain one, and one backward makes all three gradients, with delta as the sum of
-p_ij dp_ij. Exponentials are to base 2, with log2(e) folded into the scale.
+    dv = p^T do,  ds = p * (do v^T - delta),  dq = scale * ds k,  dk = scale * ds^T q,
+    dsink = - sum_i exp(sink - lse_i) delta_i
+
+dk and dv are summed over the query heads that share a key/value head; a softcap multiplies ds by 1 - tanh^2; slopes
+are constants. Saved for backward: q, k, v, o and lse_i, the log of the denominator of p_ij.
+
+The plain causal flash-attention forward is tests/plain_attention.py, forty lines: a program holds a block of queries
+and walks over the blocks of keys with an online softmax, so that the scores never reach memory. Read it first. The
+kernels below take these steps beyond it:
+
+1. Hidden blocks are skipped. A query sees one contiguous range of keys, and both ends of the range never decrease with
+   the position of the query. So the first and the last query of a block bound the loop over keys. Cost follows the
+   visible scores, with windows and packed documents too.
+2. Full blocks are not masked. A block that every query of the program sees runs in a loop without comparisons and
+   selects; only blocks at the edges run in the masked loop.
+3. Exponentials are exp2, one instruction, with log2(e) folded into the softmax scale. The online softmax subtracts the
+   unscaled maximum, so that scaling and subtracting are one multiply-add per score.
+4. In float32 the row maximum and the log-sum relative to it are saved as two numbers. A single log-sum-exp of a large
+   score would round off digits of every p_ij. Half precision saves the sum of both.
+5. The backward recomputes p from lse in two kernels: one owns blocks of queries and writes dq and delta, the other owns
+   blocks of keys and writes dk and dv. A single kernel would need atomics for dq; two cost two more products, and every
+   sum has one program and one order, so that gradients are bitwise reproducible.
+6. Short causal sequences have kernels of their own. One program holds all keys of a head, so the softmax needs no
+   online update and the backward needs one kernel: delta is the sum of p_ij dp_ij and o is not read.
+7. Blocks may be loaded through tensor descriptors (TMA) in place of pointers. One thread asks for a whole block, and
+   the hardware computes the addresses and pads beyond the bounds.
 
 Sources: Vaswani et al., 2017, equation 1; Ainslie et al., "GQA", 2023; Dao, "FlashAttention-2", 2023, algorithms 1, 2;
 Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023; Gemma 2 (softcap), 2024; Press et al.,
@@ -40,34 +55,43 @@ from torch.autograd.function import once_differentiable
 from kernels.launch import AVAILABLE, card, heads_of, library_op, multiprocessors, tanh, tl, triton
 from kernels.spec import Cost, LaunchTable, Op, accumulation_dtype
 
-LOWEST = -1e30  # the logit of no sink: finite, so that the difference of two is no NaN, and that times a scale is too
+LOWEST = -1e30  # logit of an absent sink: finite, so that LOWEST - LOWEST is 0 and not NaN, also when scaled
+
+
+# Reference
 
 
 def document_ranges(documents: Tensor) -> Tensor:
-    """From the document of each token, `[B, S]` integers that never decrease along a row, to what `attention` takes:
-    int32 `[2, B, S]`, where the document of each token starts and where it ends (exclusive)."""
+    """Convert document ids to the `documents` argument of attention.
+
+    Args:
+        documents: `[B, S]` integers, the document of each token; they never decrease along a row.
+
+    Returns:
+        int32 `[2, B, S]`: the position where the document of each token starts, and where it ends (exclusive).
+    """
     documents = documents.contiguous()
     starts, ends = (torch.searchsorted(documents, documents, right=right, out_int32=True) for right in (False, True))
     return torch.stack((starts, ends))
 
 
-def _distance(t: int, s: int, device) -> Tensor:
-    """`[T, S]`: how many places a key is after a query."""
+def _relative_positions(t: int, s: int, device) -> Tensor:
+    """`[T, S]`: position of the key minus position of the query."""
     return torch.arange(s, device=device) - torch.arange(s - t, s, device=device)[:, None]
 
 
 def visible(t: int, s: int, causal: bool, window: int, documents: Tensor | None, device) -> Tensor:
-    """`[T, S]`, or `[B, T, S]` with documents: True where a query sees a key."""
-    query, key = torch.arange(s - t, s, device=device)[:, None], torch.arange(s, device=device)
-    seen = key <= query if causal else torch.ones(t, s, dtype=torch.bool, device=device)
+    """The mask: True where a query sees a key. `[T, S]`, or `[B, T, S]` with documents."""
+    q_pos, kv_pos = torch.arange(s - t, s, device=device)[:, None], torch.arange(s, device=device)
+    mask = kv_pos <= q_pos if causal else torch.ones(t, s, dtype=torch.bool, device=device)
     if window:
-        seen = seen & (key > query - window)
+        mask = mask & (kv_pos > q_pos - window)
     if documents is not None:
-        starts, ends = documents[..., -t:, None]  # the queries' documents; those before the first key have none
-        if t > s:
+        starts, ends = documents[..., -t:, None]
+        if t > s:  # the first queries are before the first key and belong to no document
             starts, ends = (F.pad(x, (0, 0, t - s, 0)) for x in (starts, ends))
-        seen = seen & (key >= starts) & (key < ends)
-    return seen
+        mask = mask & (kv_pos >= starts) & (kv_pos < ends)
+    return mask
 
 
 def scores(
@@ -80,20 +104,22 @@ def scores(
     softcap: float = 0.0,
     slopes: Tensor | None = None,
 ) -> Tensor:
-    """What the softmax is taken of, `[B, KV, H / KV, T, S]`, -inf where a query does not see a key; arguments as of
-    `attention_torch`."""
+    """Attention scores before the softmax, `[B, KV, H / KV, T, S]`; -inf where a query does not see a key.
+
+    The arguments are those of `attention_torch`.
+    """
     (_, t, h, d), (_, s, kv, _) = q.shape, k.shape
     grouped = q.unflatten(2, (kv, h // kv))
-    found = torch.einsum("btkgd,bskd->bkgts", grouped, k).to(accumulation_dtype(q))
-    found = found * (d**-0.5 if scale is None else scale)
+    qk = torch.einsum("btkgd,bskd->bkgts", grouped, k).to(accumulation_dtype(q))
+    qk = qk * (d**-0.5 if scale is None else scale)
     if softcap:
-        found = softcap * torch.tanh(found / softcap)
+        qk = softcap * torch.tanh(qk / softcap)
     if slopes is not None:
-        found = found + slopes.to(found.dtype).view(kv, h // kv, 1, 1) * _distance(t, s, q.device)
+        qk = qk + slopes.to(qk.dtype).view(kv, h // kv, 1, 1) * _relative_positions(t, s, q.device)
     if causal or window or documents is not None:
         hidden = ~visible(t, s, causal, window, documents, q.device)
-        found = found.masked_fill(hidden if hidden.ndim == 2 else hidden[:, None, None], float("-inf"))
-    return found
+        qk = qk.masked_fill(hidden if hidden.ndim == 2 else hidden[:, None, None], float("-inf"))
+    return qk
 
 
 def attention_torch(
@@ -109,33 +135,35 @@ def attention_torch(
     dropout: float = 0.0,
     slopes: Tensor | None = None,
 ) -> Tensor:
-    """Attend.
+    """Attention in plain torch, the reference.
 
     Args:
         q: `[B, T, H, D]`.
-        k, v: `[B, S, KV, D]`, H a multiple of KV.
-        scale: of the scores, more than 0; None for 1 / sqrt(D).
-        causal: hide the keys after a query's own place.
-        window: how many keys a query sees at most, its own place the last of them; 0 for no limit.
-        documents: int32 `[2, B, S]` from `document_ranges`, to see keys of the same document only; None for one.
-        softcap: bound that the scores are squeezed under by tanh; 0 for none.
-        sink: `[H]`, the logit per head that takes weight from all keys; None for none.
-        dropout: probability of dropping a weight.
-        slopes: `[H]`, what each head adds to a score for every place that the key is after the query (ALiBi: as much
-            less for every place before it); None for nothing.
+        k, v: `[B, S, KV, D]`; H is a multiple of KV.
+        scale: softmax scale, positive; None for 1 / sqrt(D).
+        causal: hide the keys after the query.
+        window: sliding window, the number of keys up to its own position that a query sees; 0 for no limit.
+        documents: int32 `[2, B, S]` from `document_ranges`: a query sees only its own document. None for one document.
+        softcap: bound on the scores, applied by tanh; 0 for none.
+        sink: `[H]`, a logit per head that enters the softmax without a key; None for none.
+        dropout: probability of dropping an attention weight.
+        slopes: `[H]`, ALiBi slopes: slope * (key position - query position) is added to the score. None for none.
 
     Returns:
-        `[B, T, H, D]` in the dtype of `q`. Raises `ValueError` when shapes do not fit together, or a number is out of
-        its range.
+        `[B, T, H, D]` in the dtype of `q`.
+
+    Raises:
+        ValueError: shapes do not match, or an argument is out of range.
     """
     _check(q, k, v, scale, window, documents, softcap, sink, slopes)
     logits = scores(q, k, scale, causal, window, documents, softcap, slopes)
     if sink is None and q.shape[1] <= k.shape[1]:
         weights = logits.softmax(-1)
     else:
-        last = torch.full(q.shape[2:3], LOWEST, device=q.device) if sink is None else sink
-        last = last.to(logits.dtype).view(*logits.shape[1:3], 1, 1).expand(*logits.shape[:-1], 1)
-        weights = torch.cat((logits, last), -1).softmax(-1)[..., :-1]
+        # A query that sees no key has only a sink to attend to, and so returns 0.
+        sink = torch.full(q.shape[2:3], LOWEST, device=q.device) if sink is None else sink
+        sink = sink.to(logits.dtype).view(*logits.shape[1:3], 1, 1).expand(*logits.shape[:-1], 1)
+        weights = torch.cat((logits, sink), -1).softmax(-1)[..., :-1]
     if dropout:
         weights = F.dropout(weights, dropout)
     return torch.einsum("bkgts,bskd->btkgd", weights.to(v.dtype), v).flatten(2, 3)
@@ -172,19 +200,22 @@ def attention_sdpa(
     dropout: float = 0.0,
     slopes: Tensor | None = None,
 ) -> Tensor:
-    """The same through `F.scaled_dot_product_attention`, which picks its own backend; it has no softcap and no sink."""
+    """Attention by `F.scaled_dot_product_attention`, which chooses its own backend; arguments of `attention_torch`.
+
+    SDPA supports neither softcap nor sink: either raises `ValueError`.
+    """
     _check(q, k, v, scale, window, documents, softcap, sink, slopes)
     if softcap or sink is not None:
         raise ValueError("SDPA has no softcap and no sink: take --kernels.attention=triton or torch")
     t, s = q.shape[1], k.shape[1]
-    causal = causal and t > 1  # a lone query is the last and sees every key
+    causal = causal and t > 1  # a single query is at the last position and sees every key
     is_causal = causal and t == s and not window and documents is None and slopes is None
     mask = None
     if not is_causal and (causal or window or documents is not None):
         mask = visible(t, s, causal, window, documents, q.device)
         mask = mask if mask.ndim == 2 else mask[:, None]
     if slopes is not None:
-        bias = (slopes.view(-1, 1, 1) * _distance(t, s, q.device)).to(q.dtype)
+        bias = (slopes.view(-1, 1, 1) * _relative_positions(t, s, q.device)).to(q.dtype)
         mask = bias if mask is None else bias.where(mask, float("-inf"))
     out = F.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (q, k, v)),
@@ -197,14 +228,14 @@ def attention_sdpa(
     return out.transpose(1, 2)
 
 
-# Masks and tiles, for all kernels
+# Kernels: loads, stores, visible ranges
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def _to_head(x, b, h, stride_b, stride_h, DESC: tl.constexpr = False):
-    """`x` moved to a head of a sequence, if it is a pointer; a descriptor is asked for both at each load."""
+    """Move pointer `x` to head h of sequence b. A descriptor stays: it takes b and h at each load."""
     return x if DESC else x + b.to(tl.int64) * stride_b + h * stride_h
 
 
@@ -213,7 +244,10 @@ def _load_tile(
     x, b, h, start, stride, n_rows,
     BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, FULL: tl.constexpr = False, DESC: tl.constexpr = False,
 ):  # fmt: skip
-    """Rows `start` to `start + BLOCK` of a head, `[BLOCK, BLOCK_D]`, 0 beyond `n_rows` and D. FULL: all are rows."""
+    """Load rows `start` to `start + BLOCK` of a head, `[BLOCK, BLOCK_D]`, padded with 0 beyond `n_rows` and D.
+
+    FULL promises that no row is beyond `n_rows`.
+    """
     if DESC:
         return tl.reshape(x.load([b, h, start, 0]), [BLOCK, BLOCK_D])
     else:
@@ -222,8 +256,8 @@ def _load_tile(
         if FULL and D == BLOCK_D:
             return tl.load(ptrs)
         else:
-            inside = d < D if FULL else (rows[:, None] < n_rows) & (d < D)
-            return tl.load(ptrs, mask=inside, other=0.0)
+            mask = d < D if FULL else (rows[:, None] < n_rows) & (d < D)
+            return tl.load(ptrs, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -234,22 +268,27 @@ def _store_tile(ptr, x, start, stride, n_rows, BLOCK: tl.constexpr, D: tl.conste
 
 @triton.jit
 def _visible_range(pos, window_left, window_right, n, shift, S, starts_ptr, ends_ptr):
-    """(kv_start, kv_end) of the keys that the queries at `pos` see, or (q_start, q_end) of the queries that see the
-    keys at `pos`: of `n` in all, `window_left` before `pos` and `window_right` after it. `pos + shift` is a key's
-    index, by which documents are looked up."""
-    key = pos + shift
-    start, end = tl.maximum(pos - window_left, 0), tl.where(key < S, tl.minimum(pos + window_right + 1, n), 0)
+    """Visible range of each row, from `window_left` before `pos` to `window_right` after it, clipped to `n`.
+
+    Returns (kv_start, kv_end), the keys that the queries at `pos` see. With query and key, left and right exchanged:
+    (q_start, q_end), the queries that see the keys at `pos`. `pos + shift` is the index of the document bounds.
+    """
+    kv_pos = pos + shift
+    start, end = tl.maximum(pos - window_left, 0), tl.where(kv_pos < S, tl.minimum(pos + window_right + 1, n), 0)
     if starts_ptr is not None:
-        known = (key >= 0) & (key < S)
-        start = tl.maximum(start, tl.load(starts_ptr + key, mask=known, other=0) - shift)
-        end = tl.minimum(end, tl.load(ends_ptr + key, mask=known, other=0) - shift)
+        mask = (kv_pos >= 0) & (kv_pos < S)
+        start = tl.maximum(start, tl.load(starts_ptr + kv_pos, mask=mask, other=0) - shift)
+        end = tl.minimum(end, tl.load(ends_ptr + kv_pos, mask=mask, other=0) - shift)
     return start, end
 
 
 @triton.jit
 def _block_range(pos, last, window_left, window_right, n, shift, S, starts_ptr, ends_ptr, BLOCK: tl.constexpr):
-    """Split what the tokens `pos` to `last` see into blocks. Returns (lo, n_left, n_full, n_blocks): where the first
-    block starts; how many blocks at the left edge, then how many that every token sees whole; and how many in all."""
+    """Split the range visible from rows `pos` to `last` into blocks.
+
+    Returns (lo, n_left, n_full, n_blocks): the start of the first block; the number of masked blocks at the left edge;
+    the number of full blocks after them, visible from every row; the number of all blocks.
+    """
     lo, end = _visible_range(pos, window_left, window_right, n, shift, S, starts_ptr, ends_ptr)
     last_lo, hi = _visible_range(last, window_left, window_right, n, shift, S, starts_ptr, ends_ptr)
     n_left = tl.cdiv(last_lo - lo, BLOCK)
@@ -260,69 +299,100 @@ def _block_range(pos, last, window_left, window_right, n, shift, S, starts_ptr, 
 
 @triton.jit
 def _block_start(i, lo, n_left, n_full, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """Where the i-th of the masked blocks, or of the full ones, starts."""
+    """Start of the i-th masked block, or of the i-th full block."""
     return lo + (i + tl.where(i < n_left, 0, n_full) if MASKED else i + n_left) * BLOCK
 
 
-# Scores, for all kernels: `x`, q k^T or a softcap's tanh of it, with a slope added, times `qk_scale` is to base 2.
+@triton.jit
+def _to_sequence(ptr, b, S):
+    """Move the pointer to document bounds to sequence b; None for None."""
+    return None if ptr is None else ptr + b.to(tl.int64) * S
+
+
+@triton.jit
+def _visible_keys(
+    start, T, S, window_left, window_right, starts_ptr, ends_ptr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr
+):
+    """Keys that the queries of rows `start` to `start + BLOCK_T` see.
+
+    Returns (kv_start, kv_end, blocks): the range of each row, `[BLOCK_T]`, and the `_block_range` of all rows.
+    """
+    pos = start + tl.arange(0, BLOCK_T) + S - T
+    kv_start, kv_end = _visible_range(pos, window_left, window_right, S, 0, S, starts_ptr, ends_ptr)
+    blocks = _block_range(
+        start + S - T, tl.minimum(start + BLOCK_T, T) - 1 + S - T, window_left, window_right, S, 0, S,
+        starts_ptr, ends_ptr, BLOCK_S,
+    )  # fmt: skip
+    return kv_start, kv_end, blocks
+
+
+@triton.jit
+def _in_range(pos, start, end):
+    """The mask `[rows, positions]`: whether a position is in the visible range of a row."""
+    return (pos >= start[:, None]) & (pos < end[:, None])
+
+
+# Kernels: scores. `qk`, the maximum `m_i`, sink and slopes are unscaled; times `qk_scale` they are log2-domain scores.
 
 
 @triton.jit
 def _qk_scale(scale, softcap, SOFTCAP: tl.constexpr):
+    """The score scale, with log2(e) folded in so that exp2 serves as exp."""
     return (softcap if SOFTCAP else scale) * LOG2E
 
 
 @triton.jit
-def _scores(a, b, scale, softcap, SOFTCAP: tl.constexpr):
-    """a b^T, or tanh(scale * a b^T / softcap)."""
-    x = tl.dot(a, tl.trans(b), input_precision="ieee")
+def _qk(q, k, scale, softcap, SOFTCAP: tl.constexpr):
+    """q k^T, tanh-capped if SOFTCAP; multiply by `qk_scale` for log2-domain scores. With q and k swapped: k q^T."""
+    qk = tl.dot(q, tl.trans(k), input_precision="ieee")
     if SOFTCAP:
-        x = tanh(x * (scale / softcap), a.dtype != tl.float32)
-    return x
+        qk = tanh(qk * (scale / softcap), q.dtype != tl.float32)
+    return qk
 
 
 @triton.jit
-def _unscaled(ptr, h, scale, softcap, SOFTCAP: tl.constexpr):
-    """A head's sink or slope, in units of `x`; 0 for none."""
+def _sink_or_slope(ptr, h, scale, softcap, SOFTCAP: tl.constexpr):
+    """Sink or ALiBi slope of head h, divided by the score scale; 0 if `ptr` is None."""
     return 0.0 if ptr is None else tl.load(ptr + h).to(tl.float32) / (softcap if SOFTCAP else scale)
 
 
 @triton.jit
-def _scaled_difference(x, m, qk_scale, EXACT: tl.constexpr):
-    """(x - m) * qk_scale. The difference of two large scores is exact, that of their rounded products is not: float32
-    takes the first, half precision what is one instruction."""
-    return (x - m) * qk_scale if EXACT else x * qk_scale - m * qk_scale
+def _subtract_max(qk, m, qk_scale, EXACT: tl.constexpr):
+    """(qk - m) * qk_scale. EXACT, for float32, subtracts first, which rounds nothing where the result is near 0.
+    Otherwise scaling and subtracting are one multiply-add."""
+    return (qk - m) * qk_scale if EXACT else qk * qk_scale - m * qk_scale
 
 
 @triton.jit
-def _probabilities(x, lse, m, qk_scale):
-    """The softmax again. In float32 `lse` is relative to the row's maximum `m`, elsewhere `m` is None."""
-    return tl.exp2(x * qk_scale - lse) if m is None else tl.exp2((x - m) * qk_scale - lse)
+def _recompute_p(qk, lse, m, qk_scale):
+    """Softmax weights from the saved log-sum-exp, which is relative to the row maximum `m` unless that is None."""
+    return tl.exp2(qk * qk_scale - lse) if m is None else tl.exp2((qk - m) * qk_scale - lse)
 
 
-# Forward
+# Kernels: forward
 
 
 @triton.jit
 def _fwd_blocks(
-    acc, m_i, l_i, q, k_ptr, v_ptr, b, kv, q_pos, kv_start, kv_end, lo, n_left, n_full, n_blocks, S,
+    acc, m_i, l_i, q, k_ptr, v_ptr, b, kv, q_pos, kv_start, kv_end, blocks, S,
     stride_ks, stride_vs, scale, softcap, slope,
     D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASKED: tl.constexpr, DESC: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the masked blocks of keys, or over the full ones; `m_i` is in units of `x`."""
+    """Online softmax over the masked blocks of keys, or over the full blocks."""
+    lo, n_left, n_full, n_blocks = blocks
     qk_scale = _qk_scale(scale, softcap, SOFTCAP)
     for i in range(0, n_blocks - n_full if MASKED else n_full):
         start = _block_start(i, lo, n_left, n_full, BLOCK_S, MASKED)
         kv_pos = start + tl.arange(0, BLOCK_S)
         k = _load_tile(k_ptr, b, kv, start, stride_ks, S, BLOCK_S, D, BLOCK_D, not MASKED, DESC)
-        x = _scores(q, k, scale, softcap, SOFTCAP)
+        qk = _qk(q, k, scale, softcap, SOFTCAP)
         if ALIBI:
-            x += slope * (kv_pos.to(tl.float32)[None, :] - q_pos[:, None])
+            qk += slope * (kv_pos.to(tl.float32)[None, :] - q_pos[:, None])
         if MASKED:
-            x = tl.where((kv_pos >= kv_start[:, None]) & (kv_pos < kv_end[:, None]), x, float("-inf"))
-        m_new = tl.maximum(m_i, tl.max(x, axis=1))
-        p = tl.exp2(_scaled_difference(x, m_new[:, None], qk_scale, q.dtype == tl.float32))
+            qk = tl.where(_in_range(kv_pos, kv_start, kv_end), qk, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(qk, axis=1))
+        p = tl.exp2(_subtract_max(qk, m_new[:, None], qk_scale, q.dtype == tl.float32))
         alpha = tl.exp2((m_i - m_new) * qk_scale)
         l_i = l_i * alpha + tl.sum(p, axis=1)
         v = _load_tile(v_ptr, b, kv, start, stride_vs, S, BLOCK_S, D, BLOCK_D, not MASKED, DESC)
@@ -339,34 +409,30 @@ def _attention_fwd_kernel(
     D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr,
     LOWEST: tl.constexpr, DESC: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the queries of one head, the last, with the most keys, first."""
+    """One program computes a block of queries of one head. Causal blocks with the most keys start first."""
     start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_T
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
     kv = h // group
     k_ptr = _to_head(k_ptr, b, kv, stride_kb, stride_kh, DESC)
     v_ptr = _to_head(v_ptr, b, kv, stride_vb, stride_vh, DESC)
-    if starts_ptr is not None:
-        starts_ptr, ends_ptr = starts_ptr + b.to(tl.int64) * S, ends_ptr + b.to(tl.int64) * S
-    q = _load_tile(
-        _to_head(q_ptr, b, h, stride_qb, stride_qh, DESC), b, h, start, stride_qt, T, BLOCK_T, D, BLOCK_D, False, DESC
-    )
+    starts_ptr, ends_ptr = _to_sequence(starts_ptr, b, S), _to_sequence(ends_ptr, b, S)
+    q_ptr = _to_head(q_ptr, b, h, stride_qb, stride_qh, DESC)
+    q = _load_tile(q_ptr, b, h, start, stride_qt, T, BLOCK_T, D, BLOCK_D, False, DESC)
     rows = start + tl.arange(0, BLOCK_T)
-    kv_start, kv_end = _visible_range(rows + S - T, window_left, window_right, S, 0, S, starts_ptr, ends_ptr)
-    lo, n_left, n_full, n_blocks = _block_range(
-        start + S - T, tl.minimum(start + BLOCK_T, T) - 1 + S - T, window_left, window_right, S, 0, S,
-        starts_ptr, ends_ptr, BLOCK_S,
-    )  # fmt: skip
-    slope, q_pos = _unscaled(slopes_ptr, h, scale, softcap, SOFTCAP), (rows + S - T).to(tl.float32)
-    # The softmax starts with the sink; no sink is one that weighs nothing beside any score.
-    sink = LOWEST if sink_ptr is None else tl.maximum(_unscaled(sink_ptr, h, scale, softcap, SOFTCAP), LOWEST)
+    kv_start, kv_end, blocks = _visible_keys(
+        start, T, S, window_left, window_right, starts_ptr, ends_ptr, BLOCK_T, BLOCK_S
+    )
+    slope, q_pos = _sink_or_slope(slopes_ptr, h, scale, softcap, SOFTCAP), (rows + S - T).to(tl.float32)
+    # The softmax starts from the sink. An absent sink is LOWEST: its weight underflows to 0 beside any score.
+    sink = LOWEST if sink_ptr is None else tl.maximum(_sink_or_slope(sink_ptr, h, scale, softcap, SOFTCAP), LOWEST)
     m_i = tl.zeros([BLOCK_T], dtype=tl.float32) + sink
     l_i = tl.full([BLOCK_T], 1.0, dtype=tl.float32)
     acc = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
     for MASKED in tl.static_range(2):
         acc, m_i, l_i = _fwd_blocks(
-            acc, m_i, l_i, q, k_ptr, v_ptr, b, kv, q_pos, kv_start, kv_end, lo, n_left, n_full, n_blocks, S,
-            stride_ks, stride_vs, scale, softcap, slope, D, BLOCK_S, BLOCK_D,
-            SOFTCAP, slopes_ptr is not None, MASKED == 1, DESC,
+            acc, m_i, l_i, q, k_ptr, v_ptr, b, kv, q_pos, kv_start, kv_end, blocks, S,
+            stride_ks, stride_vs, scale, softcap, slope,
+            D, BLOCK_S, BLOCK_D, SOFTCAP, slopes_ptr is not None, MASKED == 1, DESC,
         )  # fmt: skip
     o_ptr = _to_head(o_ptr, b.to(tl.int64) * T, h, H * D, D)
     _store_tile(o_ptr, acc / l_i[:, None], start, H * D, T, BLOCK_T, D, BLOCK_D)
@@ -378,31 +444,32 @@ def _attention_fwd_kernel(
         tl.store(m_ptr + offset + rows, m_i, mask=rows < T)
 
 
-# Backward: a kernel for dq and delta, then one for dk and dv
+# Kernels: backward, dq and delta first, then dk and dv
 
 
 @triton.jit
 def _dq_blocks(
-    dq, q, do, lse, m, delta, k_ptr, v_ptr, b, kv, q_pos, kv_start, kv_end, lo, n_left, n_full, n_blocks, S,
+    dq, q, do, lse, m, delta, k_ptr, v_ptr, b, kv, q_pos, kv_start, kv_end, blocks, S,
     stride_ks, stride_vs, scale, softcap, slope,
     D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASKED: tl.constexpr, DESC: tl.constexpr,
 ):  # fmt: skip
-    """Add to dq what the masked blocks of keys, or the full ones, give."""
+    """Accumulate dq over the masked blocks of keys, or over the full blocks."""
+    lo, n_left, n_full, n_blocks = blocks
     qk_scale = _qk_scale(scale, softcap, SOFTCAP)
     for i in range(0, n_blocks - n_full if MASKED else n_full):
         start = _block_start(i, lo, n_left, n_full, BLOCK_S, MASKED)
         kv_pos = start + tl.arange(0, BLOCK_S)
         k = _load_tile(k_ptr, b, kv, start, stride_ks, S, BLOCK_S, D, BLOCK_D, not MASKED, DESC)
         v = _load_tile(v_ptr, b, kv, start, stride_vs, S, BLOCK_S, D, BLOCK_D, not MASKED, DESC)
-        x = _scores(q, k, scale, softcap, SOFTCAP)
-        y = x + slope * (kv_pos.to(tl.float32)[None, :] - q_pos[:, None]) if ALIBI else x
-        p = _probabilities(y, lse[:, None], None if m is None else m[:, None], qk_scale)
+        qk = _qk(q, k, scale, softcap, SOFTCAP)
+        biased = qk + slope * (kv_pos.to(tl.float32)[None, :] - q_pos[:, None]) if ALIBI else qk
+        p = _recompute_p(biased, lse[:, None], None if m is None else m[:, None], qk_scale)
         if MASKED:
-            p = tl.where((kv_pos >= kv_start[:, None]) & (kv_pos < kv_end[:, None]), p, 0.0)
+            p = tl.where(_in_range(kv_pos, kv_start, kv_end), p, 0.0)
         ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
         if SOFTCAP:
-            ds *= 1 - x * x
+            ds *= 1 - qk * qk
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     return dq
 
@@ -416,7 +483,7 @@ def _attention_bwd_dq_kernel(
     D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr,
     DESC: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the queries of one head, those with the most keys first: dq, and delta for the other kernel."""
+    """One program computes dq of a block of queries of one head, and delta for the dk/dv kernel."""
     start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_T
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
     kv = h // group
@@ -424,8 +491,7 @@ def _attention_bwd_dq_kernel(
     do_ptr = _to_head(do_ptr, b, h, stride_dob, stride_doh, DESC)
     k_ptr = _to_head(k_ptr, b, kv, stride_kb, stride_kh, DESC)
     v_ptr = _to_head(v_ptr, b, kv, stride_vb, stride_vh, DESC)
-    if starts_ptr is not None:
-        starts_ptr, ends_ptr = starts_ptr + b.to(tl.int64) * S, ends_ptr + b.to(tl.int64) * S
+    starts_ptr, ends_ptr = _to_sequence(starts_ptr, b, S), _to_sequence(ends_ptr, b, S)
     rows, offset = start + tl.arange(0, BLOCK_T), tl.program_id(0).to(tl.int64) * T
     do = _load_tile(do_ptr, b, h, start, stride_dot, T, BLOCK_T, D, BLOCK_D, False, DESC)
     o = _load_tile(_to_head(o_ptr, b.to(tl.int64) * T, h, H * D, D), b, h, start, H * D, T, BLOCK_T, D, BLOCK_D)
@@ -434,53 +500,55 @@ def _attention_bwd_dq_kernel(
     q = _load_tile(q_ptr, b, h, start, stride_qt, T, BLOCK_T, D, BLOCK_D, False, DESC)
     lse = tl.load(lse_ptr + offset + rows, mask=rows < T, other=float("inf"))
     m = None if m_ptr is None else tl.load(m_ptr + offset + rows, mask=rows < T, other=0.0)
-    kv_start, kv_end = _visible_range(rows + S - T, window_left, window_right, S, 0, S, starts_ptr, ends_ptr)
-    lo, n_left, n_full, n_blocks = _block_range(
-        start + S - T, tl.minimum(start + BLOCK_T, T) - 1 + S - T, window_left, window_right, S, 0, S,
-        starts_ptr, ends_ptr, BLOCK_S,
-    )  # fmt: skip
-    slope, q_pos = _unscaled(slopes_ptr, h, scale, softcap, SOFTCAP), (rows + S - T).to(tl.float32)
+    kv_start, kv_end, blocks = _visible_keys(
+        start, T, S, window_left, window_right, starts_ptr, ends_ptr, BLOCK_T, BLOCK_S
+    )
+    slope, q_pos = _sink_or_slope(slopes_ptr, h, scale, softcap, SOFTCAP), (rows + S - T).to(tl.float32)
     dq = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
     for MASKED in tl.static_range(2):
         dq = _dq_blocks(
-            dq, q, do, lse, m, delta, k_ptr, v_ptr, b, kv, q_pos, kv_start, kv_end, lo, n_left, n_full, n_blocks, S,
-            stride_ks, stride_vs, scale, softcap, slope, D, BLOCK_S, BLOCK_D,
-            SOFTCAP, slopes_ptr is not None, MASKED == 1, DESC,
+            dq, q, do, lse, m, delta, k_ptr, v_ptr, b, kv, q_pos, kv_start, kv_end, blocks, S,
+            stride_ks, stride_vs, scale, softcap, slope,
+            D, BLOCK_S, BLOCK_D, SOFTCAP, slopes_ptr is not None, MASKED == 1, DESC,
         )  # fmt: skip
     _store_tile(_to_head(dq_ptr, b.to(tl.int64) * T, h, H * D, D), dq * scale, start, H * D, T, BLOCK_T, D, BLOCK_D)
 
 
 @triton.jit
 def _dkv_blocks(
-    dk, dv, k, v, kv_pos, q_ptr, do_ptr, lse_ptr, m_ptr, delta_ptr, starts_ptr, ends_ptr, b, h,
-    lo, n_left, n_full, n_blocks, T, S, window_left, window_right, stride_qt, stride_dot, scale, softcap, slope,
+    dk, dv, k, v, kv_pos, q_ptr, do_ptr, lse_ptr, m_ptr, delta_ptr, starts_ptr, ends_ptr, b, h, blocks,
+    T, S, window_left, window_right, stride_qt, stride_dot, scale, softcap, slope,
     D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASKED: tl.constexpr, DESC: tl.constexpr,
 ):  # fmt: skip
-    """Add to dk and dv what the masked blocks of one head's queries, or the full ones, give; scores are transposed."""
+    """Accumulate dk and dv over the masked blocks of one head's queries, or over the full blocks.
+
+    Scores are transposed, `[BLOCK_S, BLOCK_T]`, so that p and ds are left operands of the products as they are.
+    """
+    lo, n_left, n_full, n_blocks = blocks
     qk_scale = _qk_scale(scale, softcap, SOFTCAP)
-    if MASKED:  # here, so that the loop over full blocks has the registers
+    if MASKED:  # computed here and not by the caller, to leave its registers to the loop over full blocks
         q_start, q_end = _visible_range(kv_pos + T - S, window_right, window_left, T, S - T, S, starts_ptr, ends_ptr)
-    # What does not change is computed again in each turn: kept, it spills up to 56 bytes a thread on sm_90.
+    # Without hoisting of loop invariants: they would live in registers, and spill up to 56 bytes a thread on sm_90.
     for i in tl.range(0, n_blocks - n_full if MASKED else n_full, disable_licm=True):
         start = _block_start(i, lo, n_left, n_full, BLOCK_T, MASKED)
         rows = start + tl.arange(0, BLOCK_T)
         q = _load_tile(q_ptr, b, h, start, stride_qt, T, BLOCK_T, D, BLOCK_D, not MASKED, DESC)
         do = _load_tile(do_ptr, b, h, start, stride_dot, T, BLOCK_T, D, BLOCK_D, not MASKED, DESC)
-        inside = rows < T if MASKED else None
-        lse = tl.load(lse_ptr + rows, mask=inside, other=float("inf") if MASKED else None)
-        delta = tl.load(delta_ptr + rows, mask=inside, other=0.0 if MASKED else None)
-        m = None if m_ptr is None else tl.load(m_ptr + rows, mask=inside, other=0.0 if MASKED else None)[None, :]
-        x = _scores(k, q, scale, softcap, SOFTCAP)
+        mask = rows < T if MASKED else None
+        lse = tl.load(lse_ptr + rows, mask=mask, other=float("inf") if MASKED else None)
+        delta = tl.load(delta_ptr + rows, mask=mask, other=0.0 if MASKED else None)
+        m = None if m_ptr is None else tl.load(m_ptr + rows, mask=mask, other=0.0 if MASKED else None)[None, :]
+        qk = _qk(k, q, scale, softcap, SOFTCAP)
         q_pos = (rows + S - T).to(tl.float32)
-        y = x + slope * (kv_pos.to(tl.float32)[:, None] - q_pos[None, :]) if ALIBI else x
-        p = _probabilities(y, lse[None, :], m, qk_scale)
+        biased = qk + slope * (kv_pos.to(tl.float32)[:, None] - q_pos[None, :]) if ALIBI else qk
+        p = _recompute_p(biased, lse[None, :], m, qk_scale)
         if MASKED:
-            p = tl.where((rows >= q_start[:, None]) & (rows < q_end[:, None]), p, 0.0)
+            p = tl.where(_in_range(rows, q_start, q_end), p, 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
         ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
         if SOFTCAP:
-            ds *= 1 - x * x
+            ds *= 1 - qk * qk
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
@@ -494,18 +562,17 @@ def _attention_bwd_dkv_kernel(
     D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr,
     DESC: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the keys of one head, over all queries that see it."""
+    """One program computes dk and dv of a block of keys of one key/value head, over all queries that see it."""
     start = tl.program_id(1) * BLOCK_S
     b, kv = tl.program_id(0) // KV, tl.program_id(0) % KV
-    if starts_ptr is not None:
-        starts_ptr, ends_ptr = starts_ptr + b.to(tl.int64) * S, ends_ptr + b.to(tl.int64) * S
+    starts_ptr, ends_ptr = _to_sequence(starts_ptr, b, S), _to_sequence(ends_ptr, b, S)
     k_ptr = _to_head(k_ptr, b, kv, stride_kb, stride_kh, DESC)
     v_ptr = _to_head(v_ptr, b, kv, stride_vb, stride_vh, DESC)
     k = _load_tile(k_ptr, b, kv, start, stride_ks, S, BLOCK_S, D, BLOCK_D, False, DESC)
     v = _load_tile(v_ptr, b, kv, start, stride_vs, S, BLOCK_S, D, BLOCK_D, False, DESC)
     kv_pos = start + tl.arange(0, BLOCK_S)
-    # The query at the position of key j is row j + T - S; a key sees the window from its other end.
-    lo, n_left, n_full, n_blocks = _block_range(
+    # The query at the position of key j is row j + T - S. Left and right are exchanged: keys look at queries.
+    blocks = _block_range(
         start + T - S, tl.minimum(start + BLOCK_S, S) - 1 + T - S, window_right, window_left, T, S - T, S,
         starts_ptr, ends_ptr, BLOCK_T,
     )  # fmt: skip
@@ -513,21 +580,20 @@ def _attention_bwd_dkv_kernel(
     dv = tl.zeros([BLOCK_S, BLOCK_D], dtype=tl.float32)
     for h in range(kv * (H // KV), (kv + 1) * (H // KV)):
         offset = (b * H + h).to(tl.int64) * T
-        slope = _unscaled(slopes_ptr, h, scale, softcap, SOFTCAP)
+        slope = _sink_or_slope(slopes_ptr, h, scale, softcap, SOFTCAP)
         for MASKED in tl.static_range(2):
             dk, dv = _dkv_blocks(
                 dk, dv, k, v, kv_pos, _to_head(q_ptr, b, h, stride_qb, stride_qh, DESC),
                 _to_head(do_ptr, b, h, stride_dob, stride_doh, DESC), lse_ptr + offset,
-                None if m_ptr is None else m_ptr + offset, delta_ptr + offset, starts_ptr, ends_ptr, b, h,
-                lo, n_left, n_full, n_blocks, T, S, window_left, window_right, stride_qt, stride_dot,
-                scale, softcap, slope,
+                None if m_ptr is None else m_ptr + offset, delta_ptr + offset, starts_ptr, ends_ptr, b, h, blocks,
+                T, S, window_left, window_right, stride_qt, stride_dot, scale, softcap, slope,
                 D, BLOCK_T, BLOCK_D, SOFTCAP, slopes_ptr is not None, MASKED == 1, DESC,
             )  # fmt: skip
     _store_tile(_to_head(dk_ptr, b.to(tl.int64) * S, kv, KV * D, D), dk * scale, start, KV * D, S, BLOCK_S, D, BLOCK_D)
     _store_tile(_to_head(dv_ptr, b.to(tl.int64) * S, kv, KV * D, D), dv, start, KV * D, S, BLOCK_S, D, BLOCK_D)
 
 
-# Short sequences: causal, in half precision, all keys of a head in one tile of one program
+# Kernels: short sequences. Causal, half precision; one program holds all keys of a head in one block
 
 
 @triton.jit
@@ -536,23 +602,23 @@ def _attention_short_fwd_kernel(
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A head of keys, and in tiles all queries that read it: a plain softmax."""
+    """One program serves a key/value head and all query heads that read it. The softmax is not online."""
     b, kv = tl.program_id(0) // KV, tl.program_id(0) % KV
     k = _load_tile(_to_head(k_ptr, b, kv, stride_kb, stride_kh), b, kv, 0, stride_ks, T, BLOCK_S, D, BLOCK_D)
     v = _load_tile(_to_head(v_ptr, b, kv, stride_vb, stride_vh), b, kv, 0, stride_vs, T, BLOCK_S, D, BLOCK_D)
     kv_pos = tl.arange(0, BLOCK_S)
-    n_tiles, qk_scale = tl.cdiv(T, BLOCK_T), scale * LOG2E
-    for i in range(0, H // KV * n_tiles):
-        h, start = kv * (H // KV) + i // n_tiles, i % n_tiles * BLOCK_T
+    n_blocks, qk_scale = tl.cdiv(T, BLOCK_T), scale * LOG2E
+    for i in range(0, H // KV * n_blocks):
+        h, start = kv * (H // KV) + i // n_blocks, i % n_blocks * BLOCK_T
         q = _load_tile(_to_head(q_ptr, b, h, stride_qb, stride_qh), b, h, start, stride_qt, T, BLOCK_T, D, BLOCK_D)
         rows = start + tl.arange(0, BLOCK_T)
-        x = tl.where(kv_pos <= rows[:, None], tl.dot(q, tl.trans(k)), float("-inf"))
-        m = tl.max(x, axis=1)
-        p = tl.exp2(_scaled_difference(x, m[:, None], qk_scale, False))
-        total = tl.sum(p, axis=1)
-        o = tl.dot(p.to(v.dtype), v) / total[:, None]
+        qk = tl.where(kv_pos <= rows[:, None], tl.dot(q, tl.trans(k)), float("-inf"))
+        m = tl.max(qk, axis=1)
+        p = tl.exp2(_subtract_max(qk, m[:, None], qk_scale, False))
+        sum_exp = tl.sum(p, axis=1)
+        o = tl.dot(p.to(v.dtype), v) / sum_exp[:, None]
         _store_tile(_to_head(o_ptr, b.to(tl.int64) * T, h, H * D, D), o, start, H * D, T, BLOCK_T, D, BLOCK_D)
-        tl.store(lse_ptr + (b * H + h).to(tl.int64) * T + rows, m * qk_scale + tl.log2(total), mask=rows < T)
+        tl.store(lse_ptr + (b * H + h).to(tl.int64) * T + rows, m * qk_scale + tl.log2(sum_exp), mask=rows < T)
 
 
 @triton.jit
@@ -562,16 +628,19 @@ def _attention_short_bwd_kernel(
     stride_dob, stride_dot, stride_doh,
     D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """All three gradients, scores transposed. Delta is the sum of p * dp over all keys, so that o is not read."""
+    """One program computes all three gradients of a key/value head, with transposed scores.
+
+    A program sees every key of a query, so that delta is the sum of p * dp over keys and o need not be read.
+    """
     b, kv = tl.program_id(0) // KV, tl.program_id(0) % KV
     k = _load_tile(_to_head(k_ptr, b, kv, stride_kb, stride_kh), b, kv, 0, stride_ks, T, BLOCK_S, D, BLOCK_D)
     v = _load_tile(_to_head(v_ptr, b, kv, stride_vb, stride_vh), b, kv, 0, stride_vs, T, BLOCK_S, D, BLOCK_D)
     kv_pos, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)[:, None]
-    n_tiles, qk_scale = tl.cdiv(T, BLOCK_T), scale * LOG2E
+    n_blocks, qk_scale = tl.cdiv(T, BLOCK_T), scale * LOG2E
     dk = tl.zeros([BLOCK_S, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_S, BLOCK_D], dtype=tl.float32)
-    for i in range(0, H // KV * n_tiles):
-        h, start = kv * (H // KV) + i // n_tiles, i % n_tiles * BLOCK_T
+    for i in range(0, H // KV * n_blocks):
+        h, start = kv * (H // KV) + i // n_blocks, i % n_blocks * BLOCK_T
         q = _load_tile(_to_head(q_ptr, b, h, stride_qb, stride_qh), b, h, start, stride_qt, T, BLOCK_T, D, BLOCK_D)
         do = _load_tile(_to_head(do_ptr, b, h, stride_dob, stride_doh), b, h, start, stride_dot, T, BLOCK_T, D, BLOCK_D)
         rows = start + tl.arange(0, BLOCK_T)
