@@ -593,7 +593,7 @@ def _attention_bwd_dkv_kernel(
     _store_tile(_to_head(dv_ptr, b.to(tl.int64) * S, kv, KV * D, D), dv, start, KV * D, S, BLOCK_S, D, BLOCK_D)
 
 
-# Kernels: short sequences. Causal, half precision; one program holds all keys of a head in one block
+# Kernels: short sequences, causal and in half precision; one program holds all keys of a head in one block
 
 
 @triton.jit
@@ -663,7 +663,12 @@ def _attention_short_bwd_kernel(
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries and keys of a tile, and options of a launch. `descriptors`: tiles are loaded by TMA, not by pointers."""
+    """Launch parameters of a kernel.
+
+    block_t, block_s: queries and keys of a block.
+    num_warps, num_stages: of a program, and of the software pipeline over blocks.
+    descriptors: load blocks through tensor descriptors (TMA) and not through pointers.
+    """
 
     block_t: int
     block_s: int
@@ -672,71 +677,78 @@ class Tile:
     descriptors: bool = False
 
 
-WIDTHS = (64, 128, 256)  # of heads, up to which a table's entries are for
-LENGTHS = (128, 256, 512, 1024)  # of the keys likewise; the last stands for all longer ones
-FLOAT32 = Tile(32, 32, 4, 2)  # products without tensor cores, in all kernels
-REGISTERS, LANES, SHARED = 255, 32, 227 * 1024  # of a thread, threads of a warp, bytes of a block on sm_90 and sm_100
-TUNED_HEADS, TUNED_TOKENS = {64: 12, 128: 16, 256: 8}, 16384
+HEAD_DIMS = (64, 128, 256)  # a table has an entry for head dimensions up to each of these
+LENGTHS = (128, 256, 512, 1024)  # and for as many keys; the last entry serves all longer sequences
+FLOAT32 = Tile(32, 32, 4, 2)  # for every kernel in float32, which has no tensor cores
+REGISTERS, LANES, SHARED = 255, 32, 227 * 1024  # per thread; threads per warp; bytes per CTA on sm_90 and sm_100
+TUNED_HEADS, TUNED_TOKENS = {64: 12, 128: 16, 256: 8}, 16384  # by head dimension; per batch
 
 
 def _size(d: int, s: int) -> tuple[int, int]:
-    """The key of a table: head width and length, each rounded up to a class."""
-    return next(w for w in WIDTHS if d <= w), next((n for n in LENGTHS if s <= n), LENGTHS[-1])
+    """Key of a `LaunchTable`: head dimension and number of keys, each rounded up to a size class."""
+    return next(n for n in HEAD_DIMS if d <= n), next((n for n in LENGTHS if s <= n), LENGTHS[-1])
 
 
-def _distance_of(tile: Tile, other: Tile) -> float:
-    """How many doublings and halvings are between two tiles."""
+def _tile_distance(tile: Tile, other: Tile) -> float:
+    """Number of doublings and halvings that turn one tile into the other."""
     sizes = ((tile.block_t, tile.block_s, tile.num_warps, tile.num_stages) for tile in (tile, other))
     return sum(abs(math.log2(a / b)) for a, b in zip(*sizes, strict=True)) + (tile.descriptors != other.descriptors)
 
 
 def _candidates(kernel: str, size: tuple[int, int]) -> list[Tile]:
-    """Tiles by their distance from the one in use on sm_90. Registers can hold the sums and scores, in float32, and
-    shared memory what is loaded ahead; they need more, so that some spill.
+    """Tiles worth timing, nearest to the tile in use on sm_90 first.
 
-    In a backward, 4 warps take no moving tile below 64: a tile of that kind, of an earlier kernel, made an illegal
-    access on an H100 under Triton 3.6, though its PTX stays in bounds, and Triton 3.7.1 is known to do so where one
-    warpgroup multiplies tiles of 32 columns."""
-    (width, length), short = size, kernel.startswith("short")
-    keys_kept = kernel in ("dkv", "short bwd")  # in a tile that stays, while queries move past it
-    stay = [length] if short else [n for n in ((64, 128) if width <= 128 else (32, 64)) if n <= length]
-    found = []
-    for kept, moving, warps, stages in product(stay, (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)):
+    Accumulators and scores, in float32, must fit the registers, and the pipelined loads must fit shared memory. Kernels
+    need more registers than this counts, so that some candidates spill.
+
+    Backward candidates of 4 warps step in blocks of 64 or more. Triton is known to access memory illegally where one
+    warpgroup multiplies tiles of 32 columns: 3.7.1 does, and an earlier kernel did on an H100 under 3.6.
+    """
+    (head_dim, length), short = size, kernel.startswith("short")
+    keys_stay = kernel in ("dkv", "short bwd")  # a program owns a block of keys and loops over queries
+    owned_blocks = [length] if short else [n for n in ((64, 128) if head_dim <= 128 else (32, 64)) if n <= length]
+    tiles = []
+    for owned, step, num_warps, num_stages in product(owned_blocks, (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)):
         if short:
-            kept, moving = (kept, moving) if keys_kept else (moving, kept)
-        held = 2 * kept * (width + moving) if keys_kept else kept * (width + moving * (2 if kernel == "dq" else 1))
-        loaded = 2 * 2 * width * (max(1, stages - 1) * moving + kept)
-        narrow = kernel != "fwd" and warps == 4 and moving < 64
-        if held <= REGISTERS * LANES * warps and loaded <= SHARED and not narrow:
-            block_t, block_s = (moving, kept) if keys_kept else (kept, moving)
-            designs = (False, True) if length >= 512 and not short else (False,)
-            found += [Tile(block_t, block_s, warps, stages, descriptors) for descriptors in designs]
-    start = TABLES[kernel].pick(size, "sm_90")
-    return sorted(found, key=lambda tile: _distance_of(tile, start))
+            owned, step = (owned, step) if keys_stay else (step, owned)
+        n_scores = 1 if kernel.endswith("fwd") else 2  # p; p and ds
+        held = owned * ((2 if keys_stay else 1) * head_dim + n_scores * step)
+        loaded = 2 * 2 * head_dim * (max(1, num_stages - 1) * step + owned)
+        narrow = kernel != "fwd" and num_warps == 4 and step < 64
+        if held <= REGISTERS * LANES * num_warps and loaded <= SHARED and not narrow:
+            block_t, block_s = (step, owned) if keys_stay else (owned, step)
+            descriptors = (False, True) if length >= 512 and not short else (False,)
+            tiles += [Tile(block_t, block_s, num_warps, num_stages, use_tma) for use_tma in descriptors]
+    in_use = TABLES[kernel].pick(size, "sm_90")
+    return sorted(tiles, key=lambda tile: _tile_distance(tile, in_use))
 
 
 def _tuned_shapes(kernel: str, size: tuple[int, int]) -> tuple[dict[str, int], ...]:
-    """Causal attention of the class's length, and of four times the last; what the short kernels serve is given a
-    window, so that it is the kernel's."""
-    width, length = size
+    """Shapes to time a size class at: plain causal attention of that length, the last class at four times it too.
+
+    A general kernel gets a window at the sizes that a short kernel serves, so that it is the one that runs.
+    """
+    head_dim, length = size
     served = size in (SHORT_BWD if TABLES[kernel].backward else SHORT_FWD).entries
     window = {"W": length // 2} if served and not kernel.startswith("short") else {}
-    lengths, h = ((length, 4 * length) if length == LENGTHS[-1] else (length,)), TUNED_HEADS[width]
-    return tuple(_shape(TUNED_TOKENS // t, t, t, h, h, width, **window) for t in lengths)
+    lengths, h = ((length, 4 * length) if length == LENGTHS[-1] else (length,)), TUNED_HEADS[head_dim]
+    return tuple(_shape(TUNED_TOKENS // t, t, t, h, h, head_dim, **window) for t in lengths)
 
 
-def _table(kernel: str, by_width: dict[int, dict[str, Tile]], lengths: tuple[int, ...] = LENGTHS) -> LaunchTable:
+def _table(kernel: str, by_head_dim: dict[int, dict[str, Tile]], lengths: tuple[int, ...] = LENGTHS) -> LaunchTable:
+    """A table that starts with the same tiles at all `lengths`."""
     return LaunchTable(
         kernel,
-        {(width, length): dict(cards) for width, cards in by_width.items() for length in lengths},
+        {(head_dim, length): dict(cards) for head_dim, cards in by_head_dim.items() for length in lengths},
         partial(_candidates, kernel),
         partial(_tuned_shapes, kernel),
         backward="fwd" not in kernel,
     )
 
 
-# Measured on sm_90: fwd and dkv up to a width of 64, at lengths of 1024 and 4096 (bench.tune). The others are chosen by
-# machine code: no spills up to a width of 128, then `python -m bench.compile --kernel attention`'s estimate.
+# On sm_90, fwd and dkv up to a head dimension of 64 were timed at lengths of 1024 and 4096 (bench.tune). The others
+# come from the machine code: no spills up to a head dimension of 128, then the best estimate of
+# `python -m bench.compile --kernel attention`.
 FWD = _table("fwd", {
     64: {"": Tile(128, 64, 8, 2), "sm_90": Tile(64, 64, 4, 4), "sm_100": Tile(128, 64, 8, 3)},
     128: {
@@ -771,9 +783,14 @@ SHORT_BWD.entries[64, 256] = {"sm_90": Tile(16, 256, 8, 2)}
 TABLES = {table.kernel: table for table in (FWD, DQ, DKV, SHORT_FWD, SHORT_BWD)}
 
 
-def _launch(table: LaunchTable, q: Tensor, s: int) -> tuple[Tile, dict] | None:
-    """The table's tile for queries `[B, T, H, D]` and `s` keys, no longer than they are and no shorter than matrix
-    units take, and the constants and options of a launch with it; None where the card does not run the kernel."""
+# Torch ops and autograd
+
+
+def _tile_and_options(table: LaunchTable, q: Tensor, s: int) -> tuple[Tile, dict] | None:
+    """The tile to launch with, and the constexprs and options that follow; None where the card has no such kernel.
+
+    Blocks are cut to the number of queries `[B, T, H, D]` and of keys `s`, but not below the 16 rows of a tensor core.
+    """
     t, d = q.shape[1], q.shape[-1]
     tile = FLOAT32 if q.element_size() > 2 else table.pick(_size(d, s), card(q.device))
     if tile is None:
@@ -784,58 +801,65 @@ def _launch(table: LaunchTable, q: Tensor, s: int) -> tuple[Tile, dict] | None:
     return tile, {"D": d, **blocks, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
 
-def _general(table: LaunchTable, q: Tensor, k: Tensor, v: Tensor, *do: Tensor) -> tuple[Tile, list, dict]:
-    """For a launch of a general kernel: the tile, its tensors, or their descriptors, and its options."""
-    tile, options = _launch(table, q, k.shape[1])
-    rows = {"q": tile.block_t, "k": tile.block_s, "v": tile.block_s, "do": tile.block_t}.values()
-    tensors = (q, k, v, *do)
-    options["DESC"] = tile.descriptors and all(map(_describable, tensors))
+def _general_launch(table: LaunchTable, q: Tensor, k: Tensor, v: Tensor, *do: Tensor) -> tuple[Tile, list, dict]:
+    """Tile, inputs and options of a general kernel; inputs are tensors, or descriptors if the tile asks for them."""
+    tile, options = _tile_and_options(table, q, k.shape[1])
+    tensors, rows = (q, k, v, *do), (tile.block_t, tile.block_s, tile.block_s, tile.block_t)
+    options["DESC"] = tile.descriptors and all(map(_fits_tma, tensors))
     if options["DESC"]:
         tensors = [_descriptor(x, n, options["BLOCK_D"]) for x, n in zip(tensors, rows, strict=False)]
     return tile, tensors, options
 
 
-def _describable(x: Tensor) -> bool:
-    """Whether TMA can load tiles of it: it starts, and its rows and heads are apart, by multiples of 16 bytes."""
+def _fits_tma(x: Tensor) -> bool:
+    """Whether TMA can load from `x`: its address and its strides must be multiples of 16 bytes."""
     return x.data_ptr() % 16 == 0 and all(n * x.element_size() % 16 == 0 for n in x.stride()[:3])
 
 
 def _descriptor(x: Tensor, rows: int, block_d: int):
-    """Of `[B, T, H, D]`, for tiles of `rows` of a head, zeros beyond T and D."""
-    from triton.tools.tensor_descriptor import TensorDescriptor  # there is no Triton where nothing is launched
+    """Tensor descriptor of `[B, T, H, D]` for blocks of `rows` of one head; loads pad with 0 beyond T and D."""
+    from triton.tools.tensor_descriptor import TensorDescriptor  # only where kernels launch is Triton sure to be there
 
     (b, t, h, d), (stride_b, stride_t, stride_h, _) = x.shape, x.stride()
     return TensorDescriptor(x, [b, h, t, d], [stride_b, stride_h, stride_t, 1], [1, 1, rows, block_d])
 
 
-def _short(table: LaunchTable, q: Tensor, k: Tensor, plain: bool) -> dict | None:
-    """Options of a short kernel's launch, where it does what is asked: `plain` causal attention, of as many queries as
-    keys and in half precision, where the table has their number and the heads of the keys are programs enough."""
+def _short_options(table: LaunchTable, q: Tensor, k: Tensor, plain: bool) -> dict | None:
+    """Options of a short kernel, or None where the general kernels serve.
+
+    The short kernels take `plain` causal attention of as many queries as keys, in half precision, at the lengths in
+    their table, if the key/value heads, one to a program, occupy every SM.
+    """
     if not plain or q.shape[1] != k.shape[1] or q.element_size() != 2:
         return None
-    launch = _launch(table, q, k.shape[1]) if k.shape[0] * k.shape[2] >= multiprocessors(q.device) else None
+    if k.shape[0] * k.shape[2] < multiprocessors(q.device):
+        return None
+    launch = _tile_and_options(table, q, k.shape[1])
     return launch and launch[1]
 
 
 def _is_plain(causal: bool, window: int, softcap: float, *others: Tensor | None) -> bool:
-    """Whether attention is causal and has nothing else."""
+    """Whether attention is causal without a window, a softcap or any of the optional tensors."""
     return causal and not window and not softcap and all(x is None for x in others)
 
 
-def _reach(t: int, s: int, causal: bool, window: int) -> tuple[int, int]:
-    """How many keys before its own position a query sees, and how many after: more than there are for no limit."""
+def _window_left_right(t: int, s: int, causal: bool, window: int) -> tuple[int, int]:
+    """Number of keys that a query sees before and after its position; t + s stands for no limit."""
     return window - 1 if window else t + s, 0 if causal else t + s
 
 
 def _starts_ends(documents: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The two rows of `documents`, `[B, S]` each."""
     return (None, None) if documents is None else documents.contiguous().unbind()
 
 
 def _strides(*tensors: Tensor) -> list[int]:
+    """Strides of all dimensions but the last, whose values are adjacent."""
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
 def _row_max(lse: Tensor) -> Tensor | None:
+    """The row maximum that `lse` is relative to: its second part in float32, else None."""
     return lse[1] if len(lse) == 2 else None
 
 
@@ -849,20 +873,22 @@ def _attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, sink: Tensor | None, slopes: Tensor | None,
     scale: float, causal: bool, window: int, softcap: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The output and each row's log-sum-exp to base 2, `[1, B, H, T]`; in float32 `[2, B, H, T]`, relative to the row's
-    maximum, and that in units of `x`."""
+    """Returns o `[B, T, H, D]` and the base-2 log-sum-exp of each row, `[1, B, H, T]`.
+
+    In float32 it is `[2, B, H, T]`: log-sum-exp relative to the row maximum, and that maximum before `qk_scale`.
+    """
     o, lse = _allocate_fwd(q, k, v, documents, sink, slopes, scale, causal, window, softcap)
     (b, t, h, _), (s, kv) = q.shape, k.shape[1:3]
     if o.numel() == 0:
         return o, lse
     q, k, v = map(heads_of, (q, k, v))
-    if options := _short(SHORT_FWD, q, k, _is_plain(causal, window, softcap, documents, sink, slopes)):
+    if options := _short_options(SHORT_FWD, q, k, _is_plain(causal, window, softcap, documents, sink, slopes)):
         _attention_short_fwd_kernel[(b * kv,)](q, k, v, o, lse, t, h, kv, scale, *_strides(q, k, v), **options)
         return o, lse
-    tile, tensors, options = _general(FWD, q, k, v)
+    tile, tensors, options = _general_launch(FWD, q, k, v)
     _attention_fwd_kernel[(b * h, triton.cdiv(t, tile.block_t))](
         *tensors, *_starts_ends(documents), slopes, sink, o, lse, _row_max(lse), t, s, h, h // kv,
-        *_reach(t, s, causal, window), scale, softcap, *_strides(q, k, v),
+        *_window_left_right(t, s, causal, window), scale, softcap, *_strides(q, k, v),
         SOFTCAP=softcap != 0, LOWEST=LOWEST, **options,
     )  # fmt: skip
     return o, lse
@@ -877,30 +903,30 @@ def _attention_bwd(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, sink: Tensor | None, slopes: Tensor | None,
     o: Tensor, lse: Tensor, scale: float, causal: bool, window: int, softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of q, k, v and, in float32, of the sink: empty without one."""
+    """Returns dq, dk, dv and dsink; dsink is float32, and empty without a sink."""
     dq, dk, dv, dsink = _allocate_bwd(do, q, k, v, documents, sink, slopes, o, lse, scale, causal, window, softcap)
     (b, t, h, _), (s, kv) = q.shape, k.shape[1:3]
     if dq.numel() == 0 or dk.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), dsink.zero_()
     do, q, k, v = map(heads_of, (do, q, k, v))
     strides = _strides(q, k, v, do)
-    if options := _short(SHORT_BWD, q, k, _is_plain(causal, window, softcap, documents, sink, slopes)):
+    if options := _short_options(SHORT_BWD, q, k, _is_plain(causal, window, softcap, documents, sink, slopes)):
         _attention_short_bwd_kernel[(b * kv,)](q, k, v, do, lse, dq, dk, dv, t, h, kv, scale, *strides, **options)
         return dq, dk, dv, dsink
     delta, m = torch.empty_like(lse[0]), _row_max(lse)
     saved = *_starts_ends(documents), slopes, lse, m
-    rest = *_reach(t, s, causal, window), scale, softcap, *strides
-    tile, tensors, options = _general(DQ, q, k, v, do)
+    masks_and_strides = *_window_left_right(t, s, causal, window), scale, softcap, *strides
+    tile, tensors, options = _general_launch(DQ, q, k, v, do)
     _attention_bwd_dq_kernel[(b * h, triton.cdiv(t, tile.block_t))](
-        *tensors, *saved, o, delta, dq, t, s, h, h // kv, *rest, SOFTCAP=softcap != 0, **options
+        *tensors, *saved, o, delta, dq, t, s, h, h // kv, *masks_and_strides, SOFTCAP=softcap != 0, **options
     )
-    tile, tensors, options = _general(DKV, q, k, v, do)
+    tile, tensors, options = _general_launch(DKV, q, k, v, do)
     _attention_bwd_dkv_kernel[(b * kv, triton.cdiv(s, tile.block_s))](
-        *tensors, *saved, delta, dk, dv, t, s, h, kv, *rest, SOFTCAP=softcap != 0, **options
+        *tensors, *saved, delta, dk, dv, t, s, h, kv, *masks_and_strides, SOFTCAP=softcap != 0, **options
     )
     if sink is not None:
         log_p = sink.float()[:, None] * LOG2E.value - lse[0]
-        if m is not None:  # `lse` is relative to it
+        if m is not None:  # lse is relative to m
             log_p -= m * ((softcap or scale) * LOG2E.value)
         dsink = -(torch.exp2(log_p) * delta).sum((0, 2))
     return dq, dk, dv, dsink
@@ -917,10 +943,13 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, do):
-        saved = ctx.saved_tensors  # once: recomputed activations are given out once
+        saved = ctx.saved_tensors  # read once: activation checkpointing hands recomputed tensors out only once
         dq, dk, dv, dsink = _attention_bwd(do, *saved, *ctx.options)
         dsink = dsink.to(saved[4].dtype) if ctx.needs_input_grad[4] else None
         return dq, dk, dv, None, dsink, None, *(None for _ in ctx.options)
+
+
+# Public functions
 
 
 def attention_triton(
@@ -936,10 +965,13 @@ def attention_triton(
     dropout: float = 0.0,
     slopes: Tensor | None = None,
 ) -> Tensor:
-    """The same in tiles, forward and backward; deterministic. It has no dropout, and slopes take no gradient."""
+    """Attention by the Triton kernels, deterministic forward and backward; arguments of `attention_torch`.
+
+    Head dimensions beyond 256 and dropout are not supported and raise `ValueError`. `slopes` get no gradient.
+    """
     _check(q, k, v, scale, window, documents, softcap, sink, slopes)
-    if q.shape[-1] > WIDTHS[-1]:
-        raise ValueError(f"the triton kernel of attention has heads of up to {WIDTHS[-1]}, not {q.shape[-1]}")
+    if q.shape[-1] > HEAD_DIMS[-1]:
+        raise ValueError(f"the triton kernel of attention has heads of up to {HEAD_DIMS[-1]}, not {q.shape[-1]}")
     if dropout:
         raise ValueError("the triton kernel of attention has no dropout: take --kernels.attention=sdpa")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -948,13 +980,12 @@ def attention_triton(
     return _Attention.apply(q, k, v, documents, sink, slopes, scale, causal, window, softcap)
 
 
-# The choice of an implementation, call by call
+# The implementation that `auto` chooses, call by call.
 
-# Where ours beats SDPA at plain causal attention in half precision, for training: head widths up to the first number,
-# lengths up to the second. Measured on an H100, bf16, forward+backward, in bench/results/attention.jsonl, with the
-# kernels before the short ones: 219 us to cuDNN's 227 at 128 x 128 tokens, 12 heads of 64. At 256 tokens and more SDPA
-# was ahead, and in every forward.
-AHEAD = ((64, 128),)
+# Largest (head dimension, length) at which our kernels beat SDPA, training plain causal attention in half precision.
+# Measured on an H100 in bf16, forward and backward, in bench/results/attention.jsonl, before the short kernels: 219 us
+# to cuDNN's 227 at 128 x 128 tokens and 12 heads of 64. SDPA was faster from 256 tokens on, and in every forward.
+FASTER_THAN_SDPA = ((64, 128),)
 
 
 def choice(
@@ -971,9 +1002,15 @@ def choice(
     dropout: float = 0.0,
     slopes: object = None,
 ) -> tuple[str, str]:
-    """What `auto` takes on a GPU for `t` queries of `s` keys, heads of width `d`: the implementation, and why, in a few
-    words. Cheap: it looks at no tensor's values."""
-    asked = {
+    """The implementation that `auto` takes on a GPU, and the reason in a few words.
+
+    Args:
+        t, s, d: number of queries, number of keys, head dimension.
+        training: whether a backward pass follows.
+        half: whether q, k and v are in half precision.
+        causal, ..., slopes: as in `attention_torch`; of tensors, only whether they are None.
+    """
+    features = {
         "windows": 0 < window < (s if causal else math.inf),
         "documents": documents is not None,
         "softcap": softcap != 0,
@@ -981,14 +1018,14 @@ def choice(
         "slopes": slopes is not None,
         "fewer queries than keys": causal and 1 < t != s,
     }
-    masks = [name for name, value in asked.items() if value]
-    alone = asked["softcap"] or asked["sink"]
-    if dropout or d > WIDTHS[-1] or not AVAILABLE:
-        why = "dropout" if dropout else f"heads of {d}" if d > WIDTHS[-1] else "no Triton"
-        return ("torch", f"{why} and {' and '.join(masks)}") if alone else ("sdpa", why)
-    if masks:
-        return "triton", ", ".join(masks)
-    if training and half and causal and any(d <= width and s <= length for width, length in AHEAD):
+    used = [name for name, value in features.items() if value]
+    sdpa_lacks_it = features["softcap"] or features["sink"]
+    if dropout or d > HEAD_DIMS[-1] or not AVAILABLE:
+        why = "dropout" if dropout else f"heads of {d}" if d > HEAD_DIMS[-1] else "no Triton"
+        return ("torch", f"{why} and {' and '.join(used)}") if sdpa_lacks_it else ("sdpa", why)
+    if used:
+        return "triton", ", ".join(used)
+    if training and half and causal and any(d <= head_dim and s <= length for head_dim, length in FASTER_THAN_SDPA):
         return "triton", f"training on {s} tokens"
     return "sdpa", "a plain mask"
 
@@ -1006,7 +1043,7 @@ def attention_auto(
     dropout: float = 0.0,
     slopes: Tensor | None = None,
 ) -> Tensor:
-    """The same by the implementation that `choice` names; on a CPU by the reference."""
+    """Attention by the implementation that `choice` returns, the reference on a CPU; arguments of `attention_torch`."""
     training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     options = (causal, window, documents, softcap, sink, dropout, slopes)
     name = "torch"
@@ -1020,7 +1057,11 @@ IMPLEMENTATIONS = {
 }  # fmt: skip
 
 
+# OP
+
+
 def _inputs(shape, make):
+    """Shape keys besides the dimensions: W window, C softcap (with a sink), A ALiBi, L length of each document."""
     b, t, s, h, kv, d = (shape[k] for k in ("B", "T", "S", "H", "KV", "D"))
     inputs = {"q": make(b, t, h, d), "k": make(b, s, kv, d), "v": make(b, s, kv, d)}
     if shape.get("W"):
@@ -1030,26 +1071,26 @@ def _inputs(shape, make):
     if shape.get("A"):
         inputs["slopes"] = 2.0 ** -torch.linspace(8 / h, 8, h, device=inputs["q"].device)
     if shape.get("L"):
-        places = torch.arange(s, device=inputs["q"].device).expand(b, s)
-        inputs["documents"] = document_ranges(places // shape["L"])
+        positions = torch.arange(s, device=inputs["q"].device).expand(b, s)
+        inputs["documents"] = document_ranges(positions // shape["L"])
     return inputs
 
 
 def _visible_pairs(s) -> int:
-    """Pairs of a query and a key that it sees, in one head of one sequence."""
-    place = torch.arange(s["S"] - s["T"], s["S"])
-    reach = s.get("W") or s["S"]
-    within = place % s["L"] + 1 if s.get("L") else place + 1
-    return int(within.clamp(max=reach).sum())
+    """Number of unmasked scores in one head of one sequence."""
+    q_pos = torch.arange(s["S"] - s["T"], s["S"])
+    n_keys = q_pos % s["L"] + 1 if s.get("L") else q_pos + 1
+    return int(n_keys.clamp(max=s.get("W") or s["S"]).sum())
 
 
 def _cost(s, itemsize):
+    """Reads q, k, v and writes o; two products of 2 D FLOPs for every unmasked score."""
     elements = s["B"] * s["D"] * (2 * s["T"] * s["H"] + 2 * s["S"] * s["KV"])
     return Cost(elements * itemsize, 4 * s["B"] * s["H"] * s["D"] * _visible_pairs(s))
 
 
 def _backward_cost(s, itemsize):
-    """q, k, v, o and its gradient read, three gradients written; five products to the forward's two."""
+    """Reads q, k, v, o, do and writes dq, dk, dv; five products, where the forward has two."""
     forward = _cost(s, itemsize)
     elements = s["B"] * s["D"] * (4 * s["T"] * s["H"] + 4 * s["S"] * s["KV"])
     return Cost(elements * itemsize, forward.flops * 5 // 2)

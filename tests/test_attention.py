@@ -3,10 +3,12 @@ sequences that kernels of their own serve, launch parameters, large scores, and 
 
 import math
 from dataclasses import replace
+from functools import partial
 from itertools import combinations, product
 
 import pytest
 import torch
+from plain_attention import plain_attention
 from test_kernels import DEVICE, assert_as_right_as_the_reference, call, checked, make_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -101,6 +103,16 @@ def test_parity_of_features_together(case, monkeypatch):
     inputs["sink"] = torch.linspace(-2, 2, h, device=DEVICE) if case["sink"] else None
     inputs["slopes"] = 2.0 ** -torch.arange(1, h + 1, device=DEVICE) if case["slopes"] else None
     assert_as_right_as_the_reference(WITH_SINK if case["sink"] else OP, "triton", inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("t", [1, 32, 75])
+def test_plain_flash_attention_and_ours_are_as_accurate_as_the_reference(t, dtype):
+    inputs = inputs_of(t, t, h=2, kv=2, b=2, dtype=dtype)
+    implementations = OP.implementations | {"plain": partial(plain_attention, block=32)}
+    forward = replace(OP, differentiable=(), implementations=implementations)
+    for name in ("plain", "triton"):
+        assert_as_right_as_the_reference(forward, name, inputs, dtype)
 
 
 @pytest.mark.parametrize("softcap", [30.0, 50.0, 1000.0])
