@@ -153,8 +153,8 @@ def evaluate(
 ) -> dict[str, Tensor]:
     """Outputs of `function` and gradients under fixed random upstream gradients, by name.
 
-    `function` gets copies of the tensors in `inputs`, passed through `wrap`. The outputs of an op that mutates arguments
-    are those arguments.
+    `function` gets copies of the tensors in `inputs`, passed through `wrap`. The outputs of an op that mutates
+    arguments are those arguments.
     """
     given = {k: tree_map_only(Tensor, lambda x: wrap(x.detach().clone()), value) for k, value in inputs.items()}
     leaves = {k: given[k].requires_grad_() for k in op.differentiable if given[k] is not None}

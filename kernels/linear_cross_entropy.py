@@ -7,8 +7,9 @@ with the loss and its gradient dz of `kernels/cross_entropy.py`.
 The Triton implementation loops over chunks of rows whose logits fit `CHUNK_BYTES`. For each chunk it multiplies x by
 W^T into one buffer (cuBLAS), turns the buffer into dz by the in-place cross-entropy kernel, and multiplies twice more.
 So the gradients, times `scale`, are made in the forward pass; the logits are neither stored nor recomputed. dx and dW
-are accumulated and kept in float32. The backward multiplies them by the upstream gradient and rounds them once. Under `reduction="none"` each row has an upstream gradient of its own, and the backward recomputes the
-chunks. Saved for backward: dx and dW (`none`: x, W and targets).
+are accumulated and kept in float32. The backward multiplies them by the upstream gradient and rounds them once. Under
+`reduction="none"` each row has an upstream gradient of its own, and the backward recomputes the chunks. Saved for
+backward: dx and dW (`none`: x, W and targets).
 
 The vocabulary is padded to a multiple of 64, in the buffer and in the copy of W that is multiplied, by rows of 0. Rows
 of 50,257 values are not aligned, and cuBLAS takes three times as long for them.

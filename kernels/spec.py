@@ -57,8 +57,8 @@ class Op:
     test_shapes, bench_shapes: shapes to test and to time at; the compile gate compiles for the latter.
     compiled_shapes: more shapes for the compile gate.
     preferred: the implementation that `auto` takes, by device type; the reference for other types.
-    mutates: names of the arguments, tensors or lists of tensors, that a call writes to. They are its results; such an op
-        returns None.
+    mutates: names of the arguments, tensors or lists of tensors, that a call writes to. They are its results, and the
+        op returns None.
     launches: tables of the launch parameters of its kernels.
     """
 
