@@ -1,20 +1,19 @@
-"""How far from the exact result an implementation may be: one rule for tests, contests and tuning.
+"""The accuracy rule: one bound on the error of an implementation, for tests, contests and tuning.
 
-No formula gives the rounding error of every op, and the error of one run of the reference depends on luck: another BLAS
-sums in another order. So the error to expect is sampled, by Monte Carlo arithmetic. The reference runs in float64,
-forward and backward, on tensors that remember which dtype they stand for (`Rounded`). Each operation adds to its result
-what rounding to that dtype adds: a uniform error of half a unit in the last place (ulp) to either side; in float32 it
-is 2 ulp, the error of a GPU's elementary functions. The terms of sums and matrix products are disturbed too, as much as
-rounding them to the dtype, or accumulating them one by one in float32, disturbs the sum. `sigma`, the root mean square
-deviation over `SAMPLES` such runs, is the error of each value that rounding explains. It is the same on every
-processor, it is large where a result is ill-conditioned, and it is not 0 where the exact result is 0 because rounded
-terms cancel.
+No formula gives the rounding error of every op, and the error of a single run of the reference varies by processor,
+since each BLAS sums in its own order. So the expected error is sampled by Monte Carlo arithmetic. The reference runs in
+float64, forward and backward, on tensors that emulate another dtype (`Rounded`). Each operation adds random rounding
+noise to its result: uniform within half a unit in the last place (ulp) of the emulated dtype, or within 2 ulp in
+float32, the error of a GPU's elementary functions. The inputs of sums and matrix products get noise too, as large as
+the error of rounding them to the dtype, or of accumulating them one by one in float32. `sigma` is the root mean square
+(RMS) deviation of each value over `SAMPLES` runs. It is the same on every processor, grows where a result is
+ill-conditioned, and is not 0 where rounded terms cancel to 0.
 
-The error of a result, as a root mean square, is compared with sigma's for each element, each row (the last dimension)
-and the whole tensor. Over n elements their quotient may be up to `SLACK * (1 + SPREAD / sqrt(n))`: a single element may
-be unlucky by several sigma, a large tensor may not. n counts the elements that matter, sum(sigma^2)^2 / sum(sigma^4),
-and in a row at most `ROW`, since its errors may have one cause. A sigma below the root mean square of its row is raised
-to that, and a row's to the tensor's: a few samples may be small by chance, and another algorithm rounds elsewhere.
+A result passes if the RMS of its error over the RMS of sigma is at most `SLACK * (1 + SPREAD / sqrt(n))`, for each
+element, each row (the last dimension) and the whole tensor: one element may be unlucky by several sigma, the mean of a
+large tensor may not. n is the effective number of elements, sum(sigma^2)^2 / sum(sigma^4), and at most `ROW` in a row,
+whose errors are correlated. The sigma of an element is at least the RMS of its row, and that of a row at least the RMS
+of the tensor: a few samples may be small by chance, and another algorithm rounds in other places.
 
 Sources: Parker, "Monte Carlo Arithmetic: exploiting randomness in floating-point arithmetic", 1997; Higham and Mary,
 "A New Approach to Probabilistic Rounding Error Analysis", 2019 (the error of a sum grows with the root of its terms);
@@ -40,10 +39,10 @@ SPREAD = 8.0
 ROW = 4
 
 aten = torch.ops.aten
-DECOMPOSED = core_aten_decompositions()  # a fused operation, such as the gradient of softmax, rounds in its steps
+DECOMPOSED = core_aten_decompositions()  # fused operations, such as the gradient of softmax, round at every step
 PRODUCTS = {aten.mm, aten.bmm}
 SUMS = {aten.sum, aten.mean}
-# Operations that only move values, pick among them or change their sign.
+# Operations that do not round: they move or select values, or change signs.
 EXACT = {
     aten.clone, aten.copy, aten.copy_, aten._to_copy, aten.cat, aten.stack, aten.where, aten.masked_fill, aten.index,
     aten.index_select, aten.gather, aten.scatter, aten.constant_pad_nd, aten.slice_scatter, aten.select_scatter,
@@ -53,19 +52,19 @@ EXACT = {
 
 
 class Noise:
-    """Rounding errors drawn from a seed; none at all when the seed is None."""
+    """Random rounding errors, from a seed; no errors if the seed is None."""
 
     def __init__(self, seed: int | None, device: torch.device, dtype: torch.dtype):
         self.dtype = dtype
         self.generator = None if seed is None else torch.Generator(device).manual_seed(seed)
 
     def of_result(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """`x` as an operation in `dtype` may give it."""
+        """`x` with the rounding error of one operation in `dtype`."""
         return self._add(x, dtype, 2.0 if dtype == torch.float32 else 0.5)
 
     def of_terms(self, x: Tensor, dtype: torch.dtype, n: float) -> Tensor:
-        """`x` so disturbed that a sum of `n` of its values, or a matrix product, is as wrong as one that rounds them to
-        `dtype` and accumulates in float32; of the two errors only the larger."""
+        """`x` with noise, such that a sum of `n` of its values has the error of rounding them to `dtype`, or the error
+        of accumulating them in float32, whichever is larger."""
         return self._add(x, dtype, 0.5 * math.sqrt(n) if dtype == torch.float32 else 0.5)
 
     def _add(self, x: Tensor, dtype: torch.dtype, ulp: float) -> Tensor:
@@ -78,7 +77,7 @@ class Noise:
 
 
 class Rounded(Tensor):
-    """Float64 values that stand for those of another dtype, which is the one that the tensor shows."""
+    """A tensor that emulates `dtype`: it reports that dtype and holds float64 values, to which operations add noise."""
 
     @staticmethod
     def __new__(cls, held: Tensor, dtype: torch.dtype, noise: Noise):
@@ -122,7 +121,7 @@ class Rounded(Tensor):
 
 
 def _softmax_backward(gradient: Rounded, weights: Rounded, dim: int) -> Tensor:
-    """p (dp - sum p dp). FlashAttention takes the sum from the output, which was rounded to the dtype under test."""
+    """p (dp - sum p dp). The terms of the sum are rounded: FlashAttention computes it from the rounded output."""
     terms, noise = gradient * weights, gradient.noise
     rounded = Rounded(noise.of_terms(terms.held, noise.dtype, 1), terms.dtype, noise)
     return terms - weights * rounded.sum(dim, keepdim=True)
@@ -135,13 +134,13 @@ def _held(x: Tensor) -> Tensor:
 
 
 def _promoted(tensors: Iterable[Tensor]) -> torch.dtype:
-    """The dtype of an operation's result: tensors without dimensions do not widen the others."""
+    """The dtype of an operation's result: 0-dimensional tensors do not promote the others."""
     dtypes = [x.dtype for x in tensors if x.ndim] or [x.dtype for x in tensors]
     return reduce(torch.promote_types, dtypes)
 
 
 def _terms(func, args, kwargs) -> float:
-    """How many terms each value of the result is the sum of."""
+    """Number of terms summed into each value of the result."""
     if func.overloadpacket in PRODUCTS:
         return args[0].shape[-1]
     if func.overloadpacket in SUMS:
@@ -152,14 +151,14 @@ def _terms(func, args, kwargs) -> float:
 def evaluate(
     op: Op, function: Callable, inputs: Mapping[str, Any], wrap: Callable[[Tensor], Tensor] = lambda x: x
 ) -> dict[str, Tensor]:
-    """Results by name: the outputs of `function`, and the gradients under fixed random upstream gradients.
+    """Outputs of `function` and gradients under fixed random upstream gradients, by name.
 
-    The tensors among `inputs` are copied first, and each is given as what `wrap` makes of it. The results of an op that
-    mutates arguments are those arguments.
+    `function` gets copies of the tensors in `inputs`, passed through `wrap`. The outputs of an op that mutates
+    arguments are those arguments.
     """
     given = {k: tree_map_only(Tensor, lambda x: wrap(x.detach().clone()), value) for k, value in inputs.items()}
     leaves = {k: given[k].requires_grad_() for k in op.differentiable if given[k] is not None}
-    outputs = function(**given | {k: x.clone() for k, x in leaves.items()})  # a leaf is not to be written to
+    outputs = function(**given | {k: x.clone() for k, x in leaves.items()})  # an op may work in place, not on a leaf
     if op.mutates:
         return _by_name({k: given[k] for k in op.mutates})
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -173,7 +172,7 @@ def evaluate(
 
 
 def _by_name(arguments: Mapping[str, Tensor | list[Tensor]]) -> dict[str, Tensor]:
-    """Tensors by the name of their argument, and those of a list by their place in it."""
+    """Flatten lists of tensors: `name` for a tensor, `name[i]` for the items of a list."""
     named = {}
     for name, value in arguments.items():
         named |= {name: value} if torch.is_tensor(value) else {f"{name}[{i}]": x for i, x in enumerate(value)}
@@ -182,20 +181,21 @@ def _by_name(arguments: Mapping[str, Tensor | list[Tensor]]) -> dict[str, Tensor
 
 @dataclass(frozen=True)
 class Truth:
-    """Exact results by name, the error `sigma` of each value that rounding explains, and the dtypes results have."""
+    """By result name: exact values, the expected rounding error `sigma` of each value, and the dtype to return."""
 
     exact: dict[str, Tensor]
     sigma: dict[str, Tensor]
     dtypes: dict[str, torch.dtype]
 
     def ratios(self, results: Mapping[str, Tensor]) -> dict[str, float]:
-        """The error of each result over what is allowed, of the worst element, the worst row or the tensor: at most 1
-        is right. Infinite for a result of another shape or dtype, or that is not finite where the exact one is.
+        """Error over allowed error of each result, the maximum over elements, rows and the tensor; at most 1 passes.
+
+        Infinite for a wrong shape or dtype, and for values that are not finite where the exact values are.
         """
         return {name: self._ratio(name, results[name]) for name in self.exact}
 
     def worst(self, results: Mapping[str, Tensor]) -> tuple[str, float]:
-        """The name and ratio of the result that is furthest from right."""
+        """Name and ratio of the result with the largest ratio."""
         return max(self.ratios(results).items(), key=lambda item: item[1])
 
     def _ratio(self, name: str, result: Tensor) -> float:
@@ -204,7 +204,7 @@ class Truth:
             return math.inf
         if not exact.numel():
             return 0.0
-        error = torch.where(result == exact, 0.0, (result.double() - exact).abs())  # equal infinities differ by NaN
+        error = torch.where(result == exact, 0.0, (result.double() - exact).abs())  # inf - inf would be NaN
         error, sigma = (x.reshape(-1, x.shape[-1] if x.ndim else 1) for x in (error, sigma))
         overall = _rms(sigma.flatten())
         row = _rms(sigma).maximum(overall)
@@ -222,14 +222,14 @@ def _rms(x: Tensor) -> Tensor:
 
 
 def _count(sigma: Tensor) -> Tensor:
-    """How many values make up the sum of squares, at least 1."""
+    """Effective number of elements in the sum of squares, at least 1."""
     squares = (sigma / sigma.amax(-1, keepdim=True)).square()
     count = squares.sum(-1, keepdim=True).square() / squares.square().sum(-1, keepdim=True)
     return count.nan_to_num(nan=1).clamp(min=1)
 
 
 def truth(op: Op, inputs: Mapping[str, Any], samples: int = SAMPLES) -> Truth:
-    """The exact results of `op` on `inputs`, whose tensors are of the dtypes under test, by its reference."""
+    """Exact results and sigma of `op` on `inputs`, from its reference; `inputs` are in the dtypes under test."""
     tensors = [x for x in tree_leaves(dict(inputs)) if torch.is_tensor(x) and x.is_floating_point()]
     narrowest = min((x.dtype for x in tensors), key=lambda dtype: dtype.itemsize)
 

@@ -1,17 +1,20 @@
-"""AdamW over a list of tensors, in place, in one pass that also clips gradients and writes half-precision copies.
+"""AdamW over a list of tensors, in place, in one launch; also clips gradients and writes half-precision copies.
 
 With c the clipping factor (`grad_scale`), t the number of this step, counted from 1, and w the weight decay:
 
-    g = c * grad                            Adam (`decoupled=False`) adds w * p to it
+    g = c * grad                            Adam (`decoupled=False`) adds w * p
     m = beta1 * m + (1 - beta1) * g         exp_avg
     v = beta2 * v + (1 - beta2) * g^2       exp_avg_sq
-    p = p - lr * w * p                      AdamW alone
+    p = p - lr * w * p                      AdamW only
     p = p - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 
-The rate, the step and the clipping factor are tensors, so that a captured CUDA graph replays with new values.
+lr, step and clipping factor are tensors, so that a captured CUDA graph replays with new values.
 
-A copy is its weight rounded to bf16 or fp16: written where the new weight is in a register already, it saves the cast
-of every weight in the next forward pass.
+A copy is a weight rounded to bf16 or fp16. It is stored while the new weight is in registers, which saves the next
+forward pass the cast of every weight.
+
+The kernel is a multi-tensor apply: each program updates one chunk of one tensor, found in a table of addresses on the
+device. Tensors stay in place from step to step, so that the table is made once.
 
 Sources: Kingma and Ba, "Adam", 2015, algorithm 1; Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019,
 algorithm 2.
@@ -33,6 +36,9 @@ from kernels.spec import Cost, LaunchTable, Op, accumulation_dtype
 HALF = {torch.bfloat16, torch.float16}
 
 
+# Reference
+
+
 def adamw_torch(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -48,33 +54,33 @@ def adamw_torch(
     weight_decay: float,
     decoupled: bool = True,
 ) -> None:
-    """Take one step on every tensor of a list.
+    """One optimizer step on a list of tensors, the reference: torch's fused AdamW and Adam.
 
     Args:
-        params, exp_avgs, exp_avg_sqs: contiguous tensors, float32; updated in place.
-        grads: as large, of the same dtype; left alone.
-        copies: for each of `params` a contiguous tensor as large, in bf16 or fp16 (one dtype for the whole list), which
-            takes the new values; or None.
-        lr, step, grad_scale: 0-dimensional float32 tensors on the device of `params`: the learning rate, the number of
-            this step from 1, and what gradients are multiplied by before anything else (1 when there is no clipping).
-        beta1, beta2, eps: of Adam.
-        weight_decay: for every tensor of the list.
-        decoupled: AdamW; False adds the decay to the gradient, as Adam does.
+        params, exp_avgs, exp_avg_sqs: contiguous float32 tensors, updated in place.
+        grads: contiguous tensors of the same sizes and dtype; not modified.
+        copies: for each parameter None, or a contiguous tensor of its size in bf16 or fp16 (one dtype for the whole
+            list) that receives the new values.
+        lr, step, grad_scale: 0-dimensional float32 tensors on the device of `params`: learning rate, number of this
+            step counted from 1, and factor of the gradients (1 for no clipping).
+        beta1, beta2, eps, weight_decay: hyperparameters, for every tensor of the list.
+        decoupled: decoupled weight decay (AdamW); False adds it to the gradient (Adam with L2).
 
-    Raises `ValueError` when the lists do not fit together.
+    Raises:
+        ValueError: the lists do not match.
     """
     _check(params, grads, exp_avgs, exp_avg_sqs, copies)
     if not params:
         return
     update = torch._fused_adamw_ if decoupled else torch._fused_adam_
-    # The scale of the fused call divides, and overwrites the gradients.
+    # Not the fused call's own `grad_scale`, which divides by it and overwrites the gradients.
     grads = torch._foreach_mul(grads, grad_scale)
     update(
         params, grads, exp_avgs, exp_avg_sqs, [], [step] * len(params), lr=lr, beta1=beta1, beta2=beta2,
         weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
     )  # fmt: skip
-    if copied := [(copy.view_as(p), p) for copy, p in zip(copies, params, strict=True) if copy is not None]:
-        torch._foreach_copy_(*map(list, zip(*copied, strict=True)))
+    if pairs := [(copy.view_as(p), p) for copy, p in zip(copies, params, strict=True) if copy is not None]:
+        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
 
 
 def _check(params, grads, exp_avgs, exp_avg_sqs, copies):
@@ -91,21 +97,24 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, copies):
         raise ValueError(f"copies are in {' and '.join(sorted(map(str, dtypes)))}, not all in bf16 or all in fp16")
 
 
+# Kernels
+
+
 @triton.jit
 def _update(
-    p_ptr, g_ptr, m_ptr, v_ptr, copy_ptr, mask, has_copy, lr, bias1, bias2, grad_scale, rest1, beta2, rest2, eps,
-    weight_decay, DECOUPLED: tl.constexpr,
+    p_ptr, g_ptr, m_ptr, v_ptr, copy_ptr, mask, has_copy, lr, bias_correction1, rsqrt_bias_correction2, grad_scale,
+    one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, DECOUPLED: tl.constexpr,
 ):  # fmt: skip
-    """One block of values. `rest` is 1 - beta; `bias1` 1 - beta1^t, `bias2` 1 / sqrt(1 - beta2^t)."""
+    """Update one block of values. The bias corrections are 1 - beta1^t and 1 / sqrt(1 - beta2^t)."""
     p, g = tl.load(p_ptr, mask=mask), tl.load(g_ptr, mask=mask) * grad_scale
     m, v = tl.load(m_ptr, mask=mask), tl.load(v_ptr, mask=mask)
     if DECOUPLED:
         p -= lr * weight_decay * p
     else:
         g += weight_decay * p
-    m += rest1 * (g - m)
-    v = beta2 * v + rest2 * g * g
-    p -= lr / bias1 * m / (tl.sqrt(v) * bias2 + eps)
+    m += one_minus_beta1 * (g - m)
+    v = beta2 * v + one_minus_beta2 * g * g
+    p -= lr / bias_correction1 * m / (tl.sqrt(v) * rsqrt_bias_correction2 + eps)
     tl.store(m_ptr, m, mask=mask)
     tl.store(v_ptr, v, mask=mask)
     tl.store(p_ptr, p, mask=mask)
@@ -115,7 +124,7 @@ def _update(
 
 @triton.jit
 def _one_minus_exp(x):
-    """1 - exp(x) for x < 0, without the cancellation near 0: with t = tanh(x/2), exp(x) is (1 + t) / (1 - t)."""
+    """1 - exp(x) for x < 0 without cancellation near 0: exp(x) = (1 + t) / (1 - t) with t = tanh(x/2)."""
     t = tanh(x / 2, False)
     return -2 * t / (1 - t)
 
@@ -126,8 +135,11 @@ def _adamw_kernel(
     weight_decay,
     COPY: tl.constexpr, DECOUPLED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one tensor a program: `chunks_ptr` `[chunks, 7]` holds addresses and sizes (see `_chunk_table`).
-    `tensors` is unused: it tells the interpreter which tensors the addresses belong to."""
+    """One program updates one chunk of one tensor, a row of `chunks_ptr` `[chunks, 7]` (see `_chunk_table`).
+
+    `rest1` and `rest2` are 1 - beta1 and 1 - beta2. `tensors` is unused: it tells the interpreter which tensors the
+    addresses belong to.
+    """
     entry = chunks_ptr + tl.program_id(0) * 7
     p_ptr = tl.load(entry).to(tl.pointer_type(tl.float32))
     g_ptr = tl.load(entry + 1).to(tl.pointer_type(tl.float32))
@@ -139,29 +151,38 @@ def _adamw_kernel(
     count = tl.load(entry + 5).to(tl.int32)
     is_whole = tl.load(entry + 6) != 0
     lr, step, grad_scale = tl.load(lr_ptr), tl.load(step_ptr), tl.load(grad_scale_ptr)
-    bias1, bias2 = _one_minus_exp(step * log_beta1), tl.rsqrt(_one_minus_exp(step * log_beta2))
-    lanes = tl.arange(0, BLOCK)
+    # beta^t from log(beta), rounded once in float64 on the host: float32 holds too few digits of a beta near 1.
+    bias1, rsqrt_bias2 = _one_minus_exp(step * log_beta1), tl.rsqrt(_one_minus_exp(step * log_beta2))
+    block = tl.arange(0, BLOCK)
     if is_whole:
         for start in tl.range(0, CHUNK, BLOCK, num_stages=STAGES):
-            i = start + lanes
+            i = start + block
             _update(
-                # An address from a table comes without the alignment that accesses of 16 bytes need.
+                # Triton does not know the alignment of addresses from a table; 128-bit accesses need the hint.
                 tl.multiple_of(p_ptr + i, [16]), tl.multiple_of(g_ptr + i, [16]), tl.multiple_of(m_ptr + i, [16]),
                 tl.multiple_of(v_ptr + i, [16]), tl.multiple_of(copy_ptr + i, [8]), None, has_copy,
-                lr, bias1, bias2, grad_scale, rest1, beta2, rest2, eps, weight_decay, DECOUPLED,
+                lr, bias1, rsqrt_bias2, grad_scale, rest1, beta2, rest2, eps, weight_decay, DECOUPLED,
             )  # fmt: skip
     else:
         for start in range(0, count, BLOCK):
-            i = start + lanes
+            i = start + block
             _update(
                 p_ptr + i, g_ptr + i, m_ptr + i, v_ptr + i, copy_ptr + i, i < count, has_copy,
-                lr, bias1, bias2, grad_scale, rest1, beta2, rest2, eps, weight_decay, DECOUPLED,
+                lr, bias1, rsqrt_bias2, grad_scale, rest1, beta2, rest2, eps, weight_decay, DECOUPLED,
             )  # fmt: skip
+
+
+# Launch parameters
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Values of a program, how many it works on at a time, warps, and stages of the pipeline over its blocks."""
+    """Launch parameters.
+
+    chunk: values per program.
+    block: values per iteration of its loop.
+    num_warps, num_stages: of a program, and of the software pipeline over its blocks.
+    """
 
     chunk: int
     block: int
@@ -180,6 +201,8 @@ LAUNCHES = LaunchTable(
 )  # fmt: skip
 
 
+# Torch op
+
 _TABLES: dict[tuple, Tensor] = {}
 _CAPTURED: list[Tensor] = []
 
@@ -189,11 +212,11 @@ def _capturing(x: Tensor) -> bool:
 
 
 def _chunk_table(lists: list[list[Tensor | None]], chunk: int) -> Tensor:
-    """The work of a launch, `[chunks, 7]` int64 on the device of the tensors.
+    """Table of the chunks of all tensors, int64 `[chunks, 7]` on their device.
 
-    A row holds the addresses of one chunk in each of the five lists (0 for no copy), its number of values, and whether
-    it is a full chunk of aligned addresses. Tables are kept by those addresses: tensors stay in place from step to
-    step. Raises `RuntimeError` for a new table during the capture of a CUDA graph.
+    A row holds the address of a chunk in each of the five lists (0 for no copy), its number of values, and whether it
+    is a full chunk at aligned addresses. Tables are cached by addresses and sizes, since tensors stay in place from
+    step to step. Raises `RuntimeError` for a new table during the capture of a CUDA graph.
     """
     params = lists[0]
     addresses = [[0 if x is None else x.data_ptr() for x in tensors] for tensors in lists]
@@ -210,15 +233,15 @@ def _chunk_table(lists: list[list[Tensor | None]], chunk: int) -> Tensor:
         offset = (torch.arange(len(index), device="cpu") - (n_chunks.cumsum(0) - n_chunks)[index]) * chunk
         count = (sizes[index] - offset).clamp(max=chunk)
         itemsizes = torch.tensor([4, 4, 4, 4, 2], device="cpu")
-        begins = addresses[index] + (addresses[index] != 0) * offset[:, None] * itemsizes
-        is_whole = (count == chunk) & (begins % 16 == 0).all(1)
-        table = torch.cat((begins, count[:, None], is_whole[:, None]), 1)
-        if params[0].is_cuda:  # from pinned memory: the host does not wait
+        chunk_addresses = addresses[index] + (addresses[index] != 0) * offset[:, None] * itemsizes
+        is_whole = (count == chunk) & (chunk_addresses % 16 == 0).all(1)
+        table = torch.cat((chunk_addresses, count[:, None], is_whole[:, None]), 1)
+        if params[0].is_cuda:  # from pinned memory, without synchronisation
             table = table.pin_memory().to(params[0].device, non_blocking=True)
     if capturing:
-        _CAPTURED.append(table)  # the graph reads it in every replay
+        _CAPTURED.append(table)  # keep it alive: every replay of the graph reads it
     elif len(_TABLES) >= 64:
-        del _TABLES[next(iter(_TABLES))]  # the one used longest ago
+        del _TABLES[next(iter(_TABLES))]  # the least recently used
     _TABLES[key] = table
     return table
 
@@ -233,7 +256,7 @@ def _adamw_(
     copies: list[Tensor], copied: list[int], lr: Tensor, step: Tensor, grad_scale: Tensor,
     beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: bool,
 ) -> None:  # fmt: skip
-    """`copies[i]` is of `params[copied[i]]`: torch.compile takes no list with None in it that an op writes to."""
+    """One step. `copies[i]` belongs to `params[copied[i]]`: torch.compile allows no None in a list that is mutated."""
     launch = LAUNCHES.pick("any", card(params[0].device))
     copy_of = dict(zip(copied, copies, strict=True))
     lists = [params, grads, exp_avgs, exp_avg_sqs, [copy_of.get(i) for i in range(len(params))]]
@@ -247,6 +270,9 @@ def _adamw_(
         eps, weight_decay, copy_dtype, decoupled, launch.chunk, launch.block, launch.num_stages,
         num_warps=launch.num_warps,
     )  # fmt: skip
+
+
+# Public function
 
 
 def adamw_triton(
@@ -264,8 +290,11 @@ def adamw_triton(
     weight_decay: float,
     decoupled: bool = True,
 ) -> None:
-    """The same in one launch for the whole list. A first call on some tensors writes a table of their addresses to the
-    device; later calls, and those that a CUDA graph captures, do not."""
+    """One optimizer step in one launch for the whole list; arguments of `adamw_torch`.
+
+    The first call on a list of tensors writes a table of their addresses to the device; it must come before the capture
+    of a CUDA graph.
+    """
     _check(params, grads, exp_avgs, exp_avg_sqs, copies)
     if any(x.dtype != torch.float32 for xs in (params, grads, exp_avgs, exp_avg_sqs) for x in xs):
         raise ValueError("the triton kernel of adamw updates float32 tensors by float32 gradients")
@@ -278,8 +307,11 @@ def adamw_triton(
         )  # fmt: skip
 
 
+# OP
+
+
 def _inputs(shape, make):
-    """The third step of a list, its copies in bf16."""
+    """The third step on N tensors of n values, with copies in bf16."""
 
     def draw():
         tensors = [make(shape["n"]) for _ in range(shape["N"])]

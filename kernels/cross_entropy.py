@@ -9,14 +9,15 @@ Rows whose target is `ignore_index` have no loss and no gradient. With p = softm
 
 times the gradient of loss_i, and with a softcap times 1 - (z / softcap)^2.
 
-The Triton kernels walk over rows. The forward pass reads a row once and keeps an online softmax in every lane, which is
-reduced across lanes once a row. The backward pass reads the row again and rounds the gradient once, whatever gradient
-arrives. Saved for backward: logits, targets, and three float32 values a row (m, rest and z_target below). A caller that
-knows the gradient of the loss beforehand (`loss_and_gradient`) has both in one kernel, which finds the row in L2.
+The Triton kernels loop over rows. The forward reads a row once, with an online softmax per lane that is reduced across
+lanes once per row. The backward reads the row again and rounds the gradient once, upstream gradient included. Saved for
+backward: logits, targets, and three float32 values per row (m, sum_exp and z_target, below). If the upstream gradient
+is known in advance (`cross_entropy_in_place`), one kernel computes the loss and overwrites the logits by their
+gradient, rereading each row from L2.
 
-With m the largest logit of a row and rest the sum of exp(z_j - m) over the other classes than the target, the loss of a
-confident row (m = z_target) is log1p(rest), and its target's gradient is -rest / (1 + rest): nothing cancels, as it
-would in p - 1.
+m is the largest logit of a row, and sum_exp the sum of exp(z_j - m) over all classes except the target. Leaving the
+target out keeps the digits of confident rows, where m = z_target: the loss is log1p(sum_exp), and the gradient of the
+target's logit is -sum_exp / (1 + sum_exp), where p - 1 would cancel.
 
 Sources: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Chowdhery et al., "PaLM", 2022,
 section 5 (z-loss).
@@ -37,10 +38,13 @@ from kernels.common import card, cdiv, n_sm, next_power_of_2, rows_of, tanh
 from kernels.launch import library_op, tl, triton
 from kernels.spec import Cost, LaunchTable, Op, accumulation_dtype
 
-IGNORE = -1  # the target of rows that do not count
+IGNORE = -1  # default target of ignored rows
 Reduction = Literal["mean", "sum", "none"]
 Options = tuple[float, float, float, int]  # label_smoothing, z_loss, softcap, ignore_index
 LOG2E = tl.constexpr(1.4426950408889634)
+
+
+# Reference
 
 
 def cross_entropy_torch(
@@ -52,20 +56,20 @@ def cross_entropy_torch(
     softcap: float = 0.0,
     ignore_index: int = IGNORE,
 ) -> Tensor:
-    """Cross-entropy of `logits` against `targets`, in nats.
+    """Cross-entropy in nats, the reference in plain torch.
 
     Args:
         logits: `[..., V]`.
-        targets: `[...]` int64 in `[0, V)`, or `ignore_index`. Others are an error: raised here on a CPU, an assertion
-            of the device on a GPU; the Triton implementation, which waits for no device, gives NaN for the row.
-        reduction: `mean` over the rows not ignored (0 when all are), `sum`, or `none`.
-        label_smoothing: share of the target's probability spread over all classes, 0 to 1.
-        z_loss: factor of the squared log-partition, which keeps the logits from drifting.
-        softcap: bound that the logits are squeezed under by tanh; 0 for none.
-        ignore_index: the target of rows that do not count.
+        targets: `[...]` int64 in `[0, V)`, or `ignore_index`. Other targets raise on a CPU and are a device-side assert
+            on a GPU. The Triton implementation does not synchronise: it returns NaN for such a row.
+        reduction: `mean` over the rows that are not ignored (0 if all are), `sum`, or `none`.
+        label_smoothing: probability mass spread evenly over all classes, 0 to 1.
+        z_loss: coefficient of logsumexp^2, which keeps the logits from drifting.
+        softcap: bound on the logits, applied by tanh; 0 for none.
+        ignore_index: target of rows without loss and gradient.
 
     Returns:
-        A scalar, or `[...]` for `none` (0 where ignored), in float32 or wider.
+        A scalar, or `[...]` for `none` (0 in ignored rows), in float32 or wider.
     """
     z = logits.flatten(0, -2).to(accumulation_dtype(logits))
     if softcap:
@@ -90,14 +94,16 @@ def cross_entropy_in_place_torch(
     ignore_index: int = IGNORE,
     vocab_size: int | None = None,
 ) -> None:
-    """Loss and gradient at once, where the gradient that will arrive is known beforehand.
+    """Loss and gradient in one call, for an upstream gradient that is known in advance; the reference in plain torch.
 
     Args:
-        logits: `[N, width]`, overwritten by the gradient of the sum of `weights * loss`. Its first `vocab_size` columns
-            (None for all) are classes, the others are padding, and their gradient 0.
+        logits: `[N, width]`, overwritten by the gradient of sum(weights * loss). Its first `vocab_size` columns are
+            classes; the others are padding and get a gradient of 0.
         targets: `[N]`.
         loss: `[N]`, float32 or wider, overwritten by the loss of each row.
-        weights: a scalar or `[N]`; None for 1.
+        weights: the upstream gradient, a scalar or `[N]`; None for 1.
+        label_smoothing, z_loss, softcap, ignore_index: as in `cross_entropy_torch`.
+        vocab_size: number of classes; None for `width`.
     """
     classes = logits[:, :vocab_size]
     z = classes.to(accumulation_dtype(logits))
@@ -106,8 +112,8 @@ def cross_entropy_in_place_torch(
     rows = cross_entropy_torch(classes, targets, "none", label_smoothing, z_loss, softcap, ignore_index)
     lse = z.logsumexp(-1, keepdim=True)
     dz = (z - lse).exp() * (1 + 2 * z_loss * lse) - label_smoothing / z.shape[1]
-    at_target = torch.full_like(lse, label_smoothing - 1)
-    dz = dz.scatter_add(1, targets.where(targets != ignore_index, 0)[:, None], at_target)
+    minus_one_hot = torch.full_like(lse, label_smoothing - 1)
+    dz = dz.scatter_add(1, targets.where(targets != ignore_index, 0)[:, None], minus_one_hot)
     if softcap:
         dz = dz * (1 - (z / softcap).square())
     if weights is not None:
@@ -117,37 +123,37 @@ def cross_entropy_in_place_torch(
 
 
 def n_counted(targets: Tensor, ignore_index: int) -> Tensor:
-    """Number of rows that are not ignored, at least 1; left on the device."""
+    """Number of rows that are not ignored, at least 1, as a tensor on their device (no synchronisation)."""
     return (targets != ignore_index).sum().clamp(min=1)
 
 
 def check_arguments(targets: Tensor, leading: torch.Size, reduction: str) -> None:
-    """Raise `ValueError` where targets are not one a row, or the reduction is unknown."""
+    """Raise `ValueError` unless `targets` has the shape `leading` and the reduction is known."""
     if targets.shape != leading:
         raise ValueError(f"targets {list(targets.shape)} are not one for each of {list(leading)} rows")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction {reduction!r} is none of mean, sum, none")
 
 
-# Kernels.
+# Kernels: one row at a time, in blocks of [DEPTH, LANES] columns
 
 
 @triton.jit
 def _exp(x):
-    """exp(x) of x <= 0, the largest of which is 0: one exp2, whose argument was subtracted before it was scaled."""
+    """exp(x) for x <= 0, by one exp2. The maximum is subtracted before scaling, so that exp(0) is exactly 1."""
     return tl.exp2(x * LOG2E)
 
 
 @triton.jit
 def _log1p(x):
-    """log(1 + x) for small x too: the rounding of 1 + x is divided out (Goldberg, 1991, theorem 4)."""
+    """log(1 + x), accurate for small x: it divides out the rounding of 1 + x (Goldberg, 1991, theorem 4)."""
     u = 1 + x
     return tl.where(u == 1, x, tl.log(u) * x / tl.where(u == 1, 1.0, u - 1))
 
 
 @triton.jit
 def _capped(z, softcap, SOFTCAP: tl.constexpr):
-    """Logits in float32, under the softcap if there is one."""
+    """Logits in float32, tanh-capped if SOFTCAP."""
     if SOFTCAP:
         return softcap * tanh(z.to(tl.float32) / softcap, z.dtype != tl.float32)
     return z.to(tl.float32)
@@ -155,8 +161,11 @@ def _capped(z, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _columns(start, DEPTH: tl.constexpr, LANES: tl.constexpr):
-    """`[DEPTH, LANES]` columns from `start`. A thread has whole columns of this tile, so that reductions over DEPTH
-    cross no threads, and all its loads are on their way before the first is needed."""
+    """Column indices of a block, `[DEPTH, LANES]`.
+
+    A lane belongs to one thread. So reductions over DEPTH stay within a thread, which has DEPTH independent loads in
+    flight.
+    """
     return start + tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
 
 
@@ -165,51 +174,54 @@ def _online_softmax(
     z, columns, target, has_target, m_i, l_i, z_sum, softcap, V,
     MASKED: tl.constexpr, SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Update each lane's maximum and sum of exp(z - m_i), both without the target, and for label smoothing the sum of
-    z. A `MASKED` block reaches beyond the classes."""
+    """Online-softmax update over the non-target classes, per lane; also sums the logits for label smoothing.
+
+    MASKED: the block has columns beyond the V classes.
+    """
     z = _capped(z, softcap, SOFTCAP)
     if SMOOTH:
         z_sum += tl.sum(tl.where(columns < V, z, 0.0) if MASKED else z, axis=0)
     if MASKED:
         z = tl.where(columns < V, z, float("-inf"))
-    if has_target:  # a branch, so that one block of a row pays for it
+    if has_target:  # a uniform branch: only one block of a row has the target
         z = tl.where(columns == target, float("-inf"), z)
     m_new = tl.maximum(m_i, tl.max(z, axis=0))
     return m_new, l_i * _exp(m_i - m_new) + tl.sum(_exp(z - m_new[None, :]), axis=0), z_sum
 
 
 @triton.jit
-def _log_sum(m, rest, z_target):
-    """log of the sum of exp(z - m) over all classes."""
-    return tl.where(z_target >= m, _log1p(rest), tl.log(_exp(z_target - m) + rest))
+def _log_sum(m, sum_exp, z_target):
+    """logsumexp(z) - m, from the sum over the non-target classes and the target's logit."""
+    return tl.where(z_target >= m, _log1p(sum_exp), tl.log(_exp(z_target - m) + sum_exp))
 
 
 @triton.jit
 def _gradient(z, m, scale, smooth, counted, softcap, SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Of classes other than the target."""
+    """Gradient of the non-target logits: exp(z - m) * scale - smooth, times the softcap's derivative."""
     z = _capped(z, softcap, SOFTCAP)
     dz = _exp(z - m) * scale
     if SMOOTH:
         dz -= smooth
     if SOFTCAP:
         dz *= 1 - (z / softcap) * (z / softcap)
-    if counted == 0:  # whatever the logits are
+    if counted == 0:  # ignored rows: exactly 0, even for NaN logits
         dz = tl.zeros_like(dz)
     return dz
 
 
 @triton.jit
 def _store_gradient(
-    logits_ptr, dlogits_ptr, target, m, rest, z_target, weight, label_smoothing, z_loss, softcap, V, width,
+    logits_ptr, dlogits_ptr, target, m, sum_exp, z_target, weight, label_smoothing, z_loss, softcap, V, width,
     SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """`weight` times the gradient of a row; 0 in its padding, columns `V` to `width`.
+    """Store the gradient of a row times `weight`, and 0 in its padding, columns `V` to `width`.
 
-    Blocks go from the last to the first: of a row that was just read, the end is the likeliest to be in L2."""
+    Blocks run from the last to the first: the end of a row that was just read is the likeliest to be in L2.
+    """
     exp_target = _exp(z_target - m)
-    total = exp_target + rest
-    lse_slope = 2 * z_loss * (m + _log_sum(m, rest, z_target))
-    scale = weight * (1 + lse_slope) / total
+    denominator = exp_target + sum_exp
+    lse_slope = 2 * z_loss * (m + _log_sum(m, sum_exp, z_target))
+    scale = weight * (1 + lse_slope) / denominator
     smooth = weight * label_smoothing / V
     counted = weight != 0
 
@@ -226,11 +238,11 @@ def _store_gradient(
         dz = _gradient(z, m, scale, smooth, counted, softcap, SMOOTH, SOFTCAP)
         tl.store(dlogits_ptr + columns, dz, eviction_policy="evict_first")
 
-    at_target = weight * (lse_slope * exp_target / total - rest / total + label_smoothing) - smooth
+    dz_target = weight * (lse_slope * exp_target / denominator - sum_exp / denominator + label_smoothing) - smooth
     if SOFTCAP:
-        at_target *= 1 - (z_target / softcap) * (z_target / softcap)
-    tl.debug_barrier()  # after the store of what another thread made of the target's logit
-    tl.store(dlogits_ptr + target, at_target, mask=counted)
+        dz_target *= 1 - (z_target / softcap) * (z_target / softcap)
+    tl.debug_barrier()  # another thread has stored to this column as if it were a non-target class
+    tl.store(dlogits_ptr + target, dz_target, mask=counted)
 
 
 @triton.jit
@@ -239,9 +251,10 @@ def _cross_entropy_fwd_kernel(
     label_smoothing, z_loss, softcap, ignore_index, V, width, GRADIENT: tl.constexpr,
     SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Loss of each row; what the backward needs where `stats_ptr` is given, with GRADIENT the gradient in place."""
+    """Loss of each row. Also stores m, sum_exp and z_target if `stats_ptr` is given, and the gradient in place of the
+    logits if GRADIENT."""
     BLOCK: tl.constexpr = DEPTH * LANES
-    end = V // BLOCK * BLOCK  # of full blocks; the rest of a row is taken in shallow ones, which are masked
+    end = V // BLOCK * BLOCK  # of the full blocks; the tail of a row is read in masked blocks of depth 1
     policy: tl.constexpr = "evict_last" if GRADIENT else "evict_first"
     for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
         row_ptr = logits_ptr + tl.cast(row, tl.int64) * stride_z
@@ -266,29 +279,29 @@ def _cross_entropy_fwd_kernel(
             m_i, l_i, z_sum = _online_softmax(
                 z, columns, target, target >= end, m_i, l_i, z_sum, softcap, V, True, SMOOTH, SOFTCAP
             )  # fmt: skip
-        # Not before: where it waits for `target`, the loads of the row would wait behind it.
+        # Loaded only now: before the loops, the loads of the row would queue behind a load that waits for `target`.
         z_target = _capped(tl.load(row_ptr + target, mask=valid, other=0.0), softcap, SOFTCAP)
         m_others = tl.max(m_i, axis=0)
-        rest = tl.sum(l_i * _exp(m_i - m_others), axis=0)
+        sum_exp = tl.sum(l_i * _exp(m_i - m_others), axis=0)
 
         m = tl.maximum(m_others, z_target)
-        rest *= _exp(m_others - m)
-        log_sum = _log_sum(m, rest, z_target)
+        sum_exp *= _exp(m_others - m)
+        log_sum = _log_sum(m, sum_exp, z_target)
         lse = m + log_sum
-        loss = log_sum + (m - z_target) + z_loss * lse * lse  # m - z_target is 0 where it would cancel
+        loss = log_sum + (m - z_target) + z_loss * lse * lse  # m - z_target is exactly 0 for confident rows
         if SMOOTH:
             loss += label_smoothing * (z_target - tl.sum(z_sum, axis=0) / V)
         tl.store(loss_ptr + row, tl.where(ignored, 0.0, tl.where(valid, loss, float("nan"))))
         if stats_ptr is not None:
             tl.store(stats_ptr + row, m)
-            tl.store(stats_ptr + n_rows + row, rest)
+            tl.store(stats_ptr + n_rows + row, sum_exp)
             tl.store(stats_ptr + 2 * n_rows + row, z_target)
         if GRADIENT:
             weight = 1.0
             if weights_ptr is not None:
                 weight = tl.load(weights_ptr + tl.cast(row, tl.int64) * stride_w).to(tl.float32)
             _store_gradient(
-                row_ptr, row_ptr, target, m, rest, z_target, tl.where(valid, weight, 0.0),
+                row_ptr, row_ptr, target, m, sum_exp, z_target, tl.where(valid, weight, 0.0),
                 label_smoothing, z_loss, softcap, V, width, SMOOTH, SOFTCAP, DEPTH, LANES,
             )  # fmt: skip
 
@@ -299,30 +312,34 @@ def _cross_entropy_bwd_kernel(
     label_smoothing, z_loss, softcap, ignore_index, V, width,
     SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of each row, `weights` of its loss, from what the forward saved."""
+    """Gradient of each row, from the statistics that the forward saved; `weights` is the gradient of the losses."""
     for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
-        far = tl.cast(row, tl.int64)
+        row64 = tl.cast(row, tl.int64)
         target = tl.load(targets_ptr + row)
         valid = (target >= 0) & (target < V) & (target != ignore_index)
-        weight = tl.where(valid, tl.load(weights_ptr + far * stride_w).to(tl.float32), 0.0)
+        weight = tl.where(valid, tl.load(weights_ptr + row64 * stride_w).to(tl.float32), 0.0)
         m = tl.load(stats_ptr + row)
-        rest = tl.load(stats_ptr + n_rows + row)
+        sum_exp = tl.load(stats_ptr + n_rows + row)
         z_target = tl.load(stats_ptr + 2 * n_rows + row)
         _store_gradient(
-            logits_ptr + far * stride_z, dlogits_ptr + far * stride_dz, target.to(tl.int32), m, rest, z_target,
+            logits_ptr + row64 * stride_z, dlogits_ptr + row64 * stride_dz, target.to(tl.int32), m, sum_exp, z_target,
             weight, label_smoothing, z_loss, softcap, V, width, SMOOTH, SOFTCAP, DEPTH, LANES,
         )  # fmt: skip
 
 
-# Launch parameters, by the smallest of SIZES that the vocabulary fits.
+# Launch parameters
 
-SIZES = (1024, 8192, 65536, 2**31)
+SIZES = (1024, 8192, 65536, 2**31)  # the key of a table: the smallest that is not below the vocabulary
 
 
 @dataclass(frozen=True)
 class RowTile:
-    """`depth` x `lanes` columns of a row are worked on at a time, by one of `ctas_per_sm` programs a multiprocessor,
-    each of which takes row after row. Half of all rows in work should fit L2, where they are read again."""
+    """Launch parameters of a size class.
+
+    depth, lanes: a block has `depth * lanes` columns of a row.
+    num_warps: warps of a program.
+    ctas_per_sm: programs per SM; each loops over rows. Half of the rows in flight should fit L2, where they are reread.
+    """
 
     depth: int
     lanes: int
@@ -331,7 +348,7 @@ class RowTile:
 
 
 def _candidates(size: int) -> Iterator[RowTile]:
-    """8 values a lane are one 128-bit load in half precision. Of 4 deep tiles registers hold 16 to 24 warps' worth."""
+    """Tiles of 8 values per thread and depth, one 128-bit load in half precision; 16 to 32 warps per SM."""
     for depth, warps, ctas in product((4, 2, 1), (8, 4, 16, 2, 1, 32), (2, 4, 1, 3, 8, 16)):
         if depth * warps * 256 <= size and 16 <= ctas * warps <= (24 if depth == 4 else 32):
             yield RowTile(depth, warps * 256, warps, ctas)
@@ -347,11 +364,11 @@ def _table(kernel: str, backward: bool = False) -> LaunchTable:
         1024: {"": RowTile(4, 256, num_warps=1, ctas_per_sm=16)},
         8192: {
             "": RowTile(4, 512, num_warps=2, ctas_per_sm=8),
-            "sm_100": RowTile(2, 512, num_warps=2, ctas_per_sm=8),  # the other spills there
+            "sm_100": RowTile(2, 512, num_warps=2, ctas_per_sm=8),  # a depth of 4 spills on this card
         },
         65536: {
             "": RowTile(4, 2048, num_warps=8, ctas_per_sm=2),
-            "sm_120": RowTile(4, 4096, num_warps=16, ctas_per_sm=1),  # likewise
+            "sm_120": RowTile(4, 4096, num_warps=16, ctas_per_sm=1),  # 8 warps spill on this card
         },
         2**31: {"": RowTile(4, 4096, num_warps=16, ctas_per_sm=1)},
     }
@@ -363,8 +380,11 @@ GRADIENT = _table("_cross_entropy_bwd_kernel", backward=True)
 IN_PLACE = _table("_cross_entropy_fwd_kernel, GRADIENT")
 
 
+# Torch ops and autograd
+
+
 def _launch(kernel, table: LaunchTable, logits: Tensor, vocab_size: int, options: Options, *arguments, **constants):
-    """Launch `kernel` on the rows of `logits` `[N, width]`, of which the first `vocab_size` columns are classes."""
+    """Launch `kernel` on the rows of `logits` `[N, width]`; the first `vocab_size` columns are classes."""
     n, width = logits.shape
     label_smoothing, _, softcap, _ = options
     tile = table.pick(next(size for size in SIZES if vocab_size <= size), card(logits.device))
@@ -380,7 +400,7 @@ def _launch(kernel, table: LaunchTable, logits: Tensor, vocab_size: int, options
 def launch_loss(
     logits: Tensor, targets: Tensor, loss: Tensor, stats: Tensor | None, options: Options, vocab_size: int
 ) -> None:
-    """Write the loss of each row of `[N, width]`, and to `stats` `[3, N]` what its gradient is made from."""
+    """Write the loss of each row of `logits` `[N, width]`; and m, sum_exp, z_target to `stats` `[3, N]` unless None."""
     arguments = targets, None, loss, stats, len(logits), logits.stride(0), 0
     _launch(_cross_entropy_fwd_kernel, LOSS, logits, vocab_size, options, *arguments, GRADIENT=False)
 
@@ -388,7 +408,7 @@ def launch_loss(
 def launch_in_place(
     logits: Tensor, targets: Tensor, loss: Tensor, weights: Tensor | None, options: Options, vocab_size: int
 ) -> None:
-    """What `cross_entropy_in_place_torch` does."""
+    """Launch the kernel of `cross_entropy_in_place_triton`, on tensors that it accepts."""
     stride_w = weights.stride(0) if weights is not None and weights.ndim else 0
     arguments = targets, weights, loss, None, len(logits), logits.stride(0), stride_w
     _launch(_cross_entropy_fwd_kernel, IN_PLACE, logits, vocab_size, options, *arguments, GRADIENT=True)
@@ -409,7 +429,7 @@ def _allocate_fwd(logits, targets, label_smoothing, z_loss, softcap, ignore_inde
 def _cross_entropy_fwd(
     logits: Tensor, targets: Tensor, label_smoothing: float, z_loss: float, softcap: float, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each row of `[N, V]`, and what its gradient is made from."""
+    """Returns the loss of each row, `[N]`, and its statistics for the backward, `[3, N]`."""
     options = (label_smoothing, z_loss, softcap, ignore_index)
     loss, stats = outputs = _allocate_fwd(logits, targets, *options)
     launch_loss(logits, targets, loss, stats, options, logits.shape[1])
@@ -418,7 +438,7 @@ def _cross_entropy_fwd(
 
 def _allocate_bwd(dloss, logits, targets, stats, label_smoothing, z_loss, softcap, ignore_index):
     n, v = logits.shape
-    return logits.new_empty((n, cdiv(v, 16) * 16))[:, :v]  # rows begin on 16 bytes, so that they store wide
+    return logits.new_empty((n, cdiv(v, 16) * 16))[:, :v]  # rows start at multiples of 16 bytes, for 128-bit stores
 
 
 @library_op(_allocate_bwd)
@@ -426,7 +446,7 @@ def _cross_entropy_bwd(
     dloss: Tensor, logits: Tensor, targets: Tensor, stats: Tensor,
     label_smoothing: float, z_loss: float, softcap: float, ignore_index: int,
 ) -> Tensor:  # fmt: skip
-    """Gradient of the logits from that of each row's loss."""
+    """Returns dlogits `[N, V]` for `dloss` `[N]`."""
     options = (label_smoothing, z_loss, softcap, ignore_index)
     dlogits = _allocate_bwd(dloss, logits, targets, stats, *options)
     _launch_backward(dloss, logits, targets, stats, dlogits, options)
@@ -438,13 +458,13 @@ def _cross_entropy_bwd_(
     dloss: Tensor, logits: Tensor, targets: Tensor, stats: Tensor,
     label_smoothing: float, z_loss: float, softcap: float, ignore_index: int,
 ) -> None:  # fmt: skip
-    """The same with the gradient in the place of the logits."""
+    """`_cross_entropy_bwd` in place: overwrites the logits by their gradient."""
     _launch_backward(dloss, logits, targets, stats, logits, (label_smoothing, z_loss, softcap, ignore_index))
-    increment_version(logits)  # so that autograd refuses a second backward, and one of what needs the logits
+    increment_version(logits)  # autograd then refuses a second backward, and any other that saved the logits
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """The loss of each row."""
+    """The loss of each row; reductions are left to torch."""
 
     @staticmethod
     def forward(ctx, logits, targets, options, inplace):
@@ -463,6 +483,9 @@ class _CrossEntropy(torch.autograd.Function):
         return _cross_entropy_bwd(dloss, logits, *saved, *ctx.options), None, None, None
 
 
+# Public functions
+
+
 def cross_entropy_triton(
     logits: Tensor,
     targets: Tensor,
@@ -473,8 +496,11 @@ def cross_entropy_triton(
     ignore_index: int = IGNORE,
     inplace: bool = False,
 ) -> Tensor:
-    """The same, waiting for no device. With `inplace` the backward writes the gradient over the logits, which are then
-    lost: `logits` is an intermediate result that nothing else needs, and there is one backward."""
+    """Cross-entropy by the Triton kernels, without synchronisation; arguments of `cross_entropy_torch`.
+
+    With `inplace` the backward overwrites the logits by their gradient. `logits` must then be an intermediate result
+    that nothing else needs, and only one backward is possible.
+    """
     check_arguments(targets, logits.shape[:-1], reduction)
     flat = logits.flatten(0, -2)
     if inplace and (flat.data_ptr() != logits.data_ptr() or flat.stride(-1) != 1):
@@ -507,15 +533,21 @@ def cross_entropy_in_place_triton(
     ignore_index: int = IGNORE,
     vocab_size: int | None = None,
 ) -> None:
-    """The same in one kernel. Columns of `logits` are adjacent, and so are `targets` and `loss`."""
+    """Loss and gradient by one Triton kernel; arguments of `cross_entropy_in_place_torch`.
+
+    The last dimension of `logits`, `targets` and `loss` must be contiguous, or `ValueError` is raised.
+    """
     if logits.stride(-1) != 1 or not (targets.is_contiguous() and loss.is_contiguous()):
         raise ValueError(f"logits of strides {logits.stride()}, targets and loss must be contiguous to work in place")
     options = (label_smoothing, z_loss, softcap, ignore_index)
     _cross_entropy_in_place(logits, targets, loss, weights, *options, vocab_size or logits.shape[1])
 
 
+# OP
+
+
 def random_targets(n: int, v: int, make) -> Tensor:
-    """`[N]`, every third ignored."""
+    """Targets `[N]` for tests and benches; every third row is ignored."""
     targets = (make(n).float().abs() * 1e4).long() % v
     targets[::3] = IGNORE
     return targets

@@ -1,13 +1,15 @@
-"""RMSNorm, with the residual add in the same pass.
+"""RMSNorm fused with the residual add before it.
 
-    s = x + r                          the residual stream, when there is a residual r
+    s = x + r                          the new residual; s = x without a residual r
     y = g * s / sqrt(mean(s^2) + eps)  over the last dimension, statistics in float32
 
-With h = s / rms the gradient is ds = (g*dy - h * mean(g*dy*h)) / rms, plus the gradient arriving at s itself, and
-dx = dr = ds, dg = sum over rows of dy*h. Saved for backward: s and 1/rms.
+With h = s / rms the gradient is ds = (g*dy - h * mean(g*dy*h)) / rms, plus the gradient that arrives at s itself;
+dx = dr = ds, and dg is the sum of dy*h over rows. Saved for backward: s and rstd = 1/rms.
 
-A program of the Triton kernels holds whole rows in registers, in one block as wide as the next power of two, so that
-each value is read once; lanes beyond the width touch no memory. Rows of more than 8192 columns are read twice.
+The forward kernel has one program per block of rows. A row fits one block, as wide as the next power of two, stays in
+registers and is read once; only rows of more than 8192 columns are read twice, block by block. The backward kernel has
+a fixed number of programs per SM, each of which loops over rows and keeps a partial sum of dg. A second kernel adds the
+partial sums in a fixed order: no atomics, so that dg is bitwise reproducible.
 
 Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, equation 4.
 """
@@ -23,29 +25,34 @@ from kernels.common import card, cdiv, empty_like, n_sm, next_power_of_2, rows_o
 from kernels.launch import library_op, tl, triton
 from kernels.spec import Cost, LaunchTable, Op, accumulation_dtype
 
+# Reference
+
 
 def rmsnorm_torch(
     x: Tensor, gain: Tensor | None = None, residual: Tensor | None = None, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """Normalise `x + residual` over its last dimension.
+    """Residual add and RMSNorm in plain torch, the reference.
 
     Args:
         x: `[..., D]`, any floating dtype.
-        gain: `[D]` or None for no gain.
-        residual: `[..., D]`, added to `x` first; None adds nothing.
+        gain: `[D]`; None for no gain.
+        residual: `[..., D]`, added to `x` before the norm; None for no residual.
         eps: added to the mean square.
 
     Returns:
-        The normalised value in the dtype of `x`, and the new residual stream in that of `residual` (`x` itself when
-        there is none), both `[..., D]`. Raises `ValueError` when shapes do not fit together.
+        (y, new residual), both `[..., D]`: y in the dtype of `x`, and x + residual in the dtype of `residual`. Without
+        a residual, the second is `x` itself.
+
+    Raises:
+        ValueError: shapes do not match.
     """
     _check(x, gain, residual)
-    stream = x if residual is None else residual + x.to(residual.dtype)
-    wide = stream.to(accumulation_dtype(stream))
-    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    s = x if residual is None else residual + x.to(residual.dtype)
+    s_fp32 = s.to(accumulation_dtype(s))
+    y = s_fp32 * torch.rsqrt(s_fp32.square().mean(-1, keepdim=True) + eps)
     if gain is not None:
         y = y * gain.to(y.dtype)
-    return y.to(x.dtype), stream
+    return y.to(x.dtype), s
 
 
 def _check(x, gain, residual):
@@ -55,14 +62,18 @@ def _check(x, gain, residual):
         raise ValueError(f"residual {list(residual.shape)} is not {list(x.shape)}, the shape of x")
 
 
+# Kernels: forward
+
+
 @triton.jit
 def _load(ptr, mask):
+    """Load as float32, 0 where masked."""
     return tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _load_stream(x_ptr, residual_ptr, mask):
-    """x, or x + residual rounded to the dtype of the residual."""
+def _load_sum(x_ptr, residual_ptr, mask):
+    """s in float32: x, or x + residual rounded to the dtype of the residual, as it is stored."""
     s = tl.load(x_ptr, mask=mask, other=0.0)
     if residual_ptr is not None:
         r = tl.load(residual_ptr, mask=mask, other=0.0)
@@ -75,7 +86,7 @@ def _rmsnorm_fwd_kernel(
     x_ptr, residual_ptr, gain_ptr, y_ptr, stream_ptr, rstd_ptr, n_rows, D, stride_x, stride_r, eps,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, N_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_R rows a program. A row of one block stays in registers; a wider one is read twice, block by block."""
+    """One program normalises BLOCK_R rows. A row of one block stays in registers; a wider row is read twice."""
     rows = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
     columns = tl.arange(0, BLOCK_D)[None, :]
     x_ptr += rows * stride_x
@@ -85,7 +96,7 @@ def _rmsnorm_fwd_kernel(
     for i in range(N_BLOCKS):
         d = i * BLOCK_D + columns
         mask = (rows < n_rows) & (d < D)
-        s = _load_stream(x_ptr + d, None if residual_ptr is None else residual_ptr + d, mask)
+        s = _load_sum(x_ptr + d, None if residual_ptr is None else residual_ptr + d, mask)
         squares += s * s
         if residual_ptr is not None:
             tl.store(stream_ptr + rows * D + d, s, mask=mask)
@@ -95,11 +106,14 @@ def _rmsnorm_fwd_kernel(
         d = i * BLOCK_D + columns
         mask = (rows < n_rows) & (d < D)
         if N_BLOCKS > 1:
-            s = _load_stream(x_ptr + d, None if residual_ptr is None else residual_ptr + d, mask)
+            s = _load_sum(x_ptr + d, None if residual_ptr is None else residual_ptr + d, mask)
         y = s * rstd
         if gain_ptr is not None:
             y *= _load(gain_ptr + d, d < D)
         tl.store(y_ptr + rows * D + d, y, mask=mask)
+
+
+# Kernels: backward
 
 
 @triton.jit
@@ -108,15 +122,18 @@ def _rmsnorm_bwd_kernel(
     stride_dy, stride_ds, stride_s,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, N_BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program walks over rows, and sums the gain's gradient of its rows in `dgain_ptr` `[programs, D]`: lane by lane
-    in registers, or in memory for rows of several blocks. `dresidual_ptr` is None where dx serves for it."""
+    """One program loops over rows and writes the partial sum of their dgain to its row of `dgain_ptr` `[programs, D]`.
+
+    The partial sum is kept in registers, or in memory for rows of several blocks. `dresidual_ptr` is None where dx
+    serves as dresidual too, because both have one dtype.
+    """
     columns = tl.arange(0, BLOCK_D)[None, :]
     dgain = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
     gain = dgain
     if dgain_ptr is not None:
         dgain_ptr += tl.program_id(0).to(tl.int64) * D
     if N_BLOCKS > 1:
-        tl.static_assert(BLOCK_R == 1, "one row at a time is summed in memory")
+        tl.static_assert(BLOCK_R == 1, "dgain in memory takes one row at a time")
         if dgain_ptr is not None:
             for i in range(N_BLOCKS):
                 d = i * BLOCK_D + columns
@@ -139,7 +156,7 @@ def _rmsnorm_bwd_kernel(
                 dot += dy * (gain if N_BLOCKS == 1 else _load(gain_ptr + d, d < D)) * h
         mean = (tl.sum(dot, axis=1) / D)[:, None]
         if N_BLOCKS > 1:
-            tl.debug_barrier()  # sums in memory may have been stored by other threads than those that load them
+            tl.debug_barrier()  # another thread may have stored the partial sums that this one loads
         for i in range(N_BLOCKS):
             d = i * BLOCK_D + columns
             mask = (rows < n_rows) & (d < D)
@@ -174,16 +191,19 @@ def _sum_rows_kernel(x_ptr, y_ptr, n_rows, D, BLOCK_R: tl.constexpr, BLOCK_D: tl
     tl.store(y_ptr + d, tl.sum(acc, axis=0)[None, :], mask=d < D)
 
 
-MAX_BLOCK = 8192  # columns of a block; of twice as many the backward spills registers
+# Launch parameters
+
+MAX_BLOCK = 8192  # columns of a block; the backward spills registers at twice as many
 
 
 @dataclass(frozen=True)
 class RowTile:
-    """Launch parameters at a size.
+    """Launch parameters of a size class.
 
-    block_r: rows of a block, when it has 1024 columns or more; narrower rows are taken together to as many values.
-    num_warps, num_stages: of the kernel, and of the pipeline over the rows of a program.
-    programs_per_sm: in the backward, each walking over its share of the rows; the forward has one for every block.
+    block_r: rows of a block of 1024 columns or more. Narrower blocks have more rows, for as many values.
+    num_warps: warps of a program.
+    num_stages: of the software pipeline over the rows of a program; backward only.
+    programs_per_sm: backward only. The forward has a program for every block.
     """
 
     block_r: int
@@ -192,25 +212,26 @@ class RowTile:
     programs_per_sm: int = 0
 
 
-# A size is the columns of a block and whether the residual stream is float32.
-SIZES = tuple((columns, wide) for columns in (1024, 2048, 4096, 8192) for wide in (False, True))
+# The key of a table: columns of a block, and whether the residual is float32.
+SIZES = tuple((columns, fp32) for columns in (1024, 2048, 4096, 8192) for fp32 in (False, True))
 
 
 def _columns(d: int) -> int:
+    """Columns of a block for rows of width `d`, as a size class."""
     return min(MAX_BLOCK, max(1024, next_power_of_2(d)))
 
 
 def _shapes(size):
-    columns, wide = size
+    columns, fp32 = size
     widths = sorted({s["D"] for s in OP.bench_shapes if _columns(s["D"]) == columns})
-    return tuple({"rows": 2**25 // columns, "D": d, "fp32_residual": int(wide)} for d in widths)
+    return tuple({"rows": 2**25 // columns, "D": d, "fp32_residual": int(fp32)} for d in widths)
 
 
 def _scaled(size, *tiles):
-    """Of tiles for 1024 columns, those with as many values a thread and as much under way on an SM."""
-    times = size[0] // 1024
+    """Scale tiles for 1024 columns to a size: the same number of values per thread, and of warps per SM."""
+    factor = size[0] // 1024
     scaled = (
-        replace(t, num_warps=min(16, t.num_warps * times), programs_per_sm=math.ceil(t.programs_per_sm / times))
+        replace(t, num_warps=min(16, t.num_warps * factor), programs_per_sm=math.ceil(t.programs_per_sm / factor))
         for t in tiles
     )
     return tuple(dict.fromkeys(scaled))
@@ -222,7 +243,7 @@ def _forward_tiles(size):
 
 
 def _backward_tiles(size):
-    """The first is an H100's best at 768 columns."""
+    """The first tile was the fastest on an H100 at 768 columns."""
     if size[1]:
         tiles = (1, 2, 1, 8), (1, 2, 1, 16), (1, 8, 3, 2), (1, 8, 2, 4), (2, 2, 2, 16)
     else:
@@ -236,7 +257,7 @@ FORWARD = LaunchTable(
 BACKWARD = LaunchTable(
     "_rmsnorm_bwd_kernel",
     {
-        # An MI300 has no room for three stages of the widest rows.
+        # Three stages of the widest rows exceed the shared memory of an MI300.
         size: {"": _backward_tiles(size)[0], "gfx942": replace(_backward_tiles(size)[0], num_stages=1)}
         for size in SIZES
     },
@@ -246,34 +267,37 @@ BACKWARD = LaunchTable(
 )
 
 
-def _pick(table: LaunchTable, stream: Tensor) -> tuple[RowTile, dict[str, int]]:
-    """The tile for rows of `stream`, and the arguments of a kernel that follow from it and the width."""
-    d = stream.shape[-1]
+def _tile_and_options(table: LaunchTable, s: Tensor) -> tuple[RowTile, dict[str, int]]:
+    """The tile for rows of `s`, and the constexprs and options of a launch that follow from it and the width."""
+    d = s.shape[-1]
     columns = _columns(d)
-    tile = table.pick((columns, stream.dtype.itemsize > 2), card(stream.device))
+    tile = table.pick((columns, s.dtype.itemsize > 2), card(s.device))
     block_d = min(columns, next_power_of_2(d))
     n_blocks = cdiv(d, block_d)
     block_r = tile.block_r * columns // block_d if n_blocks == 1 else 1
     return tile, {"BLOCK_R": block_r, "BLOCK_D": block_d, "N_BLOCKS": n_blocks, "num_warps": tile.num_warps}
 
 
+# Torch ops and autograd
+
+
 def _allocate_fwd(x, gain, residual, eps):
-    stream = x.new_empty(0) if residual is None else empty_like(residual)
-    return empty_like(x), stream, x.new_empty(x.shape[:-1], dtype=torch.float32)
+    s = x.new_empty(0) if residual is None else empty_like(residual)
+    return empty_like(x), s, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 @library_op(_allocate_fwd)
 def _rmsnorm_fwd(x: Tensor, gain: Tensor | None, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the stream (empty without a residual) and 1/rms."""
-    y, stream, rstd = _allocate_fwd(x, gain, residual, eps)
+    """Returns y, s (empty without a residual) and rstd."""
+    y, s, rstd = _allocate_fwd(x, gain, residual, eps)
     x = rows_of(x)
     residual = None if residual is None else rows_of(residual)
-    _, blocks = _pick(FORWARD, x if residual is None else residual)
-    _rmsnorm_fwd_kernel[(cdiv(x.shape[0], blocks["BLOCK_R"]),)](
-        x, residual, gain, y, None if residual is None else stream, rstd,
-        *x.shape, x.stride(0), 0 if residual is None else residual.stride(0), eps, **blocks,
+    _, options = _tile_and_options(FORWARD, x if residual is None else residual)
+    _rmsnorm_fwd_kernel[(cdiv(x.shape[0], options["BLOCK_R"]),)](
+        x, residual, gain, y, None if residual is None else s, rstd,
+        *x.shape, x.stride(0), 0 if residual is None else residual.stride(0), eps, **options,
     )  # fmt: skip
-    return y, stream, rstd
+    return y, s, rstd
 
 
 def _sum_rows(x: Tensor, out: Tensor) -> None:
@@ -288,30 +312,30 @@ def _sum_rows(x: Tensor, out: Tensor) -> None:
     _sum_rows_kernel[(cdiv(d, block_d),)](x, out, n_rows, d, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=8)
 
 
-def _allocate_bwd(dy, dstream, stream, gain, rstd, separate):
+def _allocate_bwd(dy, ds, s, gain, rstd, separate):
     return (
-        empty_like(stream, dtype=dy.dtype),
-        empty_like(stream) if separate else stream.new_empty(0),
+        empty_like(s, dtype=dy.dtype),
+        empty_like(s) if separate else s.new_empty(0),
         dy.new_empty(0) if gain is None else torch.empty_like(gain),
     )
 
 
 @library_op(_allocate_bwd)
 def _rmsnorm_bwd(
-    dy: Tensor, dstream: Tensor | None, stream: Tensor, gain: Tensor | None, rstd: Tensor, separate: bool
+    dy: Tensor, ds: Tensor | None, s: Tensor, gain: Tensor | None, rstd: Tensor, separate: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, in the dtype of `dy`; of the residual, if `separate`, in that of `stream`; of the gain."""
-    dx, dresidual, dgain = _allocate_bwd(dy, dstream, stream, gain, rstd, separate)
-    dy, stream = rows_of(dy), rows_of(stream)
-    dstream = None if dstream is None else rows_of(dstream)
-    tile, blocks = _pick(BACKWARD, stream)
-    n_rows, d = stream.shape
-    programs = max(1, min(tile.programs_per_sm * n_sm(dy.device), cdiv(n_rows, blocks["BLOCK_R"])))
+    """Returns dx in the dtype of `dy`, dresidual in the dtype of `s` (empty unless `separate`), and dgain."""
+    dx, dresidual, dgain = _allocate_bwd(dy, ds, s, gain, rstd, separate)
+    dy, s = rows_of(dy), rows_of(s)
+    ds = None if ds is None else rows_of(ds)
+    tile, options = _tile_and_options(BACKWARD, s)
+    n_rows, d = s.shape
+    programs = max(1, min(tile.programs_per_sm * n_sm(dy.device), cdiv(n_rows, options["BLOCK_R"])))
     partial_sums = None if gain is None else dy.new_empty((programs, d), dtype=torch.float32)
     _rmsnorm_bwd_kernel[(programs,)](
-        dy, dstream, stream, gain, rstd, dx, dresidual if separate else None, partial_sums,
-        n_rows, d, dy.stride(0), 0 if dstream is None else dstream.stride(0), stream.stride(0),
-        STAGES=tile.num_stages, **blocks,
+        dy, ds, s, gain, rstd, dx, dresidual if separate else None, partial_sums,
+        n_rows, d, dy.stride(0), 0 if ds is None else ds.stride(0), s.stride(0),
+        STAGES=tile.num_stages, **options,
     )  # fmt: skip
     if gain is not None:
         _sum_rows(partial_sums, dgain)
@@ -321,37 +345,46 @@ def _rmsnorm_bwd(
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gain, residual, eps):
-        y, stream, rstd = _rmsnorm_fwd(x, gain, residual, eps)
-        ctx.save_for_backward(x if residual is None else stream, gain, rstd)
+        y, s, rstd = _rmsnorm_fwd(x, gain, residual, eps)
+        ctx.save_for_backward(x if residual is None else s, gain, rstd)
         ctx.dtype = x.dtype
         ctx.has_residual = residual is not None
         ctx.set_materialize_grads(False)
-        return y, stream
+        return y, s
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, dstream):
-        stream, gain, rstd = ctx.saved_tensors
+    def backward(ctx, dy, ds):
+        s, gain, rstd = ctx.saved_tensors
         if dy is None:
-            dy = torch.zeros_like(stream, dtype=ctx.dtype)
-        separate = ctx.has_residual and stream.dtype != ctx.dtype
-        dx, dresidual, dgain = _rmsnorm_bwd(dy, dstream if ctx.has_residual else None, stream, gain, rstd, separate)
+            dy = torch.zeros_like(s, dtype=ctx.dtype)
+        separate = ctx.has_residual and s.dtype != ctx.dtype
+        dx, dresidual, dgain = _rmsnorm_bwd(dy, ds if ctx.has_residual else None, s, gain, rstd, separate)
         if not separate:
             dresidual = dx if ctx.has_residual else None
         return dx, None if gain is None else dgain, dresidual, None
 
 
+# Public function
+
+
 def rmsnorm_triton(
     x: Tensor, gain: Tensor | None = None, residual: Tensor | None = None, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """The same in one pass over memory forward and one backward; the gain's gradient is summed in a fixed order."""
+    """Residual add and RMSNorm by the Triton kernels, one pass forward and one backward; arguments of `rmsnorm_torch`.
+
+    Deterministic: the gradient of the gain is summed in a fixed order.
+    """
     _check(x, gain, residual)
-    y, stream = _RMSNorm.apply(x, None if gain is None else gain.contiguous(), residual, eps)
-    return y, x if residual is None else stream
+    y, s = _RMSNorm.apply(x, None if gain is None else gain.contiguous(), residual, eps)
+    return y, x if residual is None else s
+
+
+# OP
 
 
 def _inputs(shape, make):
-    """`fp32_residual`: the residual stream is float32, whatever the dtype of x."""
+    """The shape key `fp32_residual` makes the residual float32, whatever the dtype of x."""
     rows, d = shape["rows"], shape["D"]
     residual = make(rows, d)
     return {
@@ -362,17 +395,16 @@ def _inputs(shape, make):
 
 
 def _cost(s, itemsize):
-    """x, the residual, y and the new residual stream; and 1/rms."""
-    wide = 4 if s.get("fp32_residual") else itemsize
-    return Cost(s["rows"] * (s["D"] * 2 * (itemsize + wide) + 4) + s["D"] * itemsize, 5 * s["rows"] * s["D"])
+    """Reads x, residual and gain, writes y, the new residual and rstd."""
+    residual = 4 if s.get("fp32_residual") else itemsize
+    return Cost(s["rows"] * (s["D"] * 2 * (itemsize + residual) + 4) + s["D"] * itemsize, 5 * s["rows"] * s["D"])
 
 
 def _backward_cost(s, itemsize):
-    """Read: the gradients of y and of the new stream, and that stream. The gradient of x serves for the residual, too,
-    unless their dtypes differ."""
-    wide = 4 if s.get("fp32_residual") else itemsize
-    written = itemsize if wide == itemsize else itemsize + wide
-    values = s["D"] * (itemsize + 2 * wide + written)
+    """Reads dy, ds, s, rstd and gain; writes dx, which serves as dresidual unless their dtypes differ, and dgain."""
+    residual = 4 if s.get("fp32_residual") else itemsize
+    written = itemsize if residual == itemsize else itemsize + residual
+    values = s["D"] * (itemsize + 2 * residual + written)
     return Cost(s["rows"] * (values + 4) + 2 * s["D"] * itemsize, 10 * s["rows"] * s["D"])
 
 

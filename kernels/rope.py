@@ -1,13 +1,15 @@
 """Rotary position embedding on the packed QKV projection, with optional QK-norm before it.
 
-Each head of q and k is normalised (RMSNorm with gain) when QK-norm is on, then rotated: with (a, b) a pair of the
-head's values and the angle table t[pos, i] = pos * theta^(-2i/D),
+With QK-norm, each head of q and k is first normalised (RMSNorm with gain). Then each pair (a, b) of its values is
+rotated by an angle t[pos, i] = pos * theta^(-2i/D):
 
     (a, b) -> (a cos t - b sin t, b cos t + a sin t)
 
-The i-th pair is (x[i], x[i + D/2]) in the half-split layout of Llama and Qwen, (x[2i], x[2i + 1]) in RoFormer's
-interleaved one. The gradient is the rotation by the opposite angle, then RMSNorm's (kernels/rmsnorm.py). Values pass
-unchanged, as a view. Saved for backward: the packed projection, with QK-norm; its statistics are computed again.
+The i-th pair is (x[i], x[i + D/2]) in the half-split layout of Llama and Qwen, (x[2i], x[2i + 1]) in the interleaved
+layout of RoFormer. The gradient is the rotation by -t, then the gradient of RMSNorm (kernels/rmsnorm.py). v is a view
+of the projection. Saved for backward: the tables, and with QK-norm the projection; its statistics are recomputed.
+
+A program takes a block of tokens and all their heads, so that cosines and sines are loaded once per token.
 
 Sources: Su et al., "RoFormer", 2021, equation 34; Dehghani et al., "Scaling Vision Transformers to 22 Billion
 Parameters", 2023, section 2 (QK normalisation).
@@ -23,13 +25,15 @@ from kernels.common import card, cdiv, heads_of, n_sm, next_power_of_2, rows_of
 from kernels.launch import library_op, tl, triton
 from kernels.spec import Cost, LaunchTable, Op, accumulation_dtype
 
+# Reference
+
 
 def rope_tables(
     seq_len: int, head_dim: int, theta: float = 10000.0, device: torch.device | str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every angle: two float32 tensors `[seq_len, head_dim / 2]`.
+    """Cosines and sines of all angles: two float32 tensors `[seq_len, head_dim / 2]`.
 
-    The angles are taken in float64: at position 100,000 a float32 product is already off by 0.004 radians.
+    Angles are computed in float64: in float32 the angle at position 100,000 is off by 0.004 radians.
     """
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
     angle = torch.outer(torch.arange(seq_len, dtype=torch.float64, device="cpu"), frequency)
@@ -48,39 +52,41 @@ def rope_torch(
     positions: Tensor | None = None,
     interleaved: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Split the packed projection into heads and rotate q and k.
+    """QK-norm and RoPE in plain torch, the reference: split the packed projection into heads, rotate q and k.
 
     Args:
-        qkv: `[B, T, (n_head + 2 * n_kv_head) * D]`, heads of q, then k, then v.
-        cos, sin: `[at least T, D / 2]` float32, from `rope_tables`.
-        n_head, n_kv_head: how many heads q has, and k and v have.
-        q_gain, k_gain: `[D]`, QK-norm with these gains; None, both, for no QK-norm.
-        eps: of QK-norm.
-        positions: `[B, T]` int64, rows of the tables, for sequences that do not count from 0 (packed documents, a
-            cache); None counts from 0. One past the tables is the caller's error, unchecked on a GPU.
-        interleaved: which values make a pair.
+        qkv: `[B, T, (n_head + 2 * n_kv_head) * D]`: all heads of q, then of k, then of v.
+        cos, sin: float32 tables from `rope_tables`, `[at least T, D / 2]`.
+        n_head, n_kv_head: number of query heads, and of key/value heads.
+        q_gain, k_gain: `[D]`, gains of QK-norm; both None for no QK-norm.
+        eps: epsilon of QK-norm.
+        positions: `[B, T]` int64, the position of each token (packed documents, decoding with a cache); None for 0 to
+            T - 1. Positions beyond the tables are an error that is not checked on a GPU.
+        interleaved: pair adjacent values (RoFormer) and not the halves of a head (Llama).
 
     Returns:
-        q `[B, T, n_head, D]`, k and v `[B, T, n_kv_head, D]`, in the dtype of `qkv`. Raises `ValueError` when these
-        shapes do not fit together.
+        q `[B, T, n_head, D]`, k and v `[B, T, n_kv_head, D]`, in the dtype of `qkv`.
+
+    Raises:
+        ValueError: shapes do not match.
     """
     _check(qkv, cos, sin, n_head, n_kv_head, q_gain, k_gain, positions)
     heads = qkv.unflatten(-1, (n_head + 2 * n_kv_head, -1))
     q, k, v = heads.split((n_head, n_kv_head, n_kv_head), dim=-2)
-    at = slice(qkv.shape[1]) if positions is None else positions
-    cos, sin = cos[at].unsqueeze(-2), sin[at].unsqueeze(-2)  # [T or B T, 1, D / 2]: the same for every head
+    rows = slice(qkv.shape[1]) if positions is None else positions
+    cos, sin = cos[rows].unsqueeze(-2), sin[rows].unsqueeze(-2)  # [(B,) T, 1, D / 2], broadcast over heads
     q, k = (_norm_and_rotate(x, cos, sin, gain, eps, interleaved) for x, gain in ((q, q_gain), (k, k_gain)))
     return q, k, v
 
 
 def _norm_and_rotate(x, cos, sin, gain, eps, interleaved):
-    wide = x.to(accumulation_dtype(x))
+    x_fp32 = x.to(accumulation_dtype(x))
     if gain is not None:
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * gain.to(wide.dtype)
-    cos, sin = cos.to(wide.dtype), sin.to(wide.dtype)
-    a, b = wide.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else wide.chunk(2, dim=-1)
-    pair = a * cos - b * sin, b * cos + a * sin
-    return (torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)).to(x.dtype)
+        x_fp32 = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + eps) * gain.to(x_fp32.dtype)
+    cos, sin = cos.to(x_fp32.dtype), sin.to(x_fp32.dtype)
+    a, b = x_fp32.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x_fp32.chunk(2, dim=-1)
+    rotated = a * cos - b * sin, b * cos + a * sin
+    return (torch.stack(rotated, -1).flatten(-2) if interleaved else torch.cat(rotated, -1)).to(x.dtype)
 
 
 def _check(qkv, cos, sin, n_head, n_kv_head, q_gain, k_gain, positions):
@@ -103,10 +109,13 @@ def _check(qkv, cos, sin, n_head, n_kv_head, q_gain, k_gain, positions):
         raise ValueError(f"gains {list(q_gain.shape)} and {list(k_gain.shape)} are not [{d}], as wide as a head")
 
 
+# Kernels: loads and stores of pairs
+
+
 @triton.jit
 def _load_pairs(ptrs, mask, HALF: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Both values of every pair of the heads that start at `ptrs` `[T, 1]`: two `[T, BLOCK]`, float32."""
-    if INTERLEAVED:  # one wide load, dealt out
+    """Load the pairs (a, b) of one head of each token, at `ptrs` `[BLOCK_T, 1]`: two float32 `[BLOCK_T, BLOCK]`."""
+    if INTERLEAVED:  # one contiguous load, split in registers: loads of every other value would not be 128 bits wide
         d = tl.arange(0, 2 * BLOCK)[None, :]
         x = tl.load(ptrs + d, mask=mask & (d < 2 * HALF), other=0.0)
         a, b = tl.split(tl.reshape(x, [x.shape[0], BLOCK, 2]))
@@ -119,6 +128,7 @@ def _load_pairs(ptrs, mask, HALF: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED
 
 @triton.jit
 def _store_pairs(ptrs, a, b, mask, HALF: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Inverse of `_load_pairs`."""
     if INTERLEAVED:
         d = tl.arange(0, 2 * BLOCK)[None, :]
         x = tl.reshape(tl.join(a, b), [a.shape[0], 2 * BLOCK])
@@ -131,20 +141,23 @@ def _store_pairs(ptrs, a, b, mask, HALF: tl.constexpr, BLOCK: tl.constexpr, INTE
 
 @triton.jit
 def _load_gain(gain_ptr, HALF: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Two `[1, BLOCK]`."""
-    first = tl.zeros([1, 1], dtype=tl.int32)
-    return _load_pairs(gain_ptr + first, first == 0, HALF, BLOCK, INTERLEAVED)
+    """Load a gain as pairs, two `[1, BLOCK]`."""
+    zero = tl.zeros([1, 1], dtype=tl.int32)  # `_load_pairs` takes a block of pointers
+    return _load_pairs(gain_ptr + zero, zero == 0, HALF, BLOCK, INTERLEAVED)
 
 
 @triton.jit
 def _load_angles(cos_ptr, sin_ptr, positions_ptr, tokens, mask, T, HALF: tl.constexpr, BLOCK: tl.constexpr):
-    """Two `[T, BLOCK]`, which serve every head."""
-    at = tokens % T if positions_ptr is None else tl.load(positions_ptr + tokens, mask=mask, other=0)
+    """Load the cosines and sines of a block of tokens, two `[BLOCK_T, BLOCK]`, shared by all heads."""
+    pos = tokens % T if positions_ptr is None else tl.load(positions_ptr + tokens, mask=mask, other=0)
     d = tl.arange(0, BLOCK)[None, :]
     mask = mask & (d < HALF)
-    cos = tl.load(cos_ptr + at * HALF + d, mask=mask, other=0.0)
-    sin = tl.load(sin_ptr + at * HALF + d, mask=mask, other=0.0)
+    cos = tl.load(cos_ptr + pos * HALF + d, mask=mask, other=0.0)
+    sin = tl.load(sin_ptr + pos * HALF + d, mask=mask, other=0.0)
     return cos, sin
+
+
+# Kernels: forward
 
 
 @triton.jit
@@ -152,7 +165,7 @@ def _rope_fwd_heads(
     x_ptrs, out_ptrs, gain_ptr, cos, sin, mask, n_heads, eps,
     HALF: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """The heads of q, or of k, of the tokens whose first head is at `x_ptrs` and goes to `out_ptrs`, `[T, 1]`."""
+    """Normalise and rotate the heads of q, or of k. `x_ptrs`, `out_ptrs` `[BLOCK_T, 1]`: the first head."""
     if gain_ptr is not None:
         gain_a, gain_b = _load_gain(gain_ptr, HALF, BLOCK, INTERLEAVED)
     for head in range(n_heads):
@@ -171,6 +184,7 @@ def _rope_fwd_kernel(
     n_tokens, T, n_head, n_kv_head, stride_qkv, eps,
     HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """One program rotates q and k of BLOCK_T tokens."""
     tokens = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
     mask = tokens < n_tokens
     cos, sin = _load_angles(cos_ptr, sin_ptr, positions_ptr, tokens, mask, T, HALF, BLOCK)
@@ -183,18 +197,21 @@ def _rope_fwd_kernel(
     _rope_fwd_heads(k, out, k_gain_ptr, cos, sin, mask, n_kv_head, eps, HALF, BLOCK, INTERLEAVED)
 
 
+# Kernels: backward
+
+
 @triton.jit
 def _rope_bwd_heads(
     dout_ptrs, x_ptrs, dx_ptrs, gain_ptr, dgain_a, dgain_b, cos, sin, mask, n_heads, stride_dh, eps,
     HALF: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of the heads; return `dgain_a`, `dgain_b` `[T, BLOCK]` with these heads' sums added."""
+    """Store the gradient of the heads of q, or of k. Returns `dgain_a`, `dgain_b` `[BLOCK_T, BLOCK]`, accumulated."""
     if gain_ptr is not None:
         gain_a, gain_b = _load_gain(gain_ptr, HALF, BLOCK, INTERLEAVED)
     for head in range(n_heads):
-        turned_a, turned_b = _load_pairs(dout_ptrs + head * stride_dh, mask, HALF, BLOCK, INTERLEAVED)
-        da = turned_a * cos + turned_b * sin
-        db = turned_b * cos - turned_a * sin
+        dout_a, dout_b = _load_pairs(dout_ptrs + head * stride_dh, mask, HALF, BLOCK, INTERLEAVED)
+        da = dout_a * cos + dout_b * sin  # the rotation by the opposite angle
+        db = dout_b * cos - dout_a * sin
         if gain_ptr is not None:
             a, b = _load_pairs(x_ptrs + head * 2 * HALF, mask, HALF, BLOCK, INTERLEAVED)
             rstd = tl.rsqrt(tl.sum(a * a + b * b, axis=1) / (2 * HALF) + eps)[:, None]
@@ -218,7 +235,11 @@ def _rope_bwd_kernel(
     stride_dqb, stride_dqt, stride_dqh, stride_dkb, stride_dkt, stride_dkh, stride_dvb, stride_dvt, stride_dvh,
     HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`qkv_ptr` and `dgain_ptr` `[programs, 2, D]`, each program's share for q and for k, are None without QK-norm."""
+    """One program loops over blocks of tokens and writes their dqkv.
+
+    With QK-norm it also writes its partial sums of dgain, for q and for k, to `dgain_ptr` `[programs, 2, D]`;
+    without QK-norm `qkv_ptr` and `dgain_ptr` are None.
+    """
     dq_gain_a = tl.zeros([BLOCK_T, BLOCK], dtype=tl.float32)
     dq_gain_b, dk_gain_a, dk_gain_b = dq_gain_a, dq_gain_a, dq_gain_a
     for start in range(tl.program_id(0) * BLOCK_T, n_tokens, tl.num_programs(0) * BLOCK_T):
@@ -241,30 +262,36 @@ def _rope_bwd_kernel(
         )  # fmt: skip
         dx += n_kv_head * 2 * HALF
         for head in range(n_kv_head):
-            va, vb = _load_pairs(
-                dv_ptr + b * stride_dvb + t * stride_dvt + head * stride_dvh, mask, HALF, BLOCK, INTERLEAVED
-            )
-            _store_pairs(dx + head * 2 * HALF, va, vb, mask, HALF, BLOCK, INTERLEAVED)
+            dv_ptrs = dv_ptr + b * stride_dvb + t * stride_dvt + head * stride_dvh
+            dv_a, dv_b = _load_pairs(dv_ptrs, mask, HALF, BLOCK, INTERLEAVED)
+            _store_pairs(dx + head * 2 * HALF, dv_a, dv_b, mask, HALF, BLOCK, INTERLEAVED)
     if dgain_ptr is not None:
-        first = tl.zeros([1, 1], dtype=tl.int64)
-        share = dgain_ptr + tl.program_id(0) * 4 * HALF + first
+        zero = tl.zeros([1, 1], dtype=tl.int64)
+        partial_sums = dgain_ptr + tl.program_id(0) * 4 * HALF + zero
         for i in tl.static_range(2):
             a, b = (dq_gain_a, dq_gain_b) if i == 0 else (dk_gain_a, dk_gain_b)
             a, b = tl.sum(a, axis=0)[None, :], tl.sum(b, axis=0)[None, :]
-            _store_pairs(share + i * 2 * HALF, a, b, first == 0, HALF, BLOCK, INTERLEAVED)
+            _store_pairs(partial_sums + i * 2 * HALF, a, b, zero == 0, HALF, BLOCK, INTERLEAVED)
+
+
+# Launch parameters
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Launch parameters: pairs of a block (tokens times half a head), warps, and the backward's programs on an SM, each
-    walking over its share of the tokens; the forward has a program for every block."""
+    """Launch parameters of a size class.
+
+    pairs: tokens times pairs of a head in a block.
+    num_warps: warps of a program.
+    programs_per_sm: backward only. The forward has a program for every block.
+    """
 
     pairs: int
     num_warps: int
     programs_per_sm: int = 0
 
 
-# A size is the width of a head, up to a power of two.
+# The key of a table: the head dimension, rounded up to one of these.
 SIZES = (64, 128, 256)
 
 
@@ -278,7 +305,7 @@ def _size(d: int) -> int:
 
 
 _FORWARD = Tile(1024, 4), Tile(512, 4), Tile(2048, 4), Tile(2048, 8), Tile(512, 2), Tile(4096, 8)
-# Four programs an SM are as many as are resident at once, at 128 registers a thread.
+# At 128 registers a thread an SM holds four programs of 4 warps.
 _BACKWARD = (
     Tile(1024, 4, 4), Tile(512, 4, 4), Tile(512, 4, 8), Tile(1024, 4, 8), Tile(2048, 8, 2), Tile(512, 2, 8),
     Tile(512, 2, 16),
@@ -289,11 +316,14 @@ BACKWARD = LaunchTable(
 )
 
 
-def _pick(table: LaunchTable, x: Tensor, half: int) -> tuple[Tile, dict[str, int]]:
-    """The tile for heads of `2 * half`, and the arguments of a kernel that follow from it."""
+def _tile_and_options(table: LaunchTable, x: Tensor, half: int) -> tuple[Tile, dict[str, int]]:
+    """The tile for a head dimension of `2 * half`, and the constexprs and options of a launch that follow from it."""
     tile = table.pick(_size(2 * half), card(x.device))
     block = next_power_of_2(half)
     return tile, {"BLOCK_T": max(1, tile.pairs // block), "BLOCK": block, "num_warps": tile.num_warps}
+
+
+# Torch ops and autograd
 
 
 def _allocate_fwd(qkv, cos, sin, q_gain, k_gain, positions, n_head, n_kv_head, eps, interleaved):
@@ -306,14 +336,14 @@ def _rope_fwd(
     qkv: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor | None, k_gain: Tensor | None, positions: Tensor | None,
     n_head: int, n_kv_head: int, eps: float, interleaved: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """q and k."""
+    """Returns q and k, rotated."""
     q, k = _allocate_fwd(qkv, cos, sin, q_gain, k_gain, positions, n_head, n_kv_head, eps, interleaved)
     t, half, qkv = q.shape[1], q.shape[-1] // 2, rows_of(qkv)
-    _, blocks = _pick(FORWARD, qkv, half)
+    _, options = _tile_and_options(FORWARD, qkv, half)
     n_tokens = qkv.shape[0]
-    _rope_fwd_kernel[(max(1, cdiv(n_tokens, blocks["BLOCK_T"])),)](
+    _rope_fwd_kernel[(max(1, cdiv(n_tokens, options["BLOCK_T"])),)](
         qkv, cos, sin, q_gain, k_gain, positions, q, k,
-        n_tokens, t, n_head, n_kv_head, qkv.stride(0), eps, half, interleaved, **blocks,
+        n_tokens, t, n_head, n_kv_head, qkv.stride(0), eps, half, interleaved, **options,
     )  # fmt: skip
     return q, k
 
@@ -329,20 +359,20 @@ def _rope_bwd(
     dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor | None, cos: Tensor, sin: Tensor,
     q_gain: Tensor | None, k_gain: Tensor | None, positions: Tensor | None, eps: float, interleaved: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradient of the packed projection, and `[2, D]` those of the gains (empty without QK-norm)."""
+    """Returns dqkv, and the gradients of both gains, `[2, D]` (empty without QK-norm)."""
     dqkv, dgains = _allocate_bwd(dq, dk, dv, qkv, cos, sin, q_gain, k_gain, positions, eps, interleaved)
     _, t, n_head, d = dq.shape
     n_tokens, n_kv_head = dqkv.shape[0] * t, dk.shape[2]
     dq, dk, dv = map(heads_of, (dq, dk, dv))
     qkv = None if qkv is None else rows_of(qkv)
-    tile, blocks = _pick(BACKWARD, dq, d // 2)
-    programs = max(1, min(tile.programs_per_sm * n_sm(dq.device), cdiv(n_tokens, blocks["BLOCK_T"])))
+    tile, options = _tile_and_options(BACKWARD, dq, d // 2)
+    programs = max(1, min(tile.programs_per_sm * n_sm(dq.device), cdiv(n_tokens, options["BLOCK_T"])))
     partial_sums = None if q_gain is None else dq.new_empty((programs, 2, d), dtype=torch.float32)
     _rope_bwd_kernel[(programs,)](
         dq, dk, dv, qkv, cos, sin, q_gain, k_gain, positions, dqkv, partial_sums,
         n_tokens, t, n_head, n_kv_head, 0 if qkv is None else qkv.stride(0), eps,
         *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
-        d // 2, interleaved, **blocks,
+        d // 2, interleaved, **options,
     )  # fmt: skip
     return dqkv, dgains if q_gain is None else partial_sums.sum(0)
 
@@ -366,6 +396,9 @@ class _RoPE(torch.autograd.Function):
         return dqkv, None, None, dq_gain, dk_gain, *[None] * 5
 
 
+# Public function
+
+
 def rope_triton(
     qkv: Tensor,
     cos: Tensor,
@@ -378,11 +411,17 @@ def rope_triton(
     positions: Tensor | None = None,
     interleaved: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in one pass over q and k forward, and one over the packed gradient backward; v is a view of `qkv`."""
+    """QK-norm and RoPE by the Triton kernels; arguments of `rope_torch`.
+
+    One pass over q and k forward, and one over the packed gradient backward. v is a view of `qkv`. Deterministic.
+    """
     _check(qkv, cos, sin, n_head, n_kv_head, q_gain, k_gain, positions)
     cos, sin = cos.contiguous(), sin.contiguous()
     q_gain, k_gain, positions = (None if x is None else x.contiguous() for x in (q_gain, k_gain, positions))
     return _RoPE.apply(qkv, cos, sin, q_gain, k_gain, positions, n_head, n_kv_head, eps, interleaved)
+
+
+# OP
 
 
 def _inputs(shape, make):
@@ -395,13 +434,13 @@ def _inputs(shape, make):
 
 
 def _cost(s, itemsize):
-    """The values of v are not touched."""
+    """Reads q, k and the tables, writes q and k; v is not touched."""
     elements = s["B"] * s["T"] * (s["H"] + s["KV"]) * s["D"]
     return Cost((2 * elements + 2 * s["D"]) * itemsize + 4 * s["T"] * s["D"], 8 * elements)
 
 
 def _backward_cost(s, itemsize):
-    """q and k are read besides the gradients, for QK-norm; the gradient of v is copied to its place."""
+    """Reads dq, dk, dv and, for QK-norm, q and k; writes dqkv, for which dv is copied."""
     tokens, heads = s["B"] * s["T"], s["H"] + s["KV"]
     elements = tokens * (3 * heads + 2 * s["KV"]) * s["D"]
     return Cost((elements + 4 * s["D"]) * itemsize + 4 * s["T"] * s["D"], 20 * tokens * heads * s["D"])

@@ -1,7 +1,7 @@
-"""What an op is: its implementations, inputs to try it on, and the least work it can do.
+"""The definition of an op: implementations, test inputs, launch parameters, and a lower bound on its work.
 
-Tests and benches are parametrised from `Op`, so an op that is in the table is tested and benched, and one that is not
-does not exist.
+Tests, benches, tuning and the compile gate are parametrised over `Op`. Registering an op in the table of `kernels` is
+all it takes to have it tested, benched, tuned and compiled.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -13,7 +13,8 @@ import torch
 
 @dataclass(frozen=True)
 class Cost:
-    """The least an op can do: every input read once and every output written once, and the algorithm's own FLOPs."""
+    """Minimum work of an op: bytes if every input is read once and every output written once, and FLOPs of the
+    algorithm without recomputation."""
 
     bytes: int
     flops: int
@@ -21,11 +22,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class LaunchTable:
-    """Launch parameters of one kernel by size and card, and what `bench.tune` tries instead of them.
+    """Launch parameters of one kernel by size class and card, and the candidates that `bench.tune` times.
 
-    `entries[size][card]` is a frozen record of the op's own type (block sizes, `num_warps`, ...); the card "" stands
-    for any that is not named. `candidates(size)` are the records worth timing, the most promising first, and
-    `shapes(size)` the op's shapes to time them at, like `Op.bench_shapes`; `backward` times the backward alone.
+    kernel: name, for reports.
+    entries: `entries[size][card]` is a frozen record of the op's own type (block sizes, `num_warps`, ...). The card ""
+        is the default for cards without an entry.
+    candidates: the records worth timing for a size, most promising first.
+    shapes: the shapes of the op to time a size at, as in `Op.bench_shapes`.
+    backward: time the backward pass, not the forward.
     """
 
     kernel: str
@@ -35,27 +39,30 @@ class LaunchTable:
     backward: bool = False
 
     def pick(self, size: Hashable, card: str) -> Any | None:
-        """The record for a size on a card such as `sm_90`; None where that card does not run the kernel at it."""
+        """The record for a size on a card such as `sm_90`; None if the kernel does not run at that size there."""
         by_card = self.entries.get(size, {})
         return by_card.get(card, by_card.get(""))
 
 
 @dataclass(frozen=True)
 class Op:
-    """One op and all that tests and benches need to know of it.
+    """An op, with everything that tests and benches need to know about it.
 
-    `implementations` all share one signature; `"torch"` is the reference, correct in every dtype up to float64.
-    `inputs(shape, make)` builds the keyword arguments of a call from a shape (named sizes) and a tensor factory:
-    `make(*size)` draws normal values of the dtype and device under test. `differentiable` names the arguments that
-    take a gradient. `cost(shape, itemsize)` counts the forward pass and `backward_cost` the backward, of inputs all of
-    that size. `compiled_shapes` are for the compile gate alone, besides those of the bench. `preferred` is what `auto`
-    takes on a device type, the reference where it names none. `mutates` names the arguments, tensors or lists of them,
-    that a call writes to: they are its results, and it returns None. `launches` are the tables of its kernels' launch
-    parameters.
-
-    `lacks[implementation]` holds the features that one does not have, each with advice on what to take instead.
-    `workspace[implementation]` takes the arguments of a call and counts the bytes that its peak has beside arguments
-    and results.
+    implementations: functions of one signature, by name; `"torch"` is the reference, correct in every dtype up to
+        float64.
+    inputs: `inputs(shape, make)` builds the keyword arguments of a call from a shape (sizes by name) and a factory:
+        `make(*size)` draws a normal tensor of the dtype and device under test.
+    differentiable: names of the arguments that get a gradient.
+    cost, backward_cost: `cost(shape, itemsize)` of the forward and of the backward, for inputs of `itemsize` bytes.
+    test_shapes, bench_shapes: shapes to test and to time at; the compile gate compiles for the latter.
+    compiled_shapes: more shapes for the compile gate.
+    preferred: the implementation that `auto` takes, by device type; the reference for other types.
+    mutates: names of the arguments, tensors or lists of tensors, that a call writes to. They are its results, and the
+        op returns None.
+    launches: tables of the launch parameters of its kernels.
+    lacks: `lacks[implementation]` holds the features that it does not have, each with advice on what to use instead.
+    workspace: `workspace[implementation]` takes the arguments of a call and returns the bytes that its peak has beside
+        arguments and results.
     """
 
     name: str
@@ -84,5 +91,5 @@ class Op:
 
 
 def accumulation_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype statistics are taken in: float32 for the half precisions, the tensor's own above."""
+    """The dtype to accumulate in: float32 for half precision, else the dtype of `x`."""
     return torch.promote_types(x.dtype, torch.float32)

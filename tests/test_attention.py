@@ -3,11 +3,13 @@ sequences that kernels of their own serve, launch parameters, large scores, and 
 
 import math
 from dataclasses import replace
+from functools import partial
 from itertools import combinations, product
 
 import pytest
 import torch
 from parity import DEVICE, assert_accurate, checked, draw, interpreted, results_of
+from plain_attention import plain_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import attention
@@ -100,6 +102,16 @@ def test_parity_of_features_together(case, monkeypatch):
     inputs["sink"] = torch.linspace(-2, 2, h, device=DEVICE) if case["sink"] else None
     inputs["slopes"] = 2.0 ** -torch.arange(1, h + 1, device=DEVICE) if case["slopes"] else None
     assert_accurate(WITH_SINK if case["sink"] else OP, "triton", inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("t", [1, 32, 75])
+def test_plain_flash_attention_and_ours_are_as_accurate_as_the_reference(t, dtype):
+    inputs = inputs_of(t, t, h=2, kv=2, b=2, dtype=dtype)
+    implementations = OP.implementations | {"plain": partial(plain_attention, block=32)}
+    forward = replace(OP, differentiable=(), implementations=implementations)
+    for name in ("plain", "triton"):
+        assert_accurate(forward, name, inputs)
 
 
 @pytest.mark.parametrize("softcap", [30.0, 50.0, 1000.0])
