@@ -2,7 +2,7 @@
 # make test     set up, then run the tests
 # make gate     set up, then cross-compile the kernels for all supported GPUs, with each version of Triton in TRITONS
 # make bench    set up, then run the benchmarks
-# make gpu      on a GPU, in the current environment: kernel tests, benchmarks and a short training run
+# make gpu      on a GPU, in the current environment: kernel tests, training steps, benchmarks and tuning, in five minutes
 
 PYTHON ?= python3
 RESULTS ?= bench/results
