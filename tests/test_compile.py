@@ -181,7 +181,7 @@ def seeds() -> dict:
 
 
 def test_the_models_kernels_pass():
-    output = python("-m", "bench.compile")
+    output = python("-m", "bench.compile", "--arch", "90")  # the other cards, and versions of Triton: make gate
     assert " 0 failures" in output
     written = {
         name
