@@ -1,6 +1,6 @@
-"""Every implementation of every op in the table against the mathematics, and the choice between them.
+"""Every implementation of every op against the reference in float64, and the choice of implementations.
 
-On a GPU the Triton kernels run compiled; elsewhere in the interpreter, with every check of it on.
+Triton kernels run compiled on a GPU, elsewhere in the interpreter with all checks of the sanitizer.
 """
 
 import math
@@ -65,7 +65,7 @@ def make_inputs(op, shape, dtype, seed=0):
 
 
 def checked(name):
-    """The interpreter's checks, for an implementation that runs Triton kernels in it."""
+    """The sanitizer, for implementations whose Triton kernels run in the interpreter."""
     return sanitize(shuffle=0) if name in ("triton", "auto") and DEVICE.type == "cpu" else nullcontext()
 
 
@@ -81,7 +81,7 @@ def results_of(op, name, inputs, **options):
 
 
 def assert_accurate(op, name, inputs, **options):
-    """By the rule in kernels/accuracy.py. `inplace` is no option of the reference."""
+    """Apply the rule in kernels/accuracy.py. The reference has no option `inplace`."""
     expected = truth(op, inputs | {k: v for k, v in options.items() if k != "inplace"})
     result, ratio = expected.worst(results_of(op, name, inputs, **options))
     assert ratio <= 1, f"{result}: {ratio:.2f} of the error that rounding explains"
@@ -127,7 +127,7 @@ def test_reference_gradients(op, name, shape, options):
 
 
 def strided_like(value, kind):
-    """The same values, with every other column or the left part of every row belonging to something else."""
+    """A view of equal values in a larger tensor of NaN: every other column, or the right half of every row."""
     wide = torch.full((*value.shape[:-1], 2 * value.shape[-1]), math.nan, device=DEVICE).to(value.dtype)
     view = wide[..., ::2] if kind == "columns" else wide[..., value.shape[-1] :]
     view.copy_(value)
