@@ -305,12 +305,6 @@ def _block_start(i, lo, n_left, n_full, BLOCK: tl.constexpr, MASKED: tl.constexp
 
 
 @triton.jit
-def _to_sequence(ptr, b, S):
-    """Move the pointer to document bounds to sequence b; None for None."""
-    return None if ptr is None else ptr + b.to(tl.int64) * S
-
-
-@triton.jit
 def _visible_keys(
     start, T, S, window_left, window_right, starts_ptr, ends_ptr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr
 ):
@@ -416,7 +410,8 @@ def _attention_fwd_kernel(
     kv = h // group
     k_ptr = _to_head(k_ptr, b, kv, stride_kb, stride_kh, DESC)
     v_ptr = _to_head(v_ptr, b, kv, stride_vb, stride_vh, DESC)
-    starts_ptr, ends_ptr = _to_sequence(starts_ptr, b, S), _to_sequence(ends_ptr, b, S)
+    if starts_ptr is not None:
+        starts_ptr, ends_ptr = starts_ptr + b.to(tl.int64) * S, ends_ptr + b.to(tl.int64) * S
     q_ptr = _to_head(q_ptr, b, h, stride_qb, stride_qh, DESC)
     q = _load_tile(q_ptr, b, h, start, stride_qt, T, BLOCK_T, D, BLOCK_D, False, DESC)
     rows = start + tl.arange(0, BLOCK_T)
@@ -492,7 +487,8 @@ def _attention_bwd_dq_kernel(
     do_ptr = _to_head(do_ptr, b, h, stride_dob, stride_doh, DESC)
     k_ptr = _to_head(k_ptr, b, kv, stride_kb, stride_kh, DESC)
     v_ptr = _to_head(v_ptr, b, kv, stride_vb, stride_vh, DESC)
-    starts_ptr, ends_ptr = _to_sequence(starts_ptr, b, S), _to_sequence(ends_ptr, b, S)
+    if starts_ptr is not None:
+        starts_ptr, ends_ptr = starts_ptr + b.to(tl.int64) * S, ends_ptr + b.to(tl.int64) * S
     rows, offset = start + tl.arange(0, BLOCK_T), tl.program_id(0).to(tl.int64) * T
     do = _load_tile(do_ptr, b, h, start, stride_dot, T, BLOCK_T, D, BLOCK_D, False, DESC)
     o = _load_tile(_to_head(o_ptr, b.to(tl.int64) * T, h, H * D, D), b, h, start, H * D, T, BLOCK_T, D, BLOCK_D)
@@ -566,7 +562,8 @@ def _attention_bwd_dkv_kernel(
     """One program computes dk and dv of a block of keys of one key/value head, over all queries that see it."""
     start = tl.program_id(1) * BLOCK_S
     b, kv = tl.program_id(0) // KV, tl.program_id(0) % KV
-    starts_ptr, ends_ptr = _to_sequence(starts_ptr, b, S), _to_sequence(ends_ptr, b, S)
+    if starts_ptr is not None:
+        starts_ptr, ends_ptr = starts_ptr + b.to(tl.int64) * S, ends_ptr + b.to(tl.int64) * S
     k_ptr = _to_head(k_ptr, b, kv, stride_kb, stride_kh, DESC)
     v_ptr = _to_head(v_ptr, b, kv, stride_vb, stride_vh, DESC)
     k = _load_tile(k_ptr, b, kv, start, stride_ks, S, BLOCK_S, D, BLOCK_D, False, DESC)

@@ -1,4 +1,4 @@
-"""The rule of accuracy on results made by hand: it passes what is rounded once and finds one wrong element."""
+"""The accuracy rule on constructed results: one rounding passes, a single wrong element fails."""
 
 import math
 
@@ -14,7 +14,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def op_of(reference, differentiable=("x",), **fields):
-    """An op of one argument beside what `fields` say."""
+    """An op with the given reference, other fields of `Op` from `fields`."""
     return Op(
         name="test", implementations={"torch": reference}, inputs=lambda shape, make: {"x": make(*shape.values())},
         differentiable=differentiable, cost=lambda *_: Cost(0, 0), backward_cost=lambda *_: Cost(0, 0),
@@ -31,7 +31,7 @@ PRODUCT = op_of(product, differentiable=())
 
 @pytest.fixture(params=(torch.float32, *HALF), ids=str)
 def case(request) -> tuple[Truth, Tensor, torch.dtype]:
-    """Products of a large tensor, with what is expected of them, unrounded."""
+    """The truth of an elementwise product, the exact product, and the dtype under test."""
     dtype = request.param
     x, y = 1 + torch.rand(2, 100, 200, generator=torch.Generator().manual_seed(0)).to(dtype)
     return truth(PRODUCT, {"x": x, "y": y}), x.double() * y.double(), dtype
@@ -64,7 +64,7 @@ def test_a_wrong_element_and_a_wrong_row_are_wrong(case):
 
 
 def test_rounding_twice_is_wrong_in_half_precision(case):
-    """Once before and once after a factor that moves values between the representable ones."""
+    """Rounded before and after a factor that moves values off the representable ones."""
     expected, exact, dtype = case
     if dtype in HALF:
         assert ratio_of(expected, ((exact / 0.7).to(dtype).double() * 0.7).to(dtype)) > 1
@@ -91,7 +91,7 @@ def test_infinities_that_are_meant_are_right():
 
 
 def test_a_result_that_cancels_is_allowed_the_rounding_of_its_terms():
-    """The gradient of q under one key is 0, a difference of two sums; something as small is right, and 1e-4 is not."""
+    """With one key the gradient of q is 0, a difference of equal sums: an error of 1e-7 passes, 1e-4 does not."""
     op, shape = OPS["attention"], {"B": 1, "T": 1, "S": 1, "H": 4, "KV": 4, "D": 64}
     inputs = op.draw(shape, torch.float32, torch.device("cpu"))
     expected = truth(op, inputs)
@@ -103,7 +103,7 @@ def test_a_result_that_cancels_is_allowed_the_rounding_of_its_terms():
 
 
 def test_ill_conditioned_results_are_allowed_more():
-    """The difference of nearly equal rounded sums."""
+    """Cancellation: the difference of nearly equal rounded sums."""
     x = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
 
     def sigma(reference):

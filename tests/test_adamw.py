@@ -1,4 +1,4 @@
-"""The AdamW op: torch's optimizers step by step, in one launch, on the tensors that it was given and no others."""
+"""The AdamW op: it follows torch's optimizers, takes one launch, and writes to its own tensors only."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def small_chunks(monkeypatch):
 
 
 class State:
-    """A list of tensors and all that a step takes, drawn from a seed, in `dtype`."""
+    """A list of random tensors in `dtype` with optimizer state, and the arguments of a step."""
 
     def __init__(self, dtype=torch.float32, shapes=SHAPES, copies=torch.bfloat16):
         self.generator = torch.Generator().manual_seed(0)
@@ -50,7 +50,7 @@ class State:
 @pytest.mark.parametrize("decoupled", [True, False])
 @pytest.mark.parametrize("betas, eps, weight_decay", [((0.9, 0.95), 1e-8, 0.1), ((0.8, 0.999), 1e-2, 0.0)])
 def test_follows_torchs_optimizer(name, decoupled, betas, eps, weight_decay):
-    """Four steps at changing rates and clipping factors; the truth is torch's own, in float64."""
+    """Four steps at changing learning rates and clipping factors, against torch's optimizer in float64."""
     ours, truth = State(), State(torch.float64)
     kind = torch.optim.AdamW if decoupled else torch.optim.Adam
     theirs = kind(truth.params, betas=betas, eps=eps, weight_decay=weight_decay)
@@ -90,7 +90,7 @@ def test_the_reference_is_exact_in_float64(decoupled):
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("step", [1, 2, 30, 100_000])
 def test_bias_corrections_keep_their_digits(name, step):
-    """From empty moments and beta near 1: the corrections are as small as the moments, 1e-5, and cancel them."""
+    """Zero moments and beta near 1: moments and bias corrections are both about 1e-5, and their ratio is exact."""
     state = State(shapes=[(100,)])
     before, grads = [p.double() for p in state.params], state.draw()
     state.step.fill_(step - 1)
@@ -103,7 +103,7 @@ def test_bias_corrections_keep_their_digits(name, step):
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_copies_where_they_are_wanted(name, dtype):
-    """One tensor has none; another's is the upper part of a padded one, whose rest is left alone."""
+    """One tensor has no copy; another's copy is the upper part of a padded tensor, whose padding is not written."""
     state = State(copies=dtype)
     padded = torch.full((16, 9), 7.0, dtype=dtype, device=DEVICE)
     state.copies[1], state.copies[2] = padded[:7], None
@@ -115,7 +115,7 @@ def test_copies_where_they_are_wanted(name, dtype):
 
 @IMPLEMENTATIONS
 def test_tensors_that_are_not_aligned(name):
-    """Views one element into their memory get the same step as tensors of their own, by narrower accesses."""
+    """Unaligned tensors, views that start one element later, get the same step by narrower accesses."""
     aligned, shifted = State(), State()
     for key in ("params", "exp_avgs", "exp_avg_sqs", "copies"):
         tensors = getattr(shifted, key)
@@ -137,7 +137,7 @@ def test_nothing_to_do(name, shapes):
 
 @interpreted
 def test_one_launch_and_one_table_for_a_list(monkeypatch):
-    """Tensors in place share a table; it is of their sizes too, and a moved tensor has another."""
+    """Steps on the same tensors share a table; a new size or a moved tensor makes a new one."""
     monkeypatch.setattr(adamw, "_TABLES", {})
     state = State(shapes=[(i,) for i in range(1, 60)])
     grads = state.draw()
@@ -169,7 +169,7 @@ def test_tables_are_not_kept_without_end(monkeypatch):
 
 
 def test_a_table_is_not_made_during_a_capture(monkeypatch):
-    """And one that a graph reads outlives all others."""
+    """A table that a captured graph reads is kept forever."""
     monkeypatch.setattr(adamw, "_TABLES", {})
     monkeypatch.setattr(adamw, "_CAPTURED", [])
     state = State(shapes=[(3,)])
@@ -187,7 +187,7 @@ def test_a_table_is_not_made_during_a_capture(monkeypatch):
 @interpreted
 @pytest.mark.parametrize("column, change", [(0, 4 * 130), (4, -2), (5, 1)])
 def test_the_sanitizer_sees_through_addresses(monkeypatch, column, change):
-    """A table that is wrong by a chunk, an element or a count is found out, though its addresses are but numbers."""
+    """The sanitizer finds a table that is off by a chunk, an element or a count, although it holds plain integers."""
     make = adamw._chunk_table
 
     def wrong(*arguments):

@@ -1,5 +1,7 @@
-"""Attention's features, alone and together: masks by length, window and document, softcap, sink, strides, lengths of
-sequences that kernels of their own serve, launch parameters, large scores, and what `auto` takes."""
+"""Attention: every pair of features together, masks, short sequences, launch parameters, large scores, `auto`.
+
+tests/plain_attention.py holds the plain causal forward that both are compared with.
+"""
 
 import math
 from dataclasses import replace
@@ -47,7 +49,7 @@ AXES = {
 
 
 def pairwise(axes):
-    """Cases in which each pair of values of two axes occurs: greedily, of the products those that show most pairs."""
+    """Pairwise test cases, built greedily: every pair of values of two axes occurs in some case."""
     names = list(axes)
     missing = {
         ((a, i), (b, j)) for a, b in combinations(names, 2) for i in range(len(axes[a])) for j in range(len(axes[b]))
@@ -67,7 +69,7 @@ def pairwise(axes):
 
 
 def ranges_of(b, s, seed=0):
-    """Packed documents of drawn lengths, 0 and 1 among them, another packing in each sequence."""
+    """`documents` of random lengths, including 0 and 1, different in each sequence."""
     lengths = torch.randint(0, 12, (b, s), generator=torch.Generator().manual_seed(seed)).square() // 2
     ends = lengths.cumsum(1)
     return document_ranges(torch.searchsorted(ends, torch.arange(s).repeat(b, 1), right=True).to(DEVICE))
@@ -78,7 +80,7 @@ def inputs_of(t, s, h=4, kv=2, d=32, b=2, dtype=torch.float32, seed=0):
 
 
 def launched(inputs, **options):
-    """What the interpreter counts in a forward and a backward pass."""
+    """The interpreter's record of a forward and a backward pass."""
     leaves = {key: x.requires_grad_() for key, x in inputs.items()}
     with sanitize(bounds=False, races=False, overflow=False) as record:
         attention_triton(**leaves, **options).sum().backward()
@@ -116,7 +118,7 @@ def test_plain_flash_attention_and_ours_are_as_accurate_as_the_reference(t, dtyp
 
 @pytest.mark.parametrize("softcap", [30.0, 50.0, 1000.0])
 def test_a_softcap_that_bends_little_loses_nothing(softcap):
-    """Most of what its tanh is taken of is near 0."""
+    """Most arguments of tanh are near 0, where a naive tanh cancels."""
     inputs = inputs_of(37, 37) | {"softcap": softcap}
     assert_accurate(OP, "triton", inputs)
 
@@ -140,7 +142,7 @@ def test_saved_log_sum_exp(causal, packed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", OP.implementations)
 def test_a_query_that_sees_nothing_gives_zero_and_takes_no_gradient(name, dtype):
-    """The first 13 of 20 queries over 7 keys."""
+    """20 queries over 7 keys: the first 13 queries are before all keys."""
     results = results_of(OP, name, inputs_of(20, 7, dtype=dtype))
     for key in ("output 0", "gradient of q"):
         assert not results[key][:, :13].any() and results[key][:, 14:].all(-1).any(), key
@@ -192,7 +194,7 @@ def test_a_sink_without_weight_is_none_bit_for_bit():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_future_changes_nothing_before_it(dtype):
-    """Neither outputs nor gradients, bit for bit, under a loss of the first 71 of 140 outputs."""
+    """Outputs and gradients are bitwise equal under a loss on the first 71 of 140 outputs."""
     results = []
     for factor in (1, -3):
         inputs = inputs_of(140, 140, dtype=dtype)
@@ -207,7 +209,7 @@ def test_the_future_changes_nothing_before_it(dtype):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_documents_are_as_if_alone(causal):
-    """Changing one changes no other bit for bit, and each is what attention to it alone gives."""
+    """Changing one document leaves the others bitwise equal, and each equals attention within it alone."""
     lengths = [1, 40, 70, 2, 37]
     index = torch.arange(5).repeat_interleave(torch.tensor(lengths))
     packed = {"documents": document_ranges(index.expand(2, -1).to(DEVICE)), "causal": causal}
@@ -245,7 +247,7 @@ def test_backward_repeats_bit_for_bit_whatever_the_order_of_programs():
 
 
 def work(seen, own, partner):
-    """Pairs in the tiles of `own` rows of `seen` by `partner` columns that reach from the first seen to the last."""
+    """Scores computed in blocks of `own` rows by `partner` columns, from the first visible column to the last."""
     total = 0
     for rows in seen.split(own):
         columns = rows.any(0).nonzero()
@@ -277,7 +279,7 @@ def test_tiles_that_are_hidden_are_skipped(options):
 
 
 def allow_short(monkeypatch, allowed=True):
-    """However few the heads, or not at all."""
+    """Allow the short kernels for any number of heads, or forbid them."""
     monkeypatch.setattr(attention, "n_sm", lambda device: 1 if allowed else 10**9)
 
 
@@ -298,7 +300,7 @@ def test_short_sequences(shape, dtype, monkeypatch):
 
 
 def test_short_sequences_take_nothing_from_keys_that_are_not_there(monkeypatch):
-    """Scores of -190, beside which a score of 0 for a padded key would weigh more than a float32 holds."""
+    """All scores are near -190: a padded key with a score of 0 would overflow the softmax weights."""
     allow_short(monkeypatch)
     inputs = inputs_of(100, 100, d=64, dtype=torch.bfloat16)
     inputs |= {"q": -inputs["q"].abs(), "k": 4 + inputs["k"].abs(), "scale": 0.75}
@@ -362,7 +364,7 @@ def test_numbers_per_head_may_lie_apart_or_be_one(per_head):
 
 
 def test_packed_projection_is_read_without_copies():
-    """q, k and v as slices of one tensor, values of other heads between their rows."""
+    """q, k and v are slices of one tensor, strided over the heads of the others."""
 
     names = set()
 
@@ -418,7 +420,7 @@ def test_dropout_keeps_the_mean(name):
 @interpreted
 @pytest.mark.parametrize("kernel", TABLES)
 def test_every_candidate_passes_the_sanitizer(kernel, monkeypatch):
-    """One and a part of its tiles of what stays in a program, whatever its warps and stages, which are a GPU's."""
+    """One full and one partial block. Candidates that differ in warps or stages alone are run once."""
     table, short = TABLES[kernel], kernel.startswith("short")
     monkeypatch.setattr(attention, "n_sm", lambda device: 1 if short else 10**9)
     distinct = {
@@ -441,7 +443,7 @@ def test_every_candidate_passes_the_sanitizer(kernel, monkeypatch):
 
 @interpreted
 def test_descriptors_load_what_pointers_load(monkeypatch):
-    """Bit for bit, or pointers are taken: TMA reads from multiples of 16 bytes."""
+    """Results are bitwise equal. Tensors not aligned to 16 bytes fall back to pointers."""
     made = []
     monkeypatch.setattr(
         attention, "_descriptor", lambda *args, make=attention._descriptor: made.append(1) or make(*args)
@@ -499,7 +501,7 @@ def test_what_auto_takes(asked, expected):
 
 
 def test_auto_hands_on_what_it_was_given(monkeypatch):
-    """Everything there is, to the implementation that the choice names."""
+    """`auto` passes every argument on to the implementation that it chooses."""
     inputs = inputs_of(9, 9) | {"scale": 0.3, "window": 3, "softcap": 2.0, "slopes": torch.rand(4, device=DEVICE)}
     inputs |= {"documents": ranges_of(2, 9), "sink": torch.rand(4, device=DEVICE), "causal": False}
     torch.testing.assert_close(attention_auto(**inputs), attention_torch(**inputs))

@@ -1,4 +1,4 @@
-"""The loss, of logits and of hidden states: what it holds, how it rounds, what targets and logits it takes."""
+"""Cross-entropy of logits and of hidden states: memory, rounding, extreme targets and logits, autograd."""
 
 import math
 from functools import partial
@@ -20,7 +20,7 @@ BY_REDUCTION = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 
 
 def assert_rounded_once(result, exact):
-    """Half a unit in the last place, which for float16 is never below 2^-24; with room for arithmetic in float32."""
+    """Within half an ulp, plus float32 arithmetic; the smallest ulp of float16 is 2^-24."""
     error, eps = (result.double() - exact).abs(), torch.finfo(result.dtype).eps
     smallest = 2**-24 if result.dtype == torch.float16 else 0
     assert (error <= 0.501 * (eps * exact.abs()).clamp(min=smallest)).all()
@@ -30,7 +30,7 @@ def assert_rounded_once(result, exact):
 
 
 class Recorder(TorchDispatchMode):
-    """The largest result of torch's own operators, and the shapes that products and the linear op are given."""
+    """Records the largest result of any torch operator, and the input shapes of matrix products and the linear op."""
 
     def __init__(self):
         super().__init__()
@@ -46,7 +46,7 @@ class Recorder(TorchDispatchMode):
 
 
 def test_a_chunk_of_logits_is_all_there_is(monkeypatch):
-    """No tensor as large as the logits, in training or evaluation; the result is that of one chunk."""
+    """No tensor is as large as all logits, in training or evaluation; chunked results equal unchunked ones."""
     op = OPS["linear_cross_entropy"]
     inputs = {k: v.detach() for k, v in draw(op, {"N": 26, "D": 8, "V": 400}).items()}
     whole = results_of(op, "triton", inputs)
@@ -71,7 +71,7 @@ def test_chunks_are_whole_tiles_and_fit_their_bytes():
 
 @BY_REDUCTION
 def test_the_vocabulary_is_padded_in_the_products(reduction):
-    """Every matrix as wide as the vocabulary is 128 wide where that has 101 classes; the gradient has 101."""
+    """101 classes are padded to 128 in every matrix product; the gradient has 101 rows."""
     op = OPS["linear_cross_entropy"]
     inputs = draw_leaves(op, {"N": 6, "D": 8, "V": 101})
     with checked("triton"), Recorder() as recorder:
@@ -84,7 +84,7 @@ def test_the_vocabulary_is_padded_in_the_products(reduction):
 @pytest.mark.parametrize("weights", [None, (), (7,)], ids=["unweighted", "scalar", "by row"])
 @pytest.mark.parametrize("v, width", [(101, 101), (101, 128), (128, 128), (2500, 2560)])
 def test_gradient_in_place_of_padded_logits(v, width, weights, options):
-    """As the reference in float64 has it; 0 in the padding, whatever is there."""
+    """Equal to the reference in float64, and 0 in the padding even where that held NaN."""
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     logits, loss = draw(7, width).to(DEVICE), torch.empty(7, device=DEVICE)
     logits[:, v:] = math.nan
@@ -140,7 +140,7 @@ def test_the_gradient_of_logits_is_rounded_once(reduction, inplace, dtype):
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("upstream, scale", [(0.7, None), (1.0, 0.7), (0.7, 1.3)])
 def test_gradients_of_hidden_states_are_rounded_once(upstream, scale, reduction, dtype):
-    """From products of what is exact: logits of small integers, and the rounded gradient of the logits."""
+    """Small integers make the logits exact, so that the expected gradient follows from the rounded dz."""
     draw = partial(torch.randint, generator=torch.Generator().manual_seed(0))
     x, weight = draw(-2, 3, (5, 16)).to(DEVICE, dtype), draw(-1, 2, (70, 16)).to(DEVICE, dtype)
     targets = torch.tensor([3, 69, IGNORE, 0, 11], device=DEVICE)
@@ -163,7 +163,7 @@ def test_gradients_of_hidden_states_are_rounded_once(upstream, scale, reduction,
 
 
 def test_half_precision_products_are_summed_in_float32(monkeypatch):
-    """The head's gradient is 256 in the first of nine chunks and 1 in each other: what a sum in bf16 would lose."""
+    """The head's gradient is 256 in the first of nine chunks and 1 in the others, which a sum in bf16 would lose."""
     monkeypatch.setattr(linear_cross_entropy, "CHUNK_BYTES", 2 * 64 * 2)
     x = torch.ones(18, 1, dtype=torch.bfloat16, device=DEVICE)
     x[:2] = 256
@@ -175,7 +175,7 @@ def test_half_precision_products_are_summed_in_float32(monkeypatch):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_float16_gradients_under_a_loss_scale_do_not_underflow(reduction):
-    """Of 100 rows and 9,000 classes a mean's are about 1e-6, of which float16 holds no two digits."""
+    """Gradients of a mean over 100 rows and 9,000 classes are about 1e-6, where float16 has less than two digits."""
     shape, results = {"N": 100, "V": 9000}, {}
     for name in ("torch", "triton"):
         inputs = draw(OPS["cross_entropy"], shape, torch.float16)
@@ -186,7 +186,7 @@ def test_float16_gradients_under_a_loss_scale_do_not_underflow(reduction):
 
 
 def test_float16_gradients_of_the_linear_op_do_not_underflow():
-    """A scale that would take the logits' gradients out of float16, if it were in them, and its inverse later on."""
+    """A scale of 2^-20, undone after the loss, would underflow dz if it were applied before."""
     inputs = draw(OPS["linear_cross_entropy"], {"N": 6, "D": 4, "V": 300}, torch.float16)
     results, x = [], inputs.pop("x").requires_grad_()
     for scale in (1.0, 2.0**-20):
@@ -202,7 +202,7 @@ def test_float16_gradients_of_the_linear_op_do_not_underflow():
 @pytest.mark.parametrize("v", [64, 70, 101])
 @BY_REDUCTION
 def test_a_cast_of_the_head_is_the_cast_inside(reduction, v, x_dtype):
-    """Padded or not, bit for bit; the gradient goes to the float32 weight, unrounded."""
+    """Bitwise equal, padded or not; the float32 weight gets an unrounded gradient."""
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
     x, weight = draw(5, 16).to(DEVICE, x_dtype), draw(v, 16).to(DEVICE)
     targets = torch.tensor([3, v - 1, IGNORE, 0, 11], device=DEVICE)
@@ -221,7 +221,7 @@ def test_a_cast_of_the_head_is_the_cast_inside(reduction, v, x_dtype):
 
 @pytest.mark.parametrize("rows", [101, 128])
 def test_the_reference_takes_a_cast_too(rows):
-    """It multiplies by the copy, not the weight, whose gradient it is all the same."""
+    """It multiplies by the copy; the weight gets the gradient."""
     x, weight, targets = draw(OPS["linear_cross_entropy"], {"N": 7, "D": 33, "V": 101}, torch.float64).values()
     cast = torch.zeros(rows, 33, dtype=torch.float64, device=DEVICE)
     cast[:101] = 2 * weight
@@ -283,7 +283,7 @@ def test_target_out_of_range_is_nan_and_reads_nothing(target):
 
 @pytest.mark.parametrize("ignore_index", [-100, 7])
 def test_another_index_to_ignore(ignore_index):
-    """A class may be it, too."""
+    """`ignore_index` may be a valid class."""
     logits, targets = draw(OPS["cross_entropy"], {"N": 9, "V": 40}).values()
     targets = targets.where(targets != IGNORE, ignore_index)
     ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
@@ -324,7 +324,7 @@ def test_rows_that_do_not_count_have_no_gradient_whatever_their_logits():
 
 
 def test_a_second_backward():
-    """Of logits it is as good as the first. The linear op has scaled its gradient, and refuses."""
+    """A second backward of the logits op equals the first. The linear op scaled its gradient in place, and raises."""
     logits, targets = draw(OPS["cross_entropy"], {"N": 7, "V": 101}).values()
     loss = 2 * cross_entropy_triton(logits.requires_grad_(), targets)
     first, second = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for _ in range(2))
@@ -366,7 +366,7 @@ def test_tables_have_every_size_and_their_own_entries_for_candidates(size, table
 @pytest.mark.parametrize("tile", [(1, 64, 1, 1), (2, 32, 1, 3), (4, 256, 1, 1)], ids=str)
 @pytest.mark.parametrize("v", [191, 192, 193])
 def test_rows_of_many_blocks(v, tile, monkeypatch):
-    """Targets in the first, an inner and the last block, full or not, with the tile that the table has at the time."""
+    """Targets in the first, an inner and the last block, full or partial; tables are read at every launch."""
     for table in (cross_entropy.LOSS, cross_entropy.GRADIENT):
         monkeypatch.setitem(table.entries, 1024, {"": cross_entropy.RowTile(*tile)})
     targets = torch.tensor([0, 63, 64, 130, v - 1], device=DEVICE)

@@ -1,4 +1,7 @@
-"""Every implementation of every op in the table against the mathematics, and the choice between them."""
+"""Every implementation of every op against the reference in float64, and the choice of implementations.
+
+Triton kernels run compiled on a GPU, elsewhere in the interpreter with all checks of the sanitizer.
+"""
 
 import math
 import re
@@ -84,7 +87,7 @@ def test_reference_gradients(op, name, shape, options):
 
 
 def strided_like(value, kind):
-    """The same values, with every other column or the left part of every row belonging to something else."""
+    """A view of equal values in a larger tensor of NaN: every other column, or the right half of every row."""
     wide = torch.full((*value.shape[:-1], 2 * value.shape[-1]), math.nan, device=DEVICE).to(value.dtype)
     view = wide[..., ::2] if kind == "columns" else wide[..., value.shape[-1] :]
     view.copy_(value)

@@ -1,4 +1,4 @@
-"""Shapes, strides and targets that nobody thought of: Triton against the reference on drawn inputs."""
+"""Property-based tests: Triton against the reference on random shapes, strides and targets."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_swiglu(rows, f, dtype, activation, seed):
 @drawn
 @given(sizes, sizes, st.integers(1, 3), st.integers(1, 4), st.integers(1, 70), dtypes, st.booleans(), seeds)
 def test_rope(b, t, kv, group, half, dtype, interleaved, seed):
-    """Any head width, any grouping, positions in any order."""
+    """Any head dimension, any grouping of heads, positions in any order."""
     cos, sin = rope_tables(50, 2 * half, device=DEVICE)
     inputs = {
         "qkv": normal((b, t, (group * kv + 2 * kv) * 2 * half), dtype, seed), "cos": cos, "sin": sin,
@@ -72,7 +72,7 @@ def test_cross_entropy(n, v, dtype, reduction, label_smoothing, seed):
     st.booleans(), st.sampled_from([0, 2, 7, 40]), st.lists(st.integers(0, 30), max_size=12), seeds,
 )  # fmt: skip
 def test_attention(t, s, kv, group, d, dtype, causal, window, lengths, seed):
-    """Any lengths of queries and keys, windows, heads and documents, empty ones too."""
+    """Any number of queries, keys and heads, any window, any documents including empty ones."""
     inputs = {"q": normal((2, t, group * kv, d), dtype, seed)}
     inputs |= {name: normal((2, s, kv, d), dtype, seed + i) for i, name in enumerate("kv", 1)}
     documents = torch.searchsorted(torch.tensor(lengths).cumsum(0), torch.arange(s), right=True)
@@ -83,7 +83,7 @@ def test_attention(t, s, kv, group, d, dtype, causal, window, lengths, seed):
 @drawn
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 40), st.permutations(range(3)), st.integers(1, 3), seeds)
 def test_any_strides(a, b, d, order, step, seed):
-    """Permuted, stepped views of three dimensions give what their contiguous copies give."""
+    """Permuted and strided views of three dimensions equal their contiguous copies bitwise."""
     x = normal((2 * a, 2 * b * step, 2 * d), torch.float32, seed)[:, ::step].permute(order)
     swiglu, rmsnorm = (OPS[name].implementations["triton"] for name in ("swiglu", "rmsnorm"))
     with checked("triton"):

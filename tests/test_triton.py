@@ -1,4 +1,4 @@
-"""The Triton implementations in use: under autograd's modes, as torch.library ops, compiled, in the model."""
+"""The Triton implementations under autograd modes, as torch.library ops, under torch.compile, and in the model."""
 
 from contextlib import nullcontext
 
@@ -39,7 +39,7 @@ def test_without_gradients(op):
 
 @by_op
 def test_accumulated_checkpointed_and_used_twice(op):
-    """Twice through a checkpoint, the output used twice, the gradients of both added up: twice the plain ones."""
+    """Two checkpointed passes, whose outputs are used twice, accumulate twice the plain gradients."""
     plain, twice = draw_leaves(op, op.test_shapes[1]), draw_leaves(op, op.test_shapes[1])
     summed(op.implementations["torch"](**plain)).backward()
     for _ in range(2):
@@ -51,7 +51,7 @@ def test_accumulated_checkpointed_and_used_twice(op):
 
 @by_op
 def test_gradient_of_some_inputs_only(op):
-    """A frozen input, as of an imported head, takes none and does not stop the others'."""
+    """A frozen input gets no gradient, and the other inputs get theirs."""
     for key in op.differentiable:
         ours, theirs = (draw(op, op.test_shapes[1]) for _ in range(2))
         for inputs, name in ((ours, "triton"), (theirs, "torch")):
@@ -62,7 +62,7 @@ def test_gradient_of_some_inputs_only(op):
 
 @by_op
 def test_repeats_bit_for_bit(op):
-    """Whatever the order in which programs run."""
+    """Results are bitwise equal for any order of programs."""
     inputs = draw(op, op.test_shapes[-2], torch.bfloat16)
     results = []
     for seed in range(2):
@@ -100,7 +100,7 @@ def test_inputs_are_left_alone():
 
 
 def test_norm_under_autocast_keeps_the_stream_wide():
-    """A half-precision sub-layer added to a float32 stream: the stream stays so, the normalised value does not."""
+    """Half-precision x and float32 residual: the new residual is float32, y is half precision."""
     x, residual, gain = torch.randn(5, 48, dtype=torch.bfloat16), torch.randn(5, 48), torch.randn(48)
     inputs = {k: v.to(DEVICE) for k, v in {"x": x, "residual": residual, "gain": gain}.items()}
     results = {}
@@ -204,7 +204,7 @@ CANDIDATES = [
 
 @pytest.mark.parametrize("op, table, tile", CANDIDATES)
 def test_every_candidate_is_right(op, table, tile, monkeypatch):
-    """At the smallest size; those of other sizes are its multiples."""
+    """At the smallest size class; candidates of the others are scaled from it."""
     shape = {"rmsnorm": {"rows": 9, "D": 600}, "rope": {"B": 1, "T": 9, "H": 2, "KV": 1, "D": 64}}.get(
         op.name, {"rows": 5, "F": 1200}
     )
