@@ -37,7 +37,12 @@ def _final(key: str, outcome: Outcome) -> float:
 speed = partial(_final, "tok_s_steady")  # training tokens per second, warm-up excluded
 wall_speed = partial(_final, "tok_s_wall")
 cost = partial(_final, "flops_per_token")
-memory_bytes = partial(_final, "memory")
+bits_a_byte = partial(_final, "val_bpb")
+
+
+def memory(outcome: Outcome) -> float:
+    """In MiB, at the peak."""
+    return _final("memory", outcome) / 2**20
 
 
 def fits(outcome: Outcome) -> float:

@@ -13,6 +13,7 @@ seeds, it gives a finding; missing trials raise `LookupError`, and the claim is 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from statistics import fmean, variance
 from typing import Any, Literal
@@ -59,7 +60,7 @@ class Noise:
     @classmethod
     def of(cls, groups: Iterable[Sequence[Outcome]]) -> "Noise | None":
         """Measured on outcomes that differ only in their seed; None where nothing was repeated."""
-        repeats = [[v for v in map(lambda o: o.val_loss, group) if math.isfinite(v)] for group in groups]
+        repeats = [[o.val_loss for o in group if math.isfinite(o.val_loss)] for group in groups]
         repeats = [losses for losses in repeats if len(losses) > 1]
         dof = sum(len(losses) - 1 for losses in repeats)
         return cls((sum((len(v) - 1) * variance(v) for v in repeats) / dof) ** 0.5, dof) if dof else None
@@ -89,9 +90,6 @@ class Difference:
         if not self.se or math.isinf(distance):
             return float(distance == 0)
         return float(2 * student.sf(distance / self.se, self.dof))
-
-    def holds(self, bounds: tuple[float, float]) -> bool:
-        return bounds[0] < self.mean < bounds[1]
 
 
 def paired(a: Mapping[int, float], b: Mapping[int, float], noise: Noise | None) -> Difference:
@@ -149,9 +147,9 @@ def verdict(finding: Finding, scale: Scale, p: float | None) -> Verdict:
 # Judges
 
 FORMS: Mapping[Measure, str] = {
-    loss: "{:.3f}", analysis.last_training_loss: "{:.3f}", analysis.speed: "{:,.0f} tok/s",
-    analysis.wall_speed: "{:,.0f} tok/s", analysis.memory_bytes: "{:,.0f} B", analysis.first_loss: "{:.2f} ln V",
-    analysis.micro_batch_that_fits: "{:g}", analysis.cost: "{:,.0f} FLOPs a token",
+    loss: "{:.3f}", analysis.late_change: "{:+.3f}", analysis.last_training_loss: "{:.3f}",
+    analysis.speed: "{:,.0f} tok/s", analysis.wall_speed: "{:,.0f} tok/s", analysis.memory: "{:,.1f} MiB", analysis.first_loss: "{:.2f} ln V",
+    analysis.micro_batch_that_fits: "{:g}", analysis.bits_a_byte: "{:.3f}", analysis.cost: "{:,.0f} FLOPs a token",
 }  # fmt: skip
 
 
@@ -188,19 +186,15 @@ class Threshold:
         for outcome in outcomes:
             groups.setdefault(outcome.labels.get(self.by), []).append(self.measure(outcome))
         values = {name: self.over(found) for name, found in groups.items()}
-        texts = [
-            self.show.format(words(self.measure if self.over is not spread else spread, value), outcomes[-1].machine)
-            + f" {name}" * bool(self.by)
-            for name, value in values.items()
-        ]  # fmt: skip
+        form = "{:.1%}".format if self.over is spread else partial(words, self.measure)
+        machine = outcomes[-1].machine
+        texts = [f"{name} " * bool(self.by) + self.show.format(form(v), machine) for name, v in values.items()]
         low, high = self.bounds
-        hardest = (min if math.isfinite(low) else max)(values.values())
-        if self.over is max:
-            hardest = max(values.values())
+        decisive = min(values.values()) if math.isfinite(low) and self.over is not max else max(values.values())
         bound = low if math.isfinite(low) else high
-        delta = hardest - bound if math.isfinite(hardest) else None
+        delta = decisive - bound if math.isfinite(decisive - bound) else None
         return Finding(
-            ", ".join(texts), low <= hardest <= high, delta, seeds=n_seeds(outcomes), published=self.published
+            ", ".join(texts), low <= decisive <= high, delta, seeds=n_seeds(outcomes), published=self.published
         )
 
 
@@ -236,13 +230,12 @@ class Versus:
         ours = " for ".join(words(self.measure, fmean(v.values())) + at for v, at in ((a, at_a), (b, at_b)))
         if self.ratio:
             times = fmean(a.values()) / fmean(b.values())
-            found, ours, p = Difference(times, min(len(a), len(b))), f"{times:.3g} times ({ours})", None
-        else:
-            of_loss = self.measure in (loss, analysis.late_change)
-            found = paired(a, b, noise if of_loss else None)
-            p = found.p(self.bounds)
-        holds = found.holds(self.bounds)
-        return Finding(ours, holds, found.mean, found.interval, p, found.n, self.published)
+            bound = next((bound for bound in self.bounds if math.isfinite(bound)), 0.0)
+            holds, ours = self.bounds[0] < times < self.bounds[1], f"{times:.3g} times ({ours})"
+            return Finding(ours, holds, times - bound, seeds=min(len(a), len(b)), published=self.published)
+        found = paired(a, b, noise)
+        holds = self.bounds[0] < found.mean < self.bounds[1]
+        return Finding(ours, holds, found.mean, found.interval, found.p(self.bounds), found.n, self.published)
 
 
 @dataclass(frozen=True)
@@ -290,7 +283,8 @@ class Best:
             return Finding(ours, at == sorted(at) and at[0] < at[-1], p=p, seeds=n)
         points, x, lead = curves[0], at[0], leads[0]
         holds = {"inside": analysis.interior(points), "first": x == points[0][0]}.get(self.expected, x == self.expected)
-        ours, artefact = f"{words(loss, analysis.best(points)[1])} at {x:g}, by {lead:.3f}", False
+        name = words(self.axis, x) if callable(self.axis) else f"{x:g}"
+        ours, artefact = f"{words(loss, analysis.best(points)[1])} at {name}, by {lead:.3f}", False
         if self.rival:
             other = curve(results, self.axis, where=self.rival)
             moved = max((abs(y - dict(points)[x]), y - dict(points)[x]) for x, y in other if math.isfinite(y))[1]
@@ -315,9 +309,9 @@ class Monotone:
         if self.common:
             apart: dict[Any, set] = {}
             for o in results.where(where):
-                apart.setdefault(self.axis(o) if callable(self.axis) else o.labels[self.axis], set()).add(
-                    o.labels[self.common]
-                )
+                at = self.axis(o) if callable(self.axis) else o.labels[self.axis]
+                apart.setdefault(at, set()).add(o.labels[self.common])
+            apart.pop(None, None)
             where[self.common] = max(set.intersection(*apart.values()), default=None)
         points = [(x, y) for x, y in curve(results, self.axis, self.measure, where) if math.isfinite(y)]
         if len(points) < 2:
@@ -329,7 +323,8 @@ class Monotone:
             tails = [unpaired(step, n, noise).p(HIGHER) for step in steps]
             wrong = [tail for step, tail in zip(steps, tails, strict=True) if step <= 0]
             p = max(tails) if holds else min(1.0, len(steps) * min(wrong))
-        ours = ", ".join(f"{words(self.measure, y)} at {x:,.4g}" for x, y in points)
+        at = [words(self.axis, x) if callable(self.axis) else f"{x:,g}" for x, _ in points]
+        ours = ", ".join(f"{words(self.measure, y)} at {x}" for x, (_, y) in zip(at, points, strict=True))
         return Finding(ours, holds, points[-1][1] - points[0][1], p=p, seeds=n)
 
 
@@ -368,7 +363,7 @@ class Statuses:
     def ends(self, results: Results, variant: str) -> dict[float, str]:
         """How the runs of a variant ended; a failure, where one of several seeds failed."""
         found: dict[float, str] = {}
-        for o in sorted(results.where({"variant": variant}), key=lambda o: (o.labels[self.axis], math.isfinite(loss(o)))):
+        for o in sorted(results.where({"variant": variant}), key=lambda o: (o.labels[self.axis], loss(o) < math.inf)):
             found.setdefault(o.labels[self.axis], o.status if o.status in FAILED else words(loss, loss(o)))
         return found
 

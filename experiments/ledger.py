@@ -20,7 +20,7 @@ from typing import Any
 from experiments.spec import Outcome, Scale
 from model.config import UserError
 
-STEPS = 60  # rows of training kept of a run
+STEPS = 20  # rows of training kept of a run
 _POSITION = ("step", "tokens", "seconds")
 _LAST = ("memory", "memory_reserved", "memory_retries", "mfu")  # of the last row of training, which has the peaks
 
@@ -112,7 +112,9 @@ def thinned(rows: list, most: int) -> list:
 
 
 def _pick(row: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    return {key: row[key] for key in keys if key in row}
+    """Some values of a row, numbers to six digits: rows are for figures, and `final` has the exact end."""
+    found = {key: row[key] for key in keys if key in row}
+    return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in found.items()}
 
 
 def _json(path: Path) -> dict[str, Any]:
