@@ -33,6 +33,7 @@ Verdict = Literal[
 ]  # fmt: skip
 ALPHA = 0.05
 LOWER, HIGHER = (-math.inf, 0.0), (0.0, math.inf)  # where a difference lies for a claim to hold
+DIFFERENT = (-math.inf, math.inf)  # anywhere: only that it is no noise
 
 
 def at_most(bound: float) -> tuple[float, float]:
@@ -86,7 +87,7 @@ class Difference:
         within the bounds, or all outside: a test of a direction, and of equivalence where both bounds are finite."""
         if self.se is None:
             return None
-        distance = min(abs(self.mean - bound) for bound in bounds if math.isfinite(bound))
+        distance = min(abs(self.mean - bound) for bound in ([*filter(math.isfinite, bounds)] or [0.0]))
         if not self.se or math.isinf(distance):
             return float(distance == 0)
         return float(2 * student.sf(distance / self.se, self.dof))
@@ -148,7 +149,8 @@ def verdict(finding: Finding, scale: Scale, p: float | None) -> Verdict:
 
 FORMS: Mapping[Measure, str] = {
     loss: "{:.3f}", analysis.late_change: "{:+.3f}", analysis.last_training_loss: "{:.3f}",
-    analysis.speed: "{:,.0f} tok/s", analysis.wall_speed: "{:,.0f} tok/s", analysis.memory: "{:,.1f} MiB", analysis.first_loss: "{:.2f} ln V",
+    analysis.speed: "{:,.0f} tok/s", analysis.wall_speed: "{:,.0f} tok/s", analysis.memory: "{:,.1f} MiB",
+    analysis.first_loss: "{:.2f} ln V",
     analysis.micro_batch_that_fits: "{:g}", analysis.bits_a_byte: "{:.3f}", analysis.cost: "{:,.0f} FLOPs a token",
 }  # fmt: skip
 
@@ -234,7 +236,7 @@ class Versus:
             holds, ours = self.bounds[0] < times < self.bounds[1], f"{times:.3g} times ({ours})"
             return Finding(ours, holds, times - bound, seeds=min(len(a), len(b)), published=self.published)
         found = paired(a, b, noise)
-        holds = self.bounds[0] < found.mean < self.bounds[1]
+        holds = self.bounds == DIFFERENT or self.bounds[0] < found.mean < self.bounds[1]
         return Finding(ours, holds, found.mean, found.interval, found.p(self.bounds), found.n, self.published)
 
 

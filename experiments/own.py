@@ -13,7 +13,7 @@ from typing import Any
 
 import train
 from experiments import analysis, ledger
-from experiments.judges import HIGHER, Best, Noise, Versus, paired, unpaired
+from experiments.judges import DIFFERENT, HIGHER, Best, Noise, Versus, paired, unpaired
 from experiments.spec import Claim, Outcome, Suite
 from model.config import ConfigError, flatten, knobs
 
@@ -54,11 +54,11 @@ def suite(base: str, grid: Sequence[str], versus: Sequence[str], seeds: int, bud
     over = next((key for key, values in axes.items() if len(values) > 1), "")
     first, *others = variants
     claims = [
-        Claim(i, f"{other} ends higher than {first}" + f", each at its best {over}" * bool(over), "",
-              Versus(other, first, HIGHER, best_over=over))
+        Claim(i, f"{other} differs from {first}" + f", each at its best {over}" * bool(over), "",
+              Versus(other, first, DIFFERENT, best_over=over))
         for i, other in enumerate(others, 1)
     ]  # fmt: skip
-    if over:
+    if over and len(axes[over]) > 2:
         claims += [
             Claim(len(others) + i, f"the best {over} of {variant} is inside the grid", "",
                   Best(over, "inside", where={"variant": variant}))

@@ -38,8 +38,8 @@ SCALES: Mapping[Scale, str] = {
 }
 RULES = (
     "Differences: ours less theirs, or what a claim compares, ± half the 95% confidence interval. Runs are paired by "
-    "seed; a single seed is compared with the noise of repeated runs at this scale ({noise}), and is at most “seen once”. "
-    "A difference is “within noise” when p > .05, corrected by Holm's method over all claims of this page."
+    "seed; a single seed is compared with the noise of repeated runs at this scale ({noise}), and is at most "
+    "'seen once'. A difference is 'within noise' when p > .05, corrected by Holm's method over all claims of this page."
 )
 OFFLINE = "Run offline, on text that every machine has, with tokenizers of the published sizes: not the published text."
 LARGEST = 60_000  # bytes of a figure
