@@ -48,6 +48,11 @@ def same(tolerance: float) -> tuple[float, float]:
     return -tolerance, tolerance
 
 
+def inside(value: float, bounds: tuple[float, float]) -> bool:
+    low, high = bounds
+    return (low == -math.inf or low < value) and (high == math.inf or value < high)
+
+
 # Statistics
 
 
@@ -233,10 +238,10 @@ class Versus:
         if self.ratio:
             times = fmean(a.values()) / fmean(b.values())
             bound = next((bound for bound in self.bounds if math.isfinite(bound)), 0.0)
-            holds, ours = self.bounds[0] < times < self.bounds[1], f"{times:.3g} times ({ours})"
+            holds, ours = inside(times, self.bounds), f"{times:.3g} times ({ours})"
             return Finding(ours, holds, times - bound, seeds=min(len(a), len(b)), published=self.published)
         found = paired(a, b, noise)
-        holds = self.bounds == DIFFERENT or self.bounds[0] < found.mean < self.bounds[1]
+        holds = inside(found.mean, self.bounds)
         return Finding(ours, holds, found.mean, found.interval, found.p(self.bounds), found.n, self.published)
 
 
