@@ -70,8 +70,9 @@ class Results:
     def __init__(self, outcomes: Sequence[Outcome]):
         self.outcomes = list(outcomes)
 
-    def where(self, labels: Where) -> list[Outcome]:
+    def where(self, labels: Where | None = None, /, **more: Any) -> list[Outcome]:
         """The outcomes with all of these labels. Raises `LookupError` where there are none."""
+        labels = {**(labels or {}), **more}
         labels = {name: self.values(name)[-1:] if value is LAST else value for name, value in labels.items()}
 
         def has(outcome: Outcome, name: str, value: Any) -> bool:

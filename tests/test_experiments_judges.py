@@ -189,9 +189,11 @@ CASES = [
      [outcome(3.0, variant=v, seed=s, evals=[{"step": 5, "val_loss": 4.0}, {"step": 10, "val_loss": y}])
       for v, y in (("a", 2.0), ("b", 3.0)) for s in (0, 1)], "refuted"),
     (Versus("a", "b", HIGHER, best_over="lr"),
-     rates("a", points={1: 2.0, 2: 3.0}) + rates("b", points={1: 4.0, 2: 1.5}), "reproduced", rates("a", points={1: 2.0, 2: 1.0}) + rates("b", points={1: 1.5, 2: 2.0}), "refuted"),
+     rates("a", points={1: 2.0, 2: 3.0}) + rates("b", points={1: 4.0, 2: 1.5}), "reproduced",
+     rates("a", points={1: 2.0, 2: 1.0}) + rates("b", points={1: 1.5, 2: 2.0}), "refuted"),
     (Versus("a", "b", LOWER, where={"lr": LAST}),
-     rates("a", points={1: 2.0, 2: 2.0}) + rates("b", points={1: 1.5, 2: None}), "reproduced", rates("a", points={1: 2.0, 2: None}) + rates("b", points={1: 1.5, 2: 2.0}), "refuted"),
+     rates("a", points={1: 2.0, 2: 2.0}) + rates("b", points={1: 1.5, 2: None}), "reproduced",
+     rates("a", points={1: 2.0, 2: None}) + rates("b", points={1: 1.5, 2: 2.0}), "refuted"),
     (FASTER, fast(a=200, b=100), "reproduced", fast(a=120, b=100), "refuted"),
     (FASTER, fast("tiny", a=200, b=100), ELSEWHERE, [outcome(variant="a"), outcome(variant="b")], None),
     (Statuses("a", "b"), rates("a", points={1: None}) + rates("b", points={1: 2.0}), "reproduced",
