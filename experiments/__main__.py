@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import get_args
 
 import train
-from experiments import ledger, own
+from experiments import ledger
 from experiments.run import TRAIN, Plan, clock, forecast, machine, offline, places, sweep, trials
 from experiments.spec import Axis, Rule, Scale, Suite
 from model.config import ConfigError, UserError, knobs, read_flags
@@ -104,6 +104,8 @@ def main(argv: list[str] | None = None, command: Sequence[str] = TRAIN) -> int:
 
 
 def _main(asked: argparse.Namespace, suites: Mapping[str, Suite], command: Sequence[str]) -> int:
+    from experiments import own
+
     if asked.names[:1] == ["compare"]:
         if len(asked.names) != 3:
             raise ConfigError("compare takes two folders of runs")

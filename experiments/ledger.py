@@ -20,7 +20,7 @@ from typing import Any
 from experiments.spec import Outcome, Scale
 from model.config import UserError
 
-STEPS = 20  # rows of training kept of a run
+STEPS = 8  # rows of training kept of a run, whose metrics.jsonl has all
 _POSITION = ("step", "tokens", "seconds")
 _LAST = ("memory", "memory_reserved", "memory_retries", "mfu")  # of the last row of training, which has the peaks
 
@@ -62,7 +62,7 @@ def append(path: Path, outcome: Outcome) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
         file.truncate(_whole(file))
-        file.write(json.dumps(asdict(outcome)).encode() + b"\n")
+        file.write(json.dumps(asdict(outcome), separators=(",", ":")).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 

@@ -282,9 +282,9 @@ def draw(part: Section, folder: Path) -> None:
             path.unlink(missing_ok=True)
             continue
         figure.suptitle(textwrap.fill(part.suite.title, round(11 * (figure.get_figwidth() - 1.6))), fontsize=10)
-        for dpi in (100, 80, 60):  # these files are committed: a palette takes a third of the bytes, unseen
+        for dpi in (90, 70, 50):  # these files are committed: a palette takes a third of the bytes, unseen
             drawn = io.BytesIO()
             figure.savefig(drawn, dpi=dpi)
-            Image.open(drawn).convert("RGB").quantize(48, Image.Quantize.FASTOCTREE).save(path, optimize=True)
+            Image.open(drawn).convert("RGB").quantize(24, Image.Quantize.FASTOCTREE).save(path, optimize=True)
             if path.stat().st_size <= LARGEST:
                 break

@@ -115,3 +115,11 @@ def test_runs_of_other_seeds_are_compared_by_their_means(tmp_path):
         write_run(tmp_path / "b" / str(seed), seed + 10, loss + 1)
     last = own.compare(tmp_path / "a", tmp_path / "b").splitlines()[-1]
     assert last.startswith("difference in loss -1.0000 ± 0.3, 2 seeds, means")
+
+
+def test_what_reports_need_is_said_when_it_is_missing(monkeypatch, capsys):
+    for name in ("experiments.suites", "experiments.judges", "experiments.own"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    assert cli.main([]) == 2
+    assert "pip install -c constraints.txt '.[experiments]'" in capsys.readouterr().err
