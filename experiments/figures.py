@@ -1,15 +1,16 @@
 """The report's figures. Each takes results and returns a figure; with nothing to draw it raises `LookupError`."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from statistics import median
 from typing import Any
 
 from experiments import analysis, memory
+from experiments.analysis import Curve, Measure
 from experiments.spec import Outcome, Results
 
-Points = list[tuple[float, float]]
+Tracks = Mapping[str, list[Curve]]  # by name, lines of one colour
 
 
 def loss(outcome: Outcome) -> float:
@@ -22,11 +23,11 @@ def speed(outcome: Outcome) -> float:
     return outcome.final.get("tok_s_steady") or math.nan
 
 
-def panels(n: int, legend: bool = True):
-    """A figure of `n` panels in a row, and the panels."""
+def panels(n: int):
+    """A figure of `n` panels in a row, with room for a legend, and the panels."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.2 * n + (1.6 if legend else 0), 3.6), layout="constrained")
+    figure = Figure(figsize=(4.2 * n + 1.6, 3.6), layout="constrained")
     return figure, figure.subplots(1, n, squeeze=False)[0]
 
 
@@ -40,73 +41,81 @@ def coloured(names: Iterable[str]) -> dict[str, Any]:
     return {name: colormaps["viridis"](i / (len(names) - 1)) for i, name in enumerate(names)}
 
 
-def legend(figure, axes, most: int = 20) -> None:
-    """A legend beside the panels, of every second, third, ... line where there are too many."""
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    if len(handles) > 1:
-        chosen = list(handles)[:: math.ceil(len(handles) / most)]
-        figure.legend([handles[name] for name in chosen], chosen, loc="outside right upper", fontsize=7, frameon=False)
-
-
-def log_where_wide(axes, xs: Iterable[float], most: int = 12) -> None:
-    """A logarithmic axis for values that span more than a decade; ticks at the values where they are few."""
-    xs = sorted(set(xs))
-    if len(xs) > 1 and xs[0] > 0 and xs[-1] > 10 * xs[0]:
-        axes.set_xscale("log")
-        if len(xs) <= most:
-            axes.set_xticks(xs, [f"{x:g}" for x in xs], fontsize=7)
-            axes.minorticks_off()
-
-
-def line(axes, points: analysis.Curve, **style) -> None:
-    """A curve, with crosses along the top for points that are not finite."""
-    finite = [(x, y) for x, y in points if math.isfinite(y)]
-    lost = [x for x, y in points if not math.isfinite(y)]
-    axes.plot(*(zip(*finite, strict=True) if finite else ([], [])), **style)
-    style = {"color": style.get("color"), "marker": "x", "linestyle": ""}
-    axes.plot(lost, [0.97] * len(lost), transform=axes.get_xaxis_transform(), **style)
+def draw(panel, tracks: Tracks, most: int = 20, **style) -> None:
+    """Lines, with crosses along the top for points that are not finite, and a logarithmic x over more than a decade. A
+    legend beside the last panel has every second, third, ... name where there are too many."""
+    colours = coloured(tracks)
+    shown = list(tracks)[:: math.ceil(len(tracks) / most) or 1] if len(tracks) > 1 else []
+    for name, many in tracks.items():
+        for i, points in enumerate(many):
+            finite = [(x, y) for x, y in points if math.isfinite(y)]
+            label = name if i == 0 and finite else None
+            panel.plot([x for x, _ in finite], [y for _, y in finite], color=colours[name], label=label, **style)
+            if lost := [x for x, y in points if not math.isfinite(y)]:
+                across = panel.get_xaxis_transform()
+                panel.plot(lost, [0.97] * len(lost), "x", color=colours[name], transform=across)
+    xs = sorted({x for many in tracks.values() for points in many for x, _ in points})
+    if style.get("marker") and len(xs) > 1 and xs[0] > 0 and xs[-1] > 10 * xs[0]:
+        panel.set_xscale("log")
+        if len(xs) <= 12:
+            panel.set_xticks(xs, [f"{x:g}" for x in xs], fontsize=7)
+            panel.minorticks_off()
+    handles = dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
+    if chosen := [name for name in shown if name in handles]:
+        panel.legend([handles[name] for name in chosen], chosen, fontsize=6, frameon=False, loc="upper left",
+                     bbox_to_anchor=(1, 1))  # fmt: skip
 
 
 def curves(results: Results):
     """Loss on steps and on seconds, a line a trial: of validation if it was evaluated on the way, else of training."""
 
-    def losses(outcome: Outcome) -> list[tuple[int, float, float]]:
+    def losses(outcome: Outcome, x: str) -> Curve:
         rows, key = (outcome.evals, "val_loss") if len(outcome.evals) > 1 else (outcome.steps, "loss")
-        return [(row["step"], row["seconds"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
+        return [(row[x], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
 
-    found = {name: list(filter(None, map(losses, outcomes))) for name, outcomes in analysis.groups(results).items()}
-    starts = [rows[0][2] for tracks in found.values() for rows in tracks]
-    if not starts:
-        raise LookupError("no losses were kept")
     figure, axes = panels(2)
-    colours = coloured(found)
-    for i, (panel, x) in enumerate(zip(axes, ("step", "seconds"), strict=True)):
-        for name, tracks in found.items():
-            for rows in tracks:
-                panel.plot([r[i] for r in rows], [r[2] for r in rows], color=colours[name], label=name, linewidth=1)
+    for panel, x in zip(axes, ("step", "seconds"), strict=True):
+        tracks = {
+            name: [points for o in part if (points := losses(o, x))] for name, part in analysis.groups(results).items()
+        }
+        starts = [points[0][1] for many in tracks.values() for points in many]
+        if not starts:
+            raise LookupError("no losses were kept")
+        draw(panel, tracks, linewidth=1)
         top = min(panel.get_ylim()[1], 1.15 * max(starts))  # a run that explodes would flatten all others
         panel.set(xlabel=x, ylabel="loss, nats per token", ylim=(None, top))
-    legend(figure, axes[0])
     return figure
+
+
+def against(panel, results: Results, x: str | Measure, y: Measure, label: str) -> dict[str, Curve]:
+    """`y` against a label or a measure, a line for each group of trials that differ in nothing else. Returns the
+    lines. Raises `LookupError` where x does not vary."""
+    at = x if callable(x) else lambda outcome: outcome.labels.get(x)
+    known = Results([o for o in results.outcomes if at(o) is not None and y(o) == y(o)])
+    if len({at(o) for o in known.outcomes}) < 2:
+        raise LookupError(f"no trials with several values of {label}")
+    groups = analysis.groups(known, *([] if callable(x) else [x]))
+    found = {name: analysis.curve(Results(part), x, y) for name, part in groups.items()}
+    single = sorted(point for points in found.values() if len(points) == 1 for point in points)
+    lines = {name: points for name, points in found.items() if len(points) > 1}
+    draw(panel, {name: [points] for name, points in lines.items()}, marker="o", markersize=3)
+    if single and not callable(x):
+        draw(panel, {"other": [single]}, marker="o", markersize=3, linestyle="")
+    panel.set_xlabel(label)
+    return lines if not callable(x) else found
 
 
 def lr(results: Results):
     """Final loss against learning rate, with the best (star), the edge of stability (dotted), lost runs (crosses)."""
-    swept = Results([outcome for outcome in results.outcomes if "lr" in outcome.labels])
-    if len(swept.values("lr")) < 2:
-        raise LookupError("no trials with several learning rates")
-    found = {name: analysis.curve(Results(part), "lr", loss) for name, part in analysis.groups(swept, "lr").items()}
-    figure, (axes,) = panels(1)
-    colours = coloured(found)
-    for name, points in found.items():
-        line(axes, points, color=colours[name], marker="o", markersize=3, label=name)
+    figure, (panel,) = panels(1)
+    label = "learning rate (star: best, dotted: edge, cross: lost)"
+    found = against(panel, results, "lr", loss, label)
+    for points, colour in zip(found.values(), coloured(found).values(), strict=True):
         with suppress(LookupError):
-            axes.plot(*analysis.best(points), "*", markersize=11, color=colours[name])
+            panel.plot(*analysis.best(points), "*", markersize=11, color=colour)
         if (edge := analysis.edge(points)) is not None:
-            axes.axvline(edge, linestyle=":", color=colours[name])
-    log_where_wide(axes, [x for points in found.values() for x, _ in points])
-    axes.set(xlabel="learning rate (star: best, dotted: edge, cross: lost)", ylabel="validation loss")
-    legend(figure, axes)
+            panel.axvline(edge, linestyle=":", color=colour)
+    panel.set_ylabel("validation loss")
     return figure
 
 
@@ -116,10 +125,12 @@ def batch(results: Results):
     varied = [label for label in ("batch_size", "micro_batch") if len(results.values(label)) > 1]
     if not varied:
         raise LookupError("no trials with several batches")
-    figure, axes = panels(2, legend=False)
-    for panel, x, y in zip(axes, (varied[0], varied[-1]), (loss, speed), strict=True):
-        swept(panel, results, x, y)
-        panel.set_xlabel(f"{x}, sequences")
+    figure, axes = panels(2)
+    against(axes[0], results, varied[0], loss, f"{varied[0]}, sequences")
+    with suppress(LookupError):
+        found = against(axes[1], results, varied[-1], speed, f"{varied[-1]}, sequences")
+        for points, colour in zip(found.values(), coloured(found).values(), strict=True):
+            axes[1].axvline(analysis.knee(points), linestyle=":", color=colour)
     scales = []
     for o in results.outcomes:
         if o.status == "finished":
@@ -132,45 +143,23 @@ def batch(results: Results):
     return figure
 
 
-def swept(axes, results: Results, x: str, y: Callable[[Outcome], float]) -> None:
-    """`y` against the label `x`, a line for each group; groups of one point are points."""
-    results = Results([outcome for outcome in results.outcomes if x in outcome.labels and y(outcome) == y(outcome)])
-    found = {name: analysis.curve(Results(part), x, y) for name, part in analysis.groups(results, x).items()}
-    lines = {name: points for name, points in found.items() if len(points) > 1}
-    for (name, points), colour in zip(lines.items(), coloured(lines).values(), strict=True):
-        line(axes, points, color=colour, marker="o", markersize=3, label=name)
-        if y is speed:
-            axes.axvline(analysis.knee(points), linestyle=":", color=colour)
-    if rest := [points[0] for name, points in found.items() if name not in lines]:
-        line(axes, rest, color="gray", marker="o", markersize=3, linestyle="", label="other")
-    log_where_wide(axes, results.values(x))
-    if lines:
-        axes.legend(fontsize=7)
-
-
-def layers(results: Results):
-    """Heat maps of the last diagnostics, a row for each group and a column for each block."""
-    from matplotlib.colors import LogNorm
-
-    kinds = {"gradient": "norm of the gradient", "activation": "rms of the activations"}
-    last = {name: outcomes[0].diag for name, outcomes in analysis.groups(results).items()}
-    kinds = {kind: title for kind, title in kinds.items() if any(diag.get(kind) for diag in last.values())}
-    if not kinds:
-        raise LookupError("no diagnostics of layers")
-    figure, axes = panels(len(kinds), legend=False)
-    figure.set_figheight(max(2.4, 0.9 + 0.24 * len(last)))
-    for panel, (kind, title) in zip(axes, kinds.items(), strict=True):
-        rows = {name: analysis.layers(diag[kind]) for name, diag in last.items() if diag.get(kind)}
-        width = max(map(len, rows.values()))
-        padded = [[*row, *[0.0] * (width - len(row))] for row in rows.values()]
-        grid = [[v if 0 < v < math.inf else math.nan for v in row] for row in padded]
-        shown = [v for row in grid for v in row if v == v]
-        scale = LogNorm(min(shown), max(shown)) if shown and min(shown) < max(shown) else None
-        image = panel.imshow(grid, aspect="auto", norm=scale, cmap="viridis", interpolation="nearest")
-        panel.set(title=title, xlabel="block", yticks=range(len(rows)))
-        panel.set_yticklabels(rows, fontsize=7)
-        panel.xaxis.get_major_locator().set_params(integer=True)
-        figure.colorbar(image, ax=panel)
+def pareto(results: Results):
+    """Final loss against its cost, in seconds, training FLOPs and FLOPs per token; and the front."""
+    costs: dict[str, Callable[[Outcome], float]] = {
+        "seconds": lambda o: o.final.get("seconds", o.seconds),
+        "training FLOPs": lambda o: o.final["flops_per_token"] * o.final["tokens"],
+        "training FLOPs a token": lambda o: o.final["flops_per_token"],
+    }
+    groups = analysis.groups(Results([outcome for outcome in results.outcomes if loss(outcome) < math.inf]))
+    if not groups:
+        raise LookupError("no trial finished")
+    figure, axes = panels(len(costs))
+    for panel, (title, cost) in zip(axes, costs.items(), strict=True):
+        tracks = {name: [[(cost(o), loss(o)) for o in part]] for name, part in groups.items()}
+        draw(panel, tracks, marker="o", markersize=4, linestyle="")
+        front = analysis.pareto([point for (points,) in tracks.values() for point in points])
+        panel.plot(*zip(*front, strict=True), color="gray", linewidth=0.8, zorder=0)
+        panel.set(xlabel=title, ylabel="validation loss")
     return figure
 
 
@@ -179,62 +168,45 @@ def frontier(results: Results):
     found = {str(name): memory.points(results, name) for name in results.values("configuration")}
     if not any(found.values()):
         raise LookupError("no memory was measured")
-    figure, (axes,) = panels(1)
-    colours = coloured(found)
-    for name, points in found.items():
-        at = [n for n, *_ in points]
-        for i, style in ((1, {"marker": "o", "linestyle": "", "label": name}), (2, {"linestyle": "-", "linewidth": 1})):
-            axes.plot(at, [math.nan if p[i] is None else p[i] / 2**20 for p in points], color=colours[name], **style)
-    axes.set(xlabel="micro-batch, sequences", ylabel="MiB (points: measured; lines: predicted)")
-    legend(figure, axes)
-    return figure
-
-
-def pareto(results: Results):
-    """Final loss against its cost, in seconds, training FLOPs and FLOPs per token; and the front."""
-    costs: dict[str, Callable[[Outcome], float]] = {
-        "seconds": lambda o: o.final.get("seconds", o.seconds),
-        "training FLOPs": lambda o: o.final["flops_per_token"] * o.final["tokens"],
-        "training FLOPs a token": lambda o: o.final["flops_per_token"],
-    }
-    finished = Results([outcome for outcome in results.outcomes if loss(outcome) < math.inf])
-    found = analysis.groups(finished)
-    if not found:
-        raise LookupError("no trial finished")
-    figure, axes = panels(len(costs))
-    colours = coloured(found)
-    for panel, (title, cost) in zip(axes, costs.items(), strict=True):
-        points: dict[str, Points] = {name: [(cost(o), loss(o)) for o in part] for name, part in found.items()}
-        for name, at in points.items():
-            panel.plot(*zip(*at, strict=True), "o", markersize=4, color=colours[name], label=name)
-        front = analysis.pareto([point for at in points.values() for point in at])
-        panel.plot(*zip(*front, strict=True), color="gray", linewidth=0.8, zorder=0)
-        log_where_wide(panel, [x for at in points.values() for x, _ in at], most=0)
-        panel.set(xlabel=title, ylabel="validation loss")
-    legend(figure, axes[0])
+    figure, (panel,) = panels(1)
+    for i, style in ((1, {"marker": "o", "linestyle": ""}), (2, {"linestyle": "-", "linewidth": 1})):
+        tracks = {n: [[(p[0], p[i] / 2**20) for p in points if p[i] is not None]] for n, points in found.items()}
+        draw(panel, tracks, **style)
+    panel.set(xlabel="micro-batch, sequences", ylabel="MiB (points: measured; lines: predicted)")
     return figure
 
 
 def gap(results: Results):
     """Validation loss less that of the first variant with the same other labels, against step."""
     variants = results.values("variant")
-    figure, (axes,) = panels(1)
-    gaps: dict[str, list[Points]] = {}
+    gaps: dict[str, list[Curve]] = {}
     for outcome in results.outcomes:
         base = [o for o in results.outcomes if o.labels == {**outcome.labels, "variant": variants[0]}]
         if outcome.labels.get("variant") in variants[1:] and len(base) == 1:
             first = dict(analysis.evaluations(base[0]))
             points = [(step, y - first[step]) for step, y in analysis.evaluations(outcome) if step in first]
-            gaps.setdefault(outcome.labels["variant"], []).append(points)
-    if not any(points for many in gaps.values() for points in many):
+            gaps.setdefault(outcome.labels["variant"], []).extend([points] if points else [])
+    if not any(gaps.values()):
         raise LookupError("no variant was evaluated where the first was")
-    colours = coloured(gaps)
-    for name, many in gaps.items():
-        for points in filter(None, many):
-            line(axes, points, color=colours[name], marker=".", label=name)
-    axes.axhline(0, color="gray", linewidth=0.8)
-    axes.set(xlabel="step", ylabel=f"validation loss less that of {variants[0]}")
-    legend(figure, axes)
+    figure, (panel,) = panels(1)
+    draw(panel, gaps, linewidth=1)
+    panel.axhline(0, color="gray", linewidth=0.8)
+    panel.set(xlabel="step", ylabel=f"validation loss less that of {variants[0]}")
+    return figure
+
+
+def layers(results: Results):
+    """Norms of the last gradients and sizes of the last activations by block, a line for each group."""
+    kinds = {"gradient": "norm of the gradient", "activation": "rms of the activations"}
+    last = {name: outcomes[0].diag for name, outcomes in analysis.groups(results).items()}
+    kinds = {kind: title for kind, title in kinds.items() if any(diag.get(kind) for diag in last.values())}
+    if not kinds:
+        raise LookupError("no diagnostics of layers")
+    figure, axes = panels(len(kinds))
+    for panel, (kind, title) in zip(axes, kinds.items(), strict=True):
+        tracks = {name: [list(enumerate(analysis.layers(diag[kind])))] for name, diag in last.items() if diag.get(kind)}
+        draw(panel, tracks, linewidth=1)
+        panel.set(xlabel="block", ylabel=title, yscale="log")
     return figure
 
 

@@ -462,31 +462,27 @@ def test_a_line_is_drawn_through_trials_that_differ_in_the_batch_alone():
     assert (loss.get_xlabel(), speed.get_xlabel()) == ("batch_size, sequences", "micro_batch, sequences")
 
 
-def test_the_heat_map_has_a_row_a_variant_and_a_column_a_block():
+def test_layers_are_a_line_a_variant_over_its_blocks():
     norms = {"pre": (1.0, 2.0), "post": (1e-6, 1.0, 10.0)}
     runs = [
         outcome(variant=name, diag={"gradient": {f"blocks.{i}.attention": v for i, v in enumerate(values)}})
         for name, values in norms.items()
     ]
-    axes = figures.layers(Results(runs)).axes[0]
-    grid = axes.images[0].get_array().filled(math.nan).tolist()
-    assert grid[0][:2] == [1.0, 2.0] and math.isnan(grid[0][2]) and grid[1] == [1e-6, 1.0, 10.0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["pre", "post"]
-    dead = outcome(diag={"activation": {"0": 2.0, "1": 0.0, "2": math.inf, "3": None, "4": 4.0}})
-    image = figures.layers(Results([dead])).axes[0].images[0]
-    assert image.get_array().mask.tolist() == [[False, True, True, True, False]]
-    assert (image.norm.vmin, image.norm.vmax) == (2.0, 4.0)
-    ordered = outcome(diag={"activation": {str(i): float(i + 1) for i in (10, 9, *range(9))}})
-    assert figures.layers(Results([ordered])).axes[0].images[0].get_array().tolist() == [list(range(1, 12))]
+    (panel,) = drawn(figures.layers(Results(runs)))
+    assert panel == {name: list(enumerate(values)) for name, values in norms.items()}
+    dead = outcome(variant="a", diag={"activation": {"0": 2.0, "1": 4.0, "2": math.inf, "3": None, "10": 5.0}})
+    (panel,) = figures.layers(Results([dead])).axes
+    shown, lost = (entry.get_xydata().tolist() for entry in panel.lines)
+    assert shown == [[0, 2.0], [1, 4.0], [4, 5.0]] and [x for x, _ in lost] == [2, 3]
+    assert panel.get_yscale() == "log"
 
 
 def test_the_frontier_has_measured_and_predicted(monkeypatch):
     points = {"plain": [(1, 2**20, 2**21), (2, None, 2**22)], "lean": []}
     monkeypatch.setattr(figures.memory, "points", lambda results, name: points[name])
     runs = [outcome(configuration=name) for name in points]
-    lines = figures.frontier(Results(runs)).axes[0].lines
-    assert [tuple(point) for point in lines[1].get_xydata()] == [(1, 2.0), (2, 4.0)]
-    assert lines[0].get_xydata()[0].tolist() == [1.0, 1.0] and math.isnan(lines[0].get_ydata()[1])
+    lines = [entry.get_xydata().tolist() for entry in figures.frontier(Results(runs)).axes[0].lines]
+    assert [line for line in lines if line] == [[[1, 1.0]], [[1, 2.0], [2, 4.0]]]
     with pytest.raises(LookupError):
         figures.frontier(Results(runs[1:]))
 
@@ -496,11 +492,8 @@ def test_the_gap_is_to_the_first_variant_with_the_same_labels():
         outcome(variant=v, seed=s, evals=[(10, 3.0 + s + d), (20, 2.0 + 2 * d)])
         for v, d in (("base", 0.0), ("other", 0.5)) for s in (0, 1)
     ]  # fmt: skip
-    axes = figures.gap(Results(runs)).axes[0]
-    found = [
-        entry.get_xydata().tolist() for entry in axes.lines if entry.get_label() == "other" and len(entry.get_xdata())
-    ]
-    assert found == [[[10, 0.5], [20, 1.0]]] * 2
+    lines = [entry.get_xydata().tolist() for entry in figures.gap(Results(runs)).axes[0].lines]
+    assert lines[:2] == [[[10, 0.5], [20, 1.0]]] * 2
 
 
 def test_the_front_is_drawn_through_what_nothing_beats():
