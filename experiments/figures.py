@@ -41,9 +41,9 @@ def coloured(names: Iterable[str]) -> dict[str, Any]:
     return {name: colormaps["viridis"](i / (len(names) - 1)) for i, name in enumerate(names)}
 
 
-def draw(panel, tracks: Tracks, most: int = 20, **style) -> None:
-    """Lines, with crosses along the top for points that are not finite, and a logarithmic x over more than a decade. A
-    legend beside the last panel has every second, third, ... name where there are too many."""
+def draw(panel, tracks: Tracks, most: int = 20, legend: bool = True, **style) -> None:
+    """Lines, with crosses along the top for points that are not finite. A legend beside the panel has every second,
+    third, ... name where there are too many."""
     colours = coloured(tracks)
     shown = list(tracks)[:: math.ceil(len(tracks) / most) or 1] if len(tracks) > 1 else []
     for name, many in tracks.items():
@@ -54,14 +54,8 @@ def draw(panel, tracks: Tracks, most: int = 20, **style) -> None:
             if lost := [x for x, y in points if not math.isfinite(y)]:
                 across = panel.get_xaxis_transform()
                 panel.plot(lost, [0.97] * len(lost), "x", color=colours[name], transform=across)
-    xs = sorted({x for many in tracks.values() for points in many for x, _ in points})
-    if style.get("marker") and len(xs) > 1 and xs[0] > 0 and xs[-1] > 10 * xs[0]:
-        panel.set_xscale("log")
-        if len(xs) <= 12:
-            panel.set_xticks(xs, [f"{x:g}" for x in xs], fontsize=7)
-            panel.minorticks_off()
     handles = dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
-    if chosen := [name for name in shown if name in handles]:
+    if legend and (chosen := [name for name in shown if name in handles]):
         panel.legend([handles[name] for name in chosen], chosen, fontsize=6, frameon=False, loc="upper left",
                      bbox_to_anchor=(1, 1))  # fmt: skip
 
@@ -81,28 +75,31 @@ def curves(results: Results):
         starts = [points[0][1] for many in tracks.values() for points in many]
         if not starts:
             raise LookupError("no losses were kept")
-        draw(panel, tracks, linewidth=1)
+        draw(panel, tracks, legend=panel is axes[-1], linewidth=1)
         top = min(panel.get_ylim()[1], 1.15 * max(starts))  # a run that explodes would flatten all others
         panel.set(xlabel=x, ylabel="loss, nats per token", ylim=(None, top))
     return figure
 
 
-def against(panel, results: Results, x: str | Measure, y: Measure, label: str) -> dict[str, Curve]:
-    """`y` against a label or a measure, a line for each group of trials that differ in nothing else. Returns the
-    lines. Raises `LookupError` where x does not vary."""
-    at = x if callable(x) else lambda outcome: outcome.labels.get(x)
-    known = Results([o for o in results.outcomes if at(o) is not None and y(o) == y(o)])
-    if len({at(o) for o in known.outcomes}) < 2:
-        raise LookupError(f"no trials with several values of {label}")
-    groups = analysis.groups(known, *([] if callable(x) else [x]))
-    found = {name: analysis.curve(Results(part), x, y) for name, part in groups.items()}
+def against(panel, results: Results, x: str, y: Measure, label: str, legend: bool = True) -> dict[str, Curve]:
+    """`y` against a label, a line for each group of trials that differ in nothing else, and a point where a group has
+    only one. Returns the lines. Raises `LookupError` where the label does not vary."""
+    known = Results([o for o in results.outcomes if x in o.labels and y(o) == y(o)])
+    if len(xs := sorted(known.values(x))) < 2:
+        raise LookupError(f"no trials with several values of {x}")
+    found = {name: analysis.curve(Results(part), x, y) for name, part in analysis.groups(known, x).items()}
     single = sorted(point for points in found.values() if len(points) == 1 for point in points)
     lines = {name: points for name, points in found.items() if len(points) > 1}
-    draw(panel, {name: [points] for name, points in lines.items()}, marker="o", markersize=3)
-    if single and not callable(x):
-        draw(panel, {"other": [single]}, marker="o", markersize=3, linestyle="")
+    draw(panel, {name: [points] for name, points in lines.items()}, legend=legend, marker="o", markersize=3)
+    if single:
+        panel.plot(*zip(*single, strict=True), "o", color="gray", markersize=3, label="other")
+    if xs[0] > 0 and xs[-1] > 10 * xs[0]:
+        panel.set_xscale("log")
+        if len(xs) <= 12:
+            panel.set_xticks(xs, [f"{value:g}" for value in xs], fontsize=7)
+            panel.minorticks_off()
     panel.set_xlabel(label)
-    return lines if not callable(x) else found
+    return lines
 
 
 def lr(results: Results):
@@ -126,7 +123,7 @@ def batch(results: Results):
     if not varied:
         raise LookupError("no trials with several batches")
     figure, axes = panels(2)
-    against(axes[0], results, varied[0], loss, f"{varied[0]}, sequences")
+    against(axes[0], results, varied[0], loss, f"{varied[0]}, sequences", legend=False)
     with suppress(LookupError):
         found = against(axes[1], results, varied[-1], speed, f"{varied[-1]}, sequences")
         for points, colour in zip(found.values(), coloured(found).values(), strict=True):
@@ -156,7 +153,7 @@ def pareto(results: Results):
     figure, axes = panels(len(costs))
     for panel, (title, cost) in zip(axes, costs.items(), strict=True):
         tracks = {name: [[(cost(o), loss(o)) for o in part]] for name, part in groups.items()}
-        draw(panel, tracks, marker="o", markersize=4, linestyle="")
+        draw(panel, tracks, legend=panel is axes[-1], marker="o", markersize=4, linestyle="")
         front = analysis.pareto([point for (points,) in tracks.values() for point in points])
         panel.plot(*zip(*front, strict=True), color="gray", linewidth=0.8, zorder=0)
         panel.set(xlabel=title, ylabel="validation loss")
@@ -205,7 +202,7 @@ def layers(results: Results):
     figure, axes = panels(len(kinds))
     for panel, (kind, title) in zip(axes, kinds.items(), strict=True):
         tracks = {name: [list(enumerate(analysis.layers(diag[kind])))] for name, diag in last.items() if diag.get(kind)}
-        draw(panel, tracks, linewidth=1)
+        draw(panel, tracks, legend=panel is axes[-1], linewidth=1)
         panel.set(xlabel="block", ylabel=title, yscale="log")
     return figure
 

@@ -113,8 +113,9 @@ class _Tally(TorchDispatchMode):
         self.peak = max(self.peak, self.live + size)
 
 
-def predict(config: train.Config) -> Plan:
-    """What a run of this configuration takes on this machine. Raises what `train.py` would of device and kernels."""
+def predict(config: train.Config, base: int | None = None) -> Plan:
+    """What a run of this configuration takes on this machine; `base` in place of a measured one. Raises what `train.py`
+    would of device and kernels."""
     device = hardware.pick_device(config.device)
     precision = hardware.pick_precision(config.precision, device)
     dtype = hardware.DTYPES[precision]
@@ -175,7 +176,7 @@ def predict(config: train.Config) -> Plan:
             "optimizer": _bytes(state),
             "peak": tally.peak,
         }
-    return Plan(**sizes, base=_base(config))
+    return Plan(**sizes, base=_base(config) if base is None else base)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

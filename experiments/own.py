@@ -99,6 +99,8 @@ def compare(a: Path, b: Path) -> str:
         for o in side:
             speed = f"{o.final.get('tok_s_steady') or 0:,.0f} tok/s"
             lines.append(f"{o.labels['run']}  seed {o.labels['seed']}  {o.status}, val loss {o.val_loss:.4f}, {speed}")
+    if failed := [o for side in sides for o in side if o.status not in ("finished", *analysis.FAILED)]:
+        raise ConfigError(f"{failed[0].labels['run']} ended as {failed[0].status}: there is no loss to compare")
     by_seed = [{o.labels["seed"]: analysis.loss(o) for o in side} for side in sides]
     noise = Noise.of(sides)
     alone = all(len(losses) == len(side) for losses, side in zip(by_seed, sides, strict=True))

@@ -42,6 +42,7 @@ POWERS: dict[Rule, float] = {"fixed": 0.0, "sqrt": 0.5, "linear": 1.0}  # of the
 PATIENCE_S: dict[Scale, float] = {"tiny": 600, "low": 7200, "full": 86400, "own": 86400}  # or ten times the median
 POLL_S = 0.05
 ERROR_CHARS = 1000  # of the last lines of a failed run
+CONTEXT_BYTES = 2**30  # of a process on a GPU, besides its tensors
 ON_CARD = 4  # trials at once on a GPU, memory allowing: most of a short trial is start-up, which leaves the card idle
 START_S = 15.0  # of a trial: to import torch, open the data, compile
 RATES = {"cuda": 1e14, "cpu": 1e10}  # FLOP/s of a first estimate, which the machine's own past corrects
@@ -268,7 +269,8 @@ def share_of_card(trial: Trial) -> float:
         return 0.0
     if trial.scale == "full" or trial.knobs.get("seconds") or trial.suite in ALONE:
         return 1.0
-    return _planned_share(tuple(flags({k: v for k, v in trial.knobs.items() if k not in ("seed", "lr", "steps")})))
+    alike = {knob: v for knob, v in trial.knobs.items() if knob not in {"seed", "lr", *train.BUDGETS}}
+    return _planned_share(tuple(flags(alike | {"steps": 1})))
 
 
 @cache
@@ -276,10 +278,10 @@ def _planned_share(argv: tuple[str, ...]) -> float:
     from experiments import memory
 
     try:
-        plan = memory.predict(train.configure([*argv, "--steps=1"])[0])
+        peak = memory.predict(train.configure(list(argv))[0], CONTEXT_BYTES).total
     except (UserError, KernelError):
         return 1.0
-    return 1.15 * plan.total / torch.cuda.get_device_properties(0).total_memory  # allocators round up
+    return 1.15 * peak / torch.cuda.get_device_properties(0).total_memory  # allocators round up
 
 
 def machine(trial: Trial, jobs: int) -> str:
@@ -344,8 +346,13 @@ class Plan:
 
 def rough(trial: Trial | Outcome) -> float:
     """Seconds that a trial takes, from its FLOPs alone: to be scaled by what others took."""
+    return _rough(tuple(flags(trial.knobs)))
+
+
+@cache
+def _rough(argv: tuple[str, ...]) -> float:
     try:
-        config = configuration(trial.knobs)
+        config = train.configure(list(argv))[0]
         per_token, step = meta_model(config).flops_per_token(), config.batch_size * config.model.seq_len
     except (UserError, ValueError):
         return START_S  # it will be refused
@@ -443,7 +450,7 @@ def sweep(
         while True:
             if interrupt.signal:
                 return False
-            while start := next_start():
+            while free and (start := next_start()):
                 trial, environment = start
                 waiting.remove(trial)
                 free.remove(environment)

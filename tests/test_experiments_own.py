@@ -107,6 +107,10 @@ def test_two_runs_of_one_seed_tell_nothing_of_the_noise(tmp_path):
     )
     with pytest.raises(ConfigError, match="c has no run"):
         own.compare(tmp_path / "a", tmp_path / "c")
+    write_run(tmp_path / "c", 0, 1.5)
+    (tmp_path / "c" / "status.json").write_text('{"status": "oom"}')
+    with pytest.raises(ConfigError, match="c ended as oom"):
+        own.compare(tmp_path / "a", tmp_path / "c")
 
 
 def test_runs_of_other_seeds_are_compared_by_their_means(tmp_path):

@@ -28,6 +28,7 @@ from experiments.run import (
     meta_model,
     offline,
     rough,
+    share_of_card,
     sweep,
     trials,
 )
@@ -452,6 +453,25 @@ def test_small_trials_share_a_card_as_its_memory_allows(run, tmp_path, monkeypat
     assert began[1] < ended[0]  # side by side
     assert began[2] >= min(ended[0], ended[1])  # three would not fit
     assert began[3] >= max(ended[0], ended[1], ended[2])  # alone
+
+
+def test_the_share_of_a_card_is_as_planned(monkeypatch):
+    planned = []
+
+    def predict(config, base):
+        planned.append((config.steps, config.model.n_layer))
+        return SimpleNamespace(total=1000 * config.model.n_layer + base)
+
+    monkeypatch.setattr("experiments.memory.predict", predict)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda card: SimpleNamespace(total_memory=2**32))
+    declared = suite(base=SHAPE | {"tokens": 640}, grid={"lr": (1e-3, 1e-2), "model.n_layer": (2, 4)})
+    shares = [share_of_card(trial) for trial in trials(declared, "tiny")]
+    assert shares == [1.15 * (1000 * n + 2**30) / 2**32 for n in (2, 4, 2, 4)]
+    assert planned == [(1, 2), (1, 4)]  # rates take no memory, and no plan of their own
+    by_clock, refused = suite(base=SHAPE | {"seconds": 9}), suite(base=SHAPE | {"steps": 9, "precision": "fp8"})
+    assert [share_of_card(trials(each, "tiny")[0]) for each in (by_clock, refused)] == [1.0, 1.0]
+    assert share_of_card(trials(suite(base=SHAPE | {"device": "cpu"}), "tiny")[0]) == 0.0
 
 
 def test_offline_trials_have_text_that_is_there_and_a_tokenizer_of_the_same_size():
