@@ -168,6 +168,14 @@ def n_seeds(outcomes: Iterable[Outcome]) -> int:
     return len({o.labels.get("seed", o.labels.get("repeat", 0)) for o in outcomes})
 
 
+def grouped(outcomes: Iterable[Outcome], by: str, of: Callable[[Outcome], Any]) -> dict[Any, list[Any]]:
+    """A number of each outcome, in lists by the value of a label."""
+    groups: dict[Any, list[Any]] = {}
+    for outcome in outcomes:
+        groups.setdefault(outcome.labels.get(by), []).append(of(outcome))
+    return groups
+
+
 def spread(values: Sequence[float]) -> float:
     """By how much the largest exceeds the smallest, as a share."""
     return max(values) / min(values) - 1
@@ -189,10 +197,7 @@ class Threshold:
         outcomes = results.where(self.where)
         if outcomes[0].status == "unsupported":
             return Finding(f"unsupported: {outcomes[0].error.strip()}", None)
-        groups: dict[Any, list[float]] = {}
-        for outcome in outcomes:
-            groups.setdefault(outcome.labels.get(self.by), []).append(self.measure(outcome))
-        values = {name: self.over(found) for name, found in groups.items()}
+        values = {name: self.over(found) for name, found in grouped(outcomes, self.by, self.measure).items()}
         form = "{:.1%}".format if self.over is spread else partial(words, self.measure)
         machine = outcomes[-1].machine
         texts = [f"{name} " * bool(self.by) + self.show.format(form(v), machine) for name, v in values.items()]
@@ -294,7 +299,8 @@ class Best:
         ours, artefact = f"{words(loss, analysis.best(points)[1])} at {name}, by {lead:.3f}", False
         if self.rival:
             other = curve(results, self.axis, where=self.rival)
-            moved = max((abs(y - dict(points)[x]), y - dict(points)[x]) for x, y in other if math.isfinite(y))[1]
+            fixed = dict(points)
+            moved = max((y - fixed[x] for x, y in other if math.isfinite(y)), key=abs, default=0.0)
             artefact, ours = abs(moved) > lead, f"{ours}; how it is measured alone moves a loss by {moved:+.3f}"
         interval = unpaired(lead, n, noise).interval
         return Finding(ours, holds, lead, interval, p, n, self.published, artefact)
@@ -314,12 +320,12 @@ class Monotone:
     def __call__(self, results: Results, noise: Noise | None) -> Finding:
         where = dict(self.where)
         if self.common:
-            apart: dict[Any, set] = {}
-            for o in results.where(where):
-                at = self.axis(o) if callable(self.axis) else o.labels[self.axis]
-                apart.setdefault(at, set()).add(o.labels[self.common])
-            apart.pop(None, None)
-            where[self.common] = max(set.intersection(*apart.values()), default=None)
+            x = self.axis if callable(self.axis) else lambda outcome: outcome.labels[self.axis]
+            had = grouped((o for o in results.where(where) if x(o) is not None), self.common, x)
+            n_points = max((len(set(xs)) for xs in had.values()), default=0)
+            if n_points < 2:
+                raise LookupError("fewer than two points finished")
+            where[self.common] = max(at for at, xs in had.items() if len(set(xs)) == n_points)
         points = [(x, y) for x, y in curve(results, self.axis, self.measure, where) if math.isfinite(y)]
         if len(points) < 2:
             raise LookupError("fewer than two points finished")
@@ -350,8 +356,9 @@ class Edge:
         n, limit = n_seeds(results.where({"variant": self.variant})), analysis.edge(points)
         if self.below:
             other = analysis.edge(curve(results, self.axis, where={"variant": self.below}))
-            ours = f"{self.variant} fails from {limit or math.inf:g} on, {self.below} from {other or math.inf:g}"
-            return Finding(ours, (limit or math.inf) < (other or math.inf), seeds=n)
+            edges = [math.inf if at is None else at for at in (limit, other)]
+            ours = f"{self.variant} fails from {edges[0]:g} on, {self.below} from {edges[1]:g}"
+            return Finding(ours, edges[0] < edges[1], seeds=n)
         x, y = analysis.best(points)
         fails = f"edge of stability at {limit:g}" if limit else "no edge of stability in the grid"
         at_size = self.theirs is not None and results.outcomes[0].scale == "full"
@@ -424,13 +431,11 @@ class Artefact:
     otherwise: bool = False
 
     def __call__(self, results: Results, noise: Noise | None) -> Finding:
-        sides = []
-        for measure, where in (self.mistaken, self.honest):
-            groups: dict[Any, list[float]] = {}
-            for outcome in results.where(where):
-                groups.setdefault(outcome.labels.get(self.by), []).append(measure(outcome))
-            sides.append({name: fmean(values) for name, values in groups.items()})
-        both = {name: (a, sides[1][name]) for name, a in sides[0].items() if name in sides[1]}
+        mistaken, honest = (
+            {name: fmean(values) for name, values in grouped(results.where(where), self.by, measure).items()}
+            for measure, where in (self.mistaken, self.honest)
+        )
+        both = {name: (mistaken[name], honest[name]) for name in mistaken if name in honest}
         if not both:
             raise LookupError("nothing was measured both ways")
         artefact = all(max(a, b) >= 2 * min(a, b) for a, b in both.values())
