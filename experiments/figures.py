@@ -207,4 +207,23 @@ def layers(results: Results):
     return figure
 
 
-PLOTS: dict[str, Callable[[Results], Any]] = {f.__name__: f for f in (curves, lr, batch, layers, frontier, pareto, gap)}
+def coherence(results: Results):
+    """Agreement of the micro-batches' gradients, and the gradient noise scale, over training."""
+    kinds = {"coherence": "cosine with the mean gradient", "noise_scale": "gradient noise scale, tokens"}
+    groups = analysis.groups(results)
+    tracks = {
+        kind: {name: [points for o in part if (points := analysis.series(o, kind))] for name, part in groups.items()}
+        for kind in kinds
+    }
+    if not any(points for found in tracks.values() for points in found.values()):
+        raise LookupError("no gradients of micro-batches were compared")
+    figure, axes = panels(len(kinds))
+    for panel, (kind, title) in zip(axes, kinds.items(), strict=True):
+        draw(panel, tracks[kind], legend=panel is axes[-1], marker=".", linewidth=1)
+        panel.set(xlabel="step", ylabel=title)
+    return figure
+
+
+PLOTS: dict[str, Callable[[Results], Any]] = {
+    f.__name__: f for f in (curves, lr, batch, layers, frontier, pareto, gap, coherence)
+}

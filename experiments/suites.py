@@ -265,7 +265,7 @@ DECLARED = (
         ),
         grid={"batch_size,micro_batch": ((32, 1), (32, 2), (32, 4), (32, 8), (32, 16), (8, 4), (128, 16))},
         grids={"tiny": {"batch_size,micro_batch": ((32, 1), (32, 4), (32, 8), (32, 16), (8, 4), (128, 16))}},
-        axis="tokens", recipe="M2", plots=("batch",),
+        axis="tokens", recipe="M2", plots=("batch", "coherence"),
     ),
     Suite(
         "norms", "No norm, post-norm of both kinds and LayerNorm, by learning rate", (4, 5),

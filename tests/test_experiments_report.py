@@ -489,7 +489,7 @@ def test_the_frontier_has_measured_and_predicted(monkeypatch):
 
 def test_the_gap_is_to_the_first_variant_with_the_same_labels():
     runs = [
-        outcome(variant=v, seed=s, evals=[(10, 3.0 + s + d), (20, 2.0 + 2 * d)])
+        outcome(variant=v, seed=s, evals=[(10, 3.0 + s + d), (20, 2.0 + 2 * d), (30 + 10 * d, 9.0)])
         for v, d in (("base", 0.0), ("other", 0.5)) for s in (0, 1)
     ]  # fmt: skip
     lines = [entry.get_xydata().tolist() for entry in figures.gap(Results(runs)).axes[0].lines]
@@ -500,6 +500,14 @@ def test_the_front_is_drawn_through_what_nothing_beats():
     runs = [outcome(v, "finished" if v else "nan", variant=str(v)) for v in (3.0, 2.0, 0.0)]
     panels = figures.pareto(Results(runs)).axes
     assert [panel.lines[-1].get_xydata().tolist() for panel in panels] == [[[10, 2.0]], [[1.28e7, 2.0]], [[1000, 2.0]]]
+
+
+def test_coherence_is_drawn_over_training():
+    series = [{"step": s, "noise_scale": 100.0 * s, "coherence": 1 / s} for s in (1, 2, 4)]
+    runs = [outcome(variant=name, diag={"series": series}) for name in "ab"]
+    coherence, noise = drawn(figures.coherence(Results(runs)))
+    assert coherence["a"] == [(1, 1.0), (2, 0.5), (4, 0.25)]
+    assert noise["b"] == [(1, 100.0), (2, 200.0), (4, 400.0)]
 
 
 @pytest.mark.parametrize("plot", figures.PLOTS)
