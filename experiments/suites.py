@@ -140,6 +140,11 @@ M4_SIZES = {  # parameters: 48M, 113M, 206M, 342M
     "tiny": ((1, 2, 1, 24, 64), (2, 4, 1, 48, 128), (2, 4, 1, 64, 192), (3, 4, 1, 96, 256)),
 }
 
+CHANGES = {  # the ablations of row 24
+    "rmsnorm": {"model.norm": "rms"}, "rope": {"model.position": "rope"}, "swiglu": {"model.activation": "swiglu"},
+    "gqa": {"model.n_kv_head": 2}, "no bias": {"model.bias": False},
+}  # fmt: skip
+
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 SEEDS = {"tiny": 2, "low": 3, "full": 3}
 
@@ -310,11 +315,7 @@ DECLARED = (
         ),
         variants={
             "rope": {},
-            "none": {"model.position": "none"},
-            "alibi": {"model.position": "alibi"},
-            "rope-interleaved": {"model.position": "rope-interleaved"},
-            "learned": {"model.position": "learned"},
-            "sinusoidal": {"model.position": "sinusoidal"},
+            **{of: {"model.position": of} for of in ("none", "alibi", "rope-interleaved", "learned", "sinusoidal")},
             "gqa": {"model.n_kv_head": 2},
         },
         seeds=SEEDS, recipe="M1", plots=("gap",),
@@ -469,18 +470,7 @@ DECLARED = (
             Claim(24, "all changes together beat none", ".486, a rerun of the base",
                   Versus("all", "base", LOWER, where={"data.shift": 1}, published=True)),
         ),
-        variants={
-            "base": {},
-            "rmsnorm": {"model.norm": "rms"},
-            "rope": {"model.position": "rope"},
-            "swiglu": {"model.activation": "swiglu"},
-            "gqa": {"model.n_kv_head": 2},
-            "no bias": {"model.bias": False},
-            "all": {
-                "model.norm": "rms", "model.position": "rope", "model.activation": "swiglu", "model.n_kv_head": 2,
-                "model.bias": False,
-            },
-        },
+        variants={"base": {}, **CHANGES, "all": {knob: v for change in CHANGES.values() for knob, v in change.items()}},
         grid={"data.shift": (0, 1)}, recipe="M3",
     ),
     # SwiGLU within SwiGLU had twelve times the parameters: a feed-forward layer of as many stands for it.
