@@ -1,17 +1,25 @@
 # make train    set up, then train configs/small.py: a model and its samples in out/small, in about five minutes
 # make test     set up, then run the tests
+# make gate     set up, then compile the kernels for GPUs that are not here, with each version of Triton in TRITONS
 # make bench    set up, then run the benches
 # make gpu      on a GPU, with what is installed: the kernels' tests, their bench and a short training run
 
 PYTHON ?= python3
 RESULTS ?= bench/results
 BIN := .venv/bin
+TRITONS := 3.6.0 3.7.1 3.9.0
 
 train: .venv/ready
 	$(BIN)/python train.py --config small.py
 
 test: .venv/ready-test
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+gate: $(TRITONS:%=.venv/triton-%)
+	for triton in $^; do PYTHONPATH=$$triton $(BIN)/python -m bench.compile || exit 1; done
+
+.venv/triton-%: .venv/ready
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$*
 
 bench: .venv/ready-test
 	$(BIN)/python -m pytest bench
@@ -36,4 +44,4 @@ lint: .venv/ready-test
 clean:
 	rm -rf .venv
 
-.PHONY: train test bench gpu lint clean
+.PHONY: train test gate bench gpu lint clean

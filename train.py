@@ -3,7 +3,7 @@
     python train.py --config small.py --lr=1e-3 --model.n_layer=4
     python train.py --run small --resume
 
-`-h` lists every knob. Everything a run leaves is under out/<run>/ (model/run.py says what).
+`-h` lists every knob. Everything a run leaves is under out/<run>/ (runtime/run.py says what).
 """
 
 import math
@@ -21,27 +21,29 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from data.batches import Batches, Prefetcher, eval_batches
-from data.corpora import DataError
 from data.prepare import DataConfig, prepare
 from data.tokenizer import Tokenizer
 from kernels import KernelChoice, KernelError, bind
-from model import checkpoint, hardware
-from model.budget import Budget
-from model.capture import InFlight, Step
-from model.config import ConfigError, UserError, as_dict, build, flatten, merge, read, read_file, read_flags
+from kernels.launch import allow_in_inductor
+from model import checkpoint
 from model.diagnostics import Probe
 from model.evaluate import evaluate
 from model.generate import generate
 from model.gpt import GPT, ModelConfig
-from model.optim import OptimizerName, Schedule, build_optimizers, load_optimizers, lr_factor, set_lr
-from model.run import Interrupt, Run, Status, check_writable, choose_folder, commit, explained, status_of
+from model.optim import OptimizerConfig, build_optimizers, load_optimizers, lr_factor, set_lr
+from runtime import hardware
+from runtime.budget import LENGTHS, Budget, Length
+from runtime.capture import InFlight, Step
+from runtime.config import ConfigError, as_dict, build, flatten, merge, read, read_file, read_flags
+from runtime.errors import UserError
+from runtime.run import Interrupt, Run, Status, check_writable, choose_folder, commit, explained, status_of
 
 ROOT = Path(__file__).parent
 
 
 @dataclass(frozen=True)
-class Config:
-    """Every knob of a run. A run's length is given by exactly one of `steps`, `tokens` and `seconds`."""
+class Config(OptimizerConfig, Length):
+    """Every knob of a run: those of its optimizer and its length, and these."""
 
     # the run
     config: Annotated[str, "file of assignments, looked for as given and in configs/"] = "small.py"
@@ -60,28 +62,9 @@ class Config:
     compile: Annotated[Literal["auto", "on", "off"], "torch.compile (auto: on a CPU with a C++ compiler)"] = "auto"
     capture: Annotated[Literal["auto", "on", "off"], "replay the step as CUDA graphs (auto: on a GPU)"] = "auto"
     deterministic: Annotated[bool, "refuse operations that differ from run to run"] = False
-    # how long
-    steps: Annotated[int, "[0, inf)", "optimizer steps"] = 0
-    tokens: Annotated[int, "[0, inf)", "training tokens"] = 0
-    seconds: Annotated[float, "[0, inf)", "seconds of training, compiling and evaluating included"] = 0.0
-    time_limit: Annotated[float, "[0, inf)", "stop this process after so many seconds, to be resumed (0: never)"] = 0.0
     # batch
     batch_size: Annotated[int, "[1, inf)", "sequences in an optimizer step"] = 32
     micro_batch: Annotated[int, "[0, inf)", "sequences in a forward and backward pass (0: batch_size)"] = 0
-    # optimizer
-    optimizer: Annotated[OptimizerName, "muon: on the matrices of the blocks, adamw elsewhere"] = "muon"
-    lr: Annotated[float, "(0, inf)", "peak learning rate of adam and adamw"] = 3e-3
-    muon_lr: Annotated[float, "(0, inf)", "peak learning rate of muon"] = 2e-2
-    weight_decay: Annotated[float, "[0, inf)", "on matrices only; decoupled, but for adam's in the gradient"] = 0.1
-    beta1: Annotated[float, "[0, 1)", "adam's decay of the mean gradient, and adamw's"] = 0.9
-    beta2: Annotated[float, "[0, 1)", "adam's decay of the mean square, and adamw's"] = 0.95
-    eps: Annotated[float, "(0, inf)", "adam's and adamw's, added to the root mean square"] = 1e-8
-    clip: Annotated[float, "[0, inf)", "largest norm of the gradient (0: no limit)"] = 1.0
-    # learning rate over the run
-    schedule: Annotated[Schedule, "after warm-up; wsd is constant, then linear over the last `decay`"] = "linear"
-    warmup: Annotated[float, "[0, inf)", "share of the run over which the rate rises; from 1 on, steps"] = 0.02
-    decay: Annotated[float, "(0, 1]", "share of the run over which wsd falls"] = 0.4
-    final_lr: Annotated[float, "[0, 1]", "share of the peak at the end"] = 0.0
     # records
     log_every: Annotated[int, "[1, inf)", "steps between rows of metrics"] = 10
     eval_every: Annotated[int, "[1, inf)", "steps between evaluations"] = 250
@@ -93,16 +76,9 @@ class Config:
     wandb: Annotated[Literal["off", "offline", "online"], "mirror the metrics to Weights & Biases"] = "off"
 
     def __post_init__(self):
-        if sum(map(bool, (self.steps, self.tokens, self.seconds))) != 1:
-            raise ValueError(
-                f"exactly one of steps, tokens and seconds gives the run's length, not steps={self.steps}, "
-                f"tokens={self.tokens}, seconds={self.seconds}"
-            )
+        super().__post_init__()
         if self.micro_batch and self.batch_size % self.micro_batch:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of micro_batch {self.micro_batch}")
-
-
-BUDGETS = {"steps", "tokens", "seconds"}
 
 
 def configure(argv: list[str]) -> tuple[Config, Path, dict]:
@@ -114,14 +90,14 @@ def configure(argv: list[str]) -> tuple[Config, Path, dict]:
     flags = read_flags(Config, argv, __doc__.partition("\n")[0])
     name = flags.get("config", Config.config)
     layers = [flatten(Config, read_file(name, ROOT / "configs")), flags]
-    out, run, resume, overwrite = read(Config, merge(layers, BUDGETS), "out", "run", "resume", "overwrite")
+    out, run, resume, overwrite = read(Config, merge(layers, LENGTHS), "out", "run", "resume", "overwrite")
     folder = choose_folder(Path(out), run, Path(name).stem, resume, overwrite)
     state = checkpoint.load(folder / "last.pt") if resume else {}
     if state:
         if "config" not in state:
             raise ConfigError(f"{folder} holds imported weights, which come without what resuming takes")
         layers = [flatten(Config, state["config"]), *(layers if "config" in flags else [flags])]
-    config = build(Config, merge(layers, BUDGETS))
+    config = build(Config, merge(layers, LENGTHS))
     return replace(config, run=folder.name), folder, state
 
 
@@ -143,8 +119,7 @@ class Trainer:
 
         # The model's shape, the run's length, room on the disk.
         shape = config.model.resolved(config.data.expected_vocab_size, config.data.separator)
-        lengths = config.steps, config.tokens, config.seconds
-        self.budget = Budget(*lengths, config.batch_size * shape.seq_len, state.get("budget", {}))
+        self.budget = Budget(config, config.batch_size * shape.seq_len, state.get("budget", {}))
         self.warmup = self.budget.share(config.warmup)
         with torch.device("meta"):
             n_parameters = GPT(shape, kernels).n_parameters()
@@ -170,9 +145,10 @@ class Trainer:
         self.model.residual = residual
         if self.precision != "fp32":
             self.model.keep_copies(hardware.DTYPES[self.precision])
+        if compiled:
+            allow_in_inductor()
         self.loss_of = torch.compile(self.model) if compiled else self.model
-        rates, betas = (config.lr, config.muon_lr, config.weight_decay), (config.beta1, config.beta2)
-        self.optimizers = build_optimizers(self.model, config.optimizer, *rates, betas, config.eps)
+        self.optimizers = build_optimizers(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.autocast = partial(hardware.autocast, self.device, self.precision)
 
@@ -289,7 +265,7 @@ class Trainer:
     def train_step(self, inputs: Tensor, targets: Tensor, progress: float) -> tuple[Tensor, Tensor]:
         """One optimizer step on `[batch_size, T]` ids. Returns loss and gradient norm, left on the device."""
         config = self.config
-        set_lr(self.optimizers, lr_factor(config.schedule, progress, self.warmup, config.decay, config.final_lr))
+        set_lr(self.optimizers, lr_factor(config, progress, self.warmup))
         self.share.fill_(1 / int((targets >= 0).sum()))
         micro_batches = zip(inputs.split(len(self.ids)), targets.split(len(self.ids)), strict=True)
         with self.parts(eager=self.probe is not None) as (first, other, update):
@@ -388,7 +364,7 @@ def main(argv: list[str] | None = None) -> int:
     """Train as the flags say. Returns the exit code: 0 finished or out of time, 1 ended early, 2 refused."""
     try:
         trainer = Trainer(*configure(sys.argv[1:] if argv is None else argv))
-    except (UserError, DataError, KernelError, ModuleNotFoundError, OSError) as error:
+    except (UserError, KernelError, ModuleNotFoundError, OSError) as error:
         print(f"error: {explained(error)}", file=sys.stderr)
         return 2
     try:

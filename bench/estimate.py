@@ -35,6 +35,24 @@ CYCLES = {
 WORDS = {"64": 2, "2": 2, "128": 4, "4": 4}  # in a memory instruction's name: bits a lane, or 8x8 matrices
 
 
+def is_serialized(code: str) -> bool:
+    """Whether a kernel waits for its HGMMAs one by one, as ptxas makes it where registers do not suffice.
+
+    Products into the same registers are the steps of one `tl.dot`, to be issued back to back with a wait at their end.
+    """
+    chained = waiting = 0
+    into, waits = None, False
+    for name, operands in re.findall(rf"{INSTRUCTION}(.*)", code, re.MULTILINE):
+        if name.startswith("WARPGROUP.DEPBAR"):
+            waits = True
+        elif name.startswith("HGMMA"):
+            target = operands.split(",")[0].strip()
+            chained += target == into
+            waiting += target == into and waits
+            into, waits = target, False
+    return waiting > chained / 2
+
+
 def tensor_tflops(code: str) -> float:
     """TFLOP/s of the best loop of an sm_90 listing (`nvdisasm -c -ndf`), the one that does the bulk; 0 without any."""
     rates = []

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from data.batches import Batches, eval_batches
 from data.prepare import DataConfig, prepare
 from model.evaluate import evaluate
-from model.hardware import memory
+from runtime.hardware import memory
 
 LAYERS, HEADS, WIDTH, BLOCK, BATCH = 4, 4, 128, 64, 12
 LR, FINAL_LR, WARMUP_STEPS = 1e-3, 1e-4, 100

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from kernels.launch import triton
-from model.hardware import device_name, pick_device
-from model.run import commit
+from runtime.hardware import device_name, pick_device
+from runtime.run import commit
 
 RESULTS = Path(__file__).parent / "results"
 

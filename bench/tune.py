@@ -43,7 +43,7 @@ from bench.timing import Call, card_held, measure, reason, synchronize
 from kernels import TESTED
 from kernels.launch import IMPLEMENTATIONS, card, triton
 from kernels.spec import LaunchTable, Op
-from model.hardware import device_name
+from runtime.hardware import device_name
 
 CHILD = [sys.executable, "-m", "bench.tune"]
 # An op's share of the seconds, after its share of a 124M model's training step; its kernels share it out.

@@ -15,8 +15,9 @@ import torch
 
 from bench.cases import Case
 from kernels import OPS
-from kernels.attention import tiles_of
+from kernels.attention import LENGTHS, TABLES
 from kernels.interpreter import sanitize
+from kernels.launch import card
 
 OP = OPS["attention"]
 DEVICE = torch.device("cpu")
@@ -27,14 +28,15 @@ SHAPES = [
     for t, masks in ((128, [{}]), (2048, [{}, {"W": 256}, {"W": 1024}, {"L": 512}]))
     for mask in masks
 ]
-# The pass that a kernel is in, its configuration, the products that it makes of a score, and whether a tile of it stays
-# at some keys, and goes over queries.
+# The pass that a kernel is in, its table, the products that it makes of a score, and whether a tile of it stays at some
+# keys, and goes over queries.
 KERNELS = {
     "_attention_fwd_kernel": ("forward", "fwd", 2, False),
     "_attention_bwd_dkv_kernel": ("backward", "dkv", 4, True),
     "_attention_bwd_dq_kernel": ("backward", "dq", 3, False),
+    "_attention_short_fwd_kernel": ("forward", "short fwd", 2, False),
+    "_attention_short_bwd_kernel": ("backward", "short bwd", 5, True),
 }
-ONE_PASS = {"_attention_bwd_dkv_kernel": ("backward", "one pass", 5, True)}  # without a kernel for dq
 
 
 def partners(shape: dict[str, int]) -> float:
@@ -42,14 +44,15 @@ def partners(shape: dict[str, int]) -> float:
     return OP.cost(shape, 2).flops / (4 * shape["B"] * shape["H"] * shape["T"] * shape["D"])
 
 
-def most(shape: dict[str, int], config: str, of_keys: bool) -> float:
+def most(shape: dict[str, int], kernel: str, of_keys: bool) -> float:
     """At most so many times the scores asked for are in a kernel's tiles.
 
     A tile of queries takes all keys that some of them sees, in tiles of keys: rounded up, at most a tile less one too
     many. An end of the range of keys that moves with the query leaves a query, on average, half a tile of queries less
     one short of it: the later end under a causal mask, both in a window. For a tile of keys it is the other way round.
     """
-    own, other = tiles_of(config, shape["D"], DEVICE)[:2]
+    tile = TABLES[kernel].pick((shape["D"], min(shape["S"], LENGTHS[-1])), card(DEVICE))
+    own, other = min(tile.block_t, shape["T"]), min(tile.block_s, shape["S"])
     if of_keys:
         own, other = other, own
     moving = 2 if shape.get("W") else 1
@@ -61,12 +64,11 @@ def count(shape: dict[str, int]) -> dict:
     with sanitize(bounds=False, races=False, overflow=False) as record:
         case.call(OP.implementations["triton"], "forward+backward").run()
     made = {name: counts.flops for name, counts in record.kernels.items() if counts.flops}
-    known = KERNELS if "_attention_bwd_dq_kernel" in made else KERNELS | ONE_PASS
     row = {"op": OP.name, "shape": shape, "most": {}}
     for step, cost, products in (("forward", OP.cost, 2), ("backward", OP.backward_cost, 5)):
-        here = {name: known[name][1:] for name in made if known[name][0] == step}
+        here = {name: KERNELS[name][1:] for name in made if KERNELS[name][0] == step}
         row[step] = [sum(made[name] for name in here), cost(shape, 2).flops]
-        row["most"][step] = sum(n * most(shape, config, of_keys) for config, n, of_keys in here.values()) / products
+        row["most"][step] = sum(n * most(shape, kernel, of_keys) for kernel, n, of_keys in here.values()) / products
     return row
 
 

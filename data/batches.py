@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from data.corpora import DataError
+from data.formats import DataError
 
 
 class Batches:

@@ -1,16 +1,12 @@
 """Where text comes from: `open_corpus` turns a name or a path into a `Corpus`, a list of shards of documents.
 
-A document is a non-empty `str` that can be written as UTF-8. Nothing is read before a shard is, so opening
-is fast, and a shard is streamed: no more than a document, or a batch of rows, is in memory at a time.
+Nothing is read before a shard is, so opening is fast.
 """
 
 from __future__ import annotations
 
 import difflib
-import gzip
-import hashlib
 import importlib.metadata
-import io
 import json
 import os
 import platform
@@ -19,48 +15,24 @@ import sys
 import sysconfig
 import tokenize
 import tomllib
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import IO, Literal
 
-
-class DataError(ValueError):
-    """Something is wrong with the user's data or with the way to it; the message says what would be right."""
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A part of a corpus that is prepared as a whole: preparing is resumed between shards."""
-
-    name: str  # stable, and unique in its corpus
-    split: Literal["train", "val"] | None  # None: the corpus leaves the split to its user
-    read: Callable[[], Iterator[str]]  # the documents; raises DataError
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """A body of text. `fingerprint` needs no network, and changes whenever the documents would."""
-
-    name: str
-    fingerprint: str  # hexadecimal
-    deduplicate: bool  # whether exact repeats are to be dropped
-    shards: Callable[[], list[Shard]]  # may need the network; raises DataError
-
-
-def shard(name: str, split: Literal["train", "val"] | None, read: Callable[[], Iterable[str]]) -> Shard:
-    """A shard of the non-empty documents of `read`: an empty one has nothing to learn from."""
-    return Shard(name, split, lambda: filter(None, read()))
-
-
-def digest(*parts: object) -> str:
-    """A fingerprint of values that JSON can spell."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
+from data.formats import (
+    READERS,
+    TEXT_SUFFIXES,
+    Corpus,
+    DataError,
+    digest,
+    read_text,
+    reader,
+    shard,
+    writable,
+)
+from data.hub import hub_corpus
 
 # Embedded corpora: text that every machine able to run this project has
 
@@ -126,7 +98,7 @@ def _read_docstrings() -> Iterator[str]:
                 raise DataError(f"the process reading docstrings stopped at or before {path}")
             fresh = [text for text in dict.fromkeys(json.loads(answer)) if text not in seen]
             seen.update(fresh)
-            yield _writable("\n\n".join(fresh))
+            yield writable("\n\n".join(fresh))
 
 
 def _open_standard_library(name: str) -> Corpus:
@@ -141,94 +113,6 @@ def _open_docstrings(name: str) -> Corpus:
 
 
 # Local corpora: files of the kinds below, and folders of them
-
-_TEXT_SUFFIXES = (
-    ".txt .md .rst .tex .org .html .py .pyi .c .h .cc .cpp .hpp .cu .cuh .rs .go .js .ts .java .kt .scala .swift "
-    ".rb .php .lua .jl .hs .ml .r .sh .sql"
-)
-
-
-def read_text(path: Path) -> Iterator[str]:
-    """A text file, as one document."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    if b"\0" in content:
-        raise DataError(f"{path} is not text: byte {content.index(0)} of it is NUL")
-    try:
-        yield content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8: {error.reason} at byte {error.start}; convert it first") from None
-
-
-def read_jsonl(path: Path) -> Iterator[str]:
-    """The `text` of each line of a JSONL file, which may be compressed (.gz, .zst). Blank lines are skipped."""
-    try:
-        with _open_lines(path) as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.isspace():
-                    yield _text_field(line, f"{path}:{number}")
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-
-
-def _open_lines(path: Path) -> IO[bytes]:
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path)
-    if path.suffix.lower() == ".zst":
-        import pyarrow
-
-        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
-    return path.open("rb")
-
-
-def _text_field(line: bytes, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not a line of JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: not an object with a field 'text' but {type(row).__name__}")
-    if not isinstance(row.get("text"), str):
-        fields = ", ".join(f"{key} ({type(value).__name__})" for key, value in row.items()) or "none"
-        raise DataError(f"{where}: no field 'text' holding a string; its fields: {fields}")
-    return _writable(row["text"])
-
-
-def read_parquet(path: Path) -> Iterator[str]:
-    """The rows of a Parquet file's column `text`; a null is an empty document."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            columns = {field.name: str(field.type) for field in file.schema_arrow}
-            if columns.get("text") not in ("string", "large_string", "string_view"):
-                found = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
-                raise DataError(f"{path} has no column 'text' of strings; its columns: {found}")
-            for batch in file.iter_batches(batch_size=1024, columns=["text"]):
-                yield from (text or "" for text in batch.column(0).to_pylist())
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as Parquet: {error}") from error
-
-
-_READERS = {
-    ".parquet": read_parquet,
-    ".jsonl": read_jsonl,
-    ".jsonl.gz": read_jsonl,
-    ".jsonl.zst": read_jsonl,
-}
-
-
-def reader(name: str) -> Callable[[Path], Iterator[str]]:
-    """What reads a file of this name: by its suffix, and as text if that says nothing."""
-    return next((read for suffix, read in _READERS.items() if name.lower().endswith(suffix)), read_text)
-
-
-def _writable(text: str) -> str:
-    """The text with unpaired surrogates, which JSON and Python can spell and UTF-8 cannot, replaced."""
-    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -253,12 +137,12 @@ def _open_path(path: Path) -> Corpus:
             name.as_posix(): file
             for name, file in inside.items()
             if not any(part.startswith(".") for part in name.parts)
-            and (file.suffix.lower() in _TEXT_SUFFIXES.split() or reader(file.name) is not read_text)
+            and (file.suffix.lower() in TEXT_SUFFIXES.split() or reader(file.name) is not read_text)
         }
     status = {name: file.stat() for name, file in files.items()}
     if not any(each.st_size for each in status.values()):
-        kinds = " ".join(_READERS)
-        raise DataError(f"{path} holds no text: it is empty, or a folder without {_TEXT_SUFFIXES} {kinds}")
+        kinds = " ".join(READERS)
+        raise DataError(f"{path} holds no text: it is empty, or a folder without {TEXT_SUFFIXES} {kinds}")
     texts = [file for file in files.values() if reader(file.name) is read_text]
     tables = [(name, file) for name, file in files.items() if reader(file.name) is not read_text]
     shards = [shard(name, None, partial(reader(file.name), file)) for name, file in tables]
@@ -277,8 +161,6 @@ def _on_hub(
     """What opens a dataset by the patterns of its files; `documents` turns the rows of a file into documents."""
 
     def open_(name: str) -> Corpus:
-        from data.hub import hub_corpus
-
         return hub_corpus(name, repository, {"train": train, "val": val}, documents)
 
     return open_

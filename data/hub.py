@@ -19,7 +19,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
 
-from data.corpora import Corpus, DataError, Shard, digest, reader, shard
+from data.formats import Corpus, DataError, Shard, digest, reader, shard
 
 _REVISION = "main"
 _T = TypeVar("_T")

@@ -24,15 +24,18 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Annotated, BinaryIO, Literal
 
 import numpy as np
 
-from data.corpora import Corpus, DataError, Shard, open_corpus
-from data.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer, train_bpe, write_atomically
+from data.corpora import open_corpus
+from data.formats import Corpus, DataError, Shard
+from data.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer, train_bpe
+from runtime.files import write_atomically
+from runtime.progress import progress_bar
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
+    pass
 
 FORMAT = 1  # of the prepared folder: part of its name's hash
 SPLITS = ("train", "val")
@@ -263,18 +266,6 @@ class _Preparation:
                 train.seek(tail * tokenizer.dtype.itemsize)
             train.seek(min(train.tell(), limit))  # where it ends: `_finish` cuts off what follows
             save()
-
-
-def progress_bar(say: Callable[[str], None], **options: Any) -> tqdm | None:
-    """A bar, or None off a terminal and, which `say` is told, without tqdm: lines are the progress then."""
-    if not sys.stderr.isatty():
-        return None
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError:
-        say("no progress bar: the package tqdm is not installed")
-        return None
-    return tqdm(**options)
 
 
 class _Splitter:

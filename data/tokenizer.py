@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data.corpora import DataError
+from data.formats import DataError
+from runtime.files import write_atomically
 
 if TYPE_CHECKING:
     import tiktoken
@@ -264,16 +265,6 @@ def gpt2_tokenizer() -> Tokenizer:
             "the folder gpt2 here and set TIKTOKEN_CACHE_DIR to it; or choose bpe or bytes, which need no network"
         ) from fields
     return Tokenizer("gpt2", fields["pat_str"], fields["mergeable_ranks"], fields["special_tokens"][EOT])
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is there whole or, after a crash, as it was before."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _text(token: bytes) -> str:

@@ -22,7 +22,8 @@ import train
 from experiments import ledger
 from experiments.run import TRAIN, Plan, clock, forecast, machine, offline, places, sweep, trials
 from experiments.spec import Axis, Rule, Scale, Suite
-from model.config import ConfigError, UserError, knobs, read_flags
+from runtime.config import ConfigError, knobs, read_flags
+from runtime.errors import UserError
 
 MEMORY = "memory"  # the suite that is no grid of trials but a search, in which outcomes say what is tried next
 

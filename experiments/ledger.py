@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.spec import Outcome, Scale
-from model.config import UserError
+from runtime.errors import UserError
 
 STEPS = 8  # rows of training kept of a run, whose metrics.jsonl has all
 _POSITION = ("step", "tokens", "seconds")

@@ -44,12 +44,13 @@ from experiments import run as runner
 from experiments.spec import Knobs, Outcome, Results, Scale, Trial
 from kernels import KernelError, bind
 from kernels.linear_cross_entropy import chunk_rows, padded
-from model import hardware
-from model.config import ConfigError, UserError, as_dict, flatten
 from model.evaluate import evaluating
 from model.gpt import GPT
 from model.optim import build_optimizers
-from model.run import commit
+from runtime import hardware
+from runtime.config import ConfigError, as_dict, flatten
+from runtime.errors import UserError
+from runtime.run import commit
 
 SUITE = "memory"
 DECISIVE = ("finished", "oom")  # what a probe must come to for the search to go on
@@ -147,8 +148,7 @@ def predict(config: train.Config, base: int | None = None) -> Plan:
         model.residual = hardware.pick_residual(config.residual, device, precision)
         if precision != "fp32":
             model.keep_copies(dtype)
-        rates, betas = (config.lr, config.muon_lr, config.weight_decay), (config.beta1, config.beta2)
-        optimizers = build_optimizers(model, config.optimizer, *rates, betas, config.eps)
+        optimizers = build_optimizers(model, config)
         model_and_state = tally.live
         for _ in range(2):  # what the first leaves is there in the second
             tally.peak = tally.live
@@ -195,7 +195,7 @@ def _base(config: train.Config) -> int:
 def _measured_base(*flags: str) -> int:
     code = """
         import sys, torch, train
-        from model import hardware
+        from runtime import hardware
         trainer = train.Trainer(*train.configure(sys.argv[1:]))
         trainer.loop()
         free, total = torch.cuda.mem_get_info(trainer.device) if trainer.device.type == "cuda" else (0, 0)

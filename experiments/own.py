@@ -15,7 +15,7 @@ import train
 from experiments import analysis, ledger
 from experiments.judges import DIFFERENT, HIGHER, Best, Noise, Versus, paired, unpaired
 from experiments.spec import Claim, Outcome, Suite
-from model.config import ConfigError, flatten, knobs
+from runtime.config import ConfigError, flatten, knobs
 
 UNITS = {"s": ("seconds", 1), "min": ("seconds", 60), "h": ("seconds", 3600), "steps": ("steps", 1)}
 UNITS |= {"tokens": ("tokens", 1), "ktokens": ("tokens", 10**3), "Mtokens": ("tokens", 10**6)}

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from data.tokenizer import write_atomically
 from experiments import ledger, memory
 from experiments.analysis import groups, labels
 from experiments.figures import PLOTS
 from experiments.judges import Noise, Verdict, verdicts
 from experiments.run import trials
 from experiments.spec import Claim, Finding, Outcome, Results, Scale, Suite
+from runtime.files import write_atomically
 
 try:
     import jinja2

@@ -28,14 +28,16 @@ from typing import Any
 import torch
 
 import train
-from data.prepare import progress_bar
 from experiments import ledger
 from experiments.spec import Axis, Knobs, Outcome, Rule, Scale, Suite, Trial
 from kernels import KernelChoice, KernelError, bind
-from model import hardware
-from model.config import ConfigError, UserError, merge
 from model.gpt import GPT, ModelConfig
-from model.run import Interrupt, commit
+from runtime import hardware
+from runtime.budget import LENGTHS
+from runtime.config import ConfigError, merge
+from runtime.errors import UserError
+from runtime.progress import progress_bar
+from runtime.run import Interrupt, commit
 
 TRAIN = (sys.executable, str(Path(train.__file__).resolve()))
 POWERS: dict[Rule, float] = {"fixed": 0.0, "sqrt": 0.5, "linear": 1.0}  # of the batch, in the learning rate
@@ -70,20 +72,20 @@ def trials(
         raise ConfigError(f"suite {suite.name} has no scale {scale}: it has {', '.join(suite.base)}")
     axis, rule, seeds, extra = axis or suite.axis, rule or suite.rule, seeds or suite.seeds[scale], extra or {}
     own = {knob for of in (*suite.variants.values(), *suite.points(scale)) for knob in of} | {"seed"}
-    own |= train.BUDGETS if own & train.BUDGETS else set()
+    own |= LENGTHS if own & LENGTHS else set()
     if taken := sorted(own & extra.keys()):
         raise ConfigError(f"{taken[0]} is what trials of suite {suite.name} differ by: --set cannot give it")
-    base = merge([suite.base[scale], extra], train.BUDGETS)
+    base = merge([suite.base[scale], extra], LENGTHS)
     follow = spend = dict
     if rule != "fixed":
         follow = partial(scale_rates, base=configuration(base), power=POWERS[rule])
     if axis:
         first = next(iter(suite.variants.values()))
-        spend = budget_on(axis, configuration(merge([suite.base[scale], first, extra], train.BUDGETS)))
+        spend = budget_on(axis, configuration(merge([suite.base[scale], first, extra], LENGTHS)))
     found = []
     for (variant, own), point, seed in itertools.product(suite.variants.items(), suite.points(scale), range(seeds)):
-        knobs = follow(merge([suite.base[scale], own, point, extra, {"seed": seed}], train.BUDGETS))
-        if not train.BUDGETS & {*own, *point}:  # a length that is a trial's own is what the trial is about
+        knobs = follow(merge([suite.base[scale], own, point, extra, {"seed": seed}], LENGTHS))
+        if not LENGTHS & {*own, *point}:  # a length that is a trial's own is what the trial is about
             knobs = spend(knobs)
         found.append(Trial(suite.name, scale, {"variant": variant, **point, "seed": seed}, knobs))
     if suite.matched:
@@ -138,7 +140,7 @@ def budget_on(axis: Axis, reference: train.Config) -> Callable[[Knobs], dict[str
     if axis == "flops":
         return partial(_spend, flops=tokens * meta_model(reference).flops_per_token(), otherwise=tokens)
     amount = {"steps": math.ceil(tokens / step), "tokens": tokens, "seconds": reference.seconds}[axis]
-    return lambda knobs: merge([knobs, {axis: amount}], train.BUDGETS)
+    return lambda knobs: merge([knobs, {axis: amount}], LENGTHS)
 
 
 def _spend(knobs: Knobs, flops: int, otherwise: int) -> dict[str, Any]:
@@ -146,7 +148,7 @@ def _spend(knobs: Knobs, flops: int, otherwise: int) -> dict[str, Any]:
         tokens = round(flops / meta_model(configuration(knobs)).flops_per_token())
     except UserError:
         tokens = otherwise  # the run will be refused, and its outcome says why
-    return merge([knobs, {"tokens": tokens}], train.BUDGETS)
+    return merge([knobs, {"tokens": tokens}], LENGTHS)
 
 
 def meta_model(config: train.Config) -> GPT:
@@ -269,7 +271,7 @@ def share_of_card(trial: Trial) -> float:
         return 0.0
     if trial.scale == "full" or trial.knobs.get("seconds") or trial.suite in ALONE:
         return 1.0
-    alike = {knob: v for knob, v in trial.knobs.items() if knob not in {"seed", "lr", *train.BUDGETS}}
+    alike = {knob: v for knob, v in trial.knobs.items() if knob not in {"seed", "lr", *LENGTHS}}
     return _planned_share(tuple(flags(alike | {"steps": 1})))
 
 

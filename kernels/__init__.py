@@ -13,7 +13,7 @@ from typing import Annotated
 
 import torch
 
-from kernels import adamw, attention, linear_cross_entropy, rmsnorm, rope, swiglu
+from kernels import adamw, attention, cross_entropy, linear_cross_entropy, rmsnorm, rope, swiglu
 from kernels.launch import AVAILABLE
 from kernels.spec import Op
 
@@ -30,7 +30,7 @@ OPS: dict[str, Op] = {
 }
 
 # What tests and benches go over: the table, and the part of an op that is usable alone.
-TESTED: tuple[Op, ...] = (*OPS.values(), linear_cross_entropy.CROSS_ENTROPY)
+TESTED: tuple[Op, ...] = (*OPS.values(), cross_entropy.OP, cross_entropy.IN_PLACE_OP)
 
 if os.environ.get("TRITON_INTERPRET") == "1" and AVAILABLE:
     from kernels.interpreter import install

@@ -1,20 +1,20 @@
 """How far from the exact result an implementation may be: one rule for tests, contests and tuning.
 
 No formula gives the rounding error of every op, and the error of one run of the reference depends on luck: another BLAS
-sums in another order. So the error to expect is sampled, by Monte Carlo arithmetic. The reference runs in float64, forward
-and backward, on tensors that remember which dtype they stand for (`Rounded`). Each operation adds to its result
-what rounding to that dtype adds: a uniform error of half a unit in the last place (ulp) to either side. In float32 it is
-2 ulp, the error of a GPU's elementary functions. The terms of sums and matrix products are disturbed as accumulating
-them one by one in float32 disturbs the sum. `sigma`, the root mean square deviation over `SAMPLES` such runs, is the
-error of each value that rounding explains. It is the same on every processor, it is large where a result is
-ill-conditioned, and it is not 0 where the exact result is 0 because rounded terms cancel.
+sums in another order. So the error to expect is sampled, by Monte Carlo arithmetic. The reference runs in float64,
+forward and backward, on tensors that remember which dtype they stand for (`Rounded`). Each operation adds to its result
+what rounding to that dtype adds: a uniform error of half a unit in the last place (ulp) to either side; in float32 it
+is 2 ulp, the error of a GPU's elementary functions. The terms of sums and matrix products are disturbed too, as much as
+rounding them to the dtype, or accumulating them one by one in float32, disturbs the sum. `sigma`, the root mean square
+deviation over `SAMPLES` such runs, is the error of each value that rounding explains. It is the same on every
+processor, it is large where a result is ill-conditioned, and it is not 0 where the exact result is 0 because rounded
+terms cancel.
 
-The error of a result, as a root mean square, is compared with that of sigma for each element, each row (the last
-dimension) and the whole tensor. Over n elements their quotient may be up to `SLACK * (1 + SPREAD / sqrt(n))`: a single
-element may be unlucky by several sigma, a large tensor may not. n counts the elements that matter,
-sum(sigma^2)^2 / sum(sigma^4), in a row `ROW` at most, since its errors may have one cause. A sigma below the root mean square of
-its row's is raised to that, and a row's to the tensor's: a few samples may be small by chance, and another algorithm
-rounds elsewhere.
+The error of a result, as a root mean square, is compared with sigma's for each element, each row (the last dimension)
+and the whole tensor. Over n elements their quotient may be up to `SLACK * (1 + SPREAD / sqrt(n))`: a single element may
+be unlucky by several sigma, a large tensor may not. n counts the elements that matter, sum(sigma^2)^2 / sum(sigma^4),
+and in a row at most `ROW`, since its errors may have one cause. A sigma below the root mean square of its row is raised
+to that, and a row's to the tensor's: a few samples may be small by chance, and another algorithm rounds elsewhere.
 
 Sources: Parker, "Monte Carlo Arithmetic: exploiting randomness in floating-point arithmetic", 1997; Higham and Mary,
 "A New Approach to Probabilistic Rounding Error Analysis", 2019 (the error of a sum grows with the root of its terms);
@@ -64,8 +64,8 @@ class Noise:
         return self._add(x, dtype, 2.0 if dtype == torch.float32 else 0.5)
 
     def of_terms(self, x: Tensor, dtype: torch.dtype, n: float) -> Tensor:
-        """`x` so disturbed that a sum over `n` of its values, or a product with a matrix, is as wrong as one that rounds
-        them to `dtype` and accumulates in float32: of the two only what weighs more."""
+        """`x` so disturbed that a sum of `n` of its values, or a matrix product, is as wrong as one that rounds them to
+        `dtype` and accumulates in float32; of the two errors only the larger."""
         return self._add(x, dtype, 0.5 * math.sqrt(n) if dtype == torch.float32 else 0.5)
 
     def _add(self, x: Tensor, dtype: torch.dtype, ulp: float) -> Tensor:
@@ -122,7 +122,7 @@ class Rounded(Tensor):
 
 
 def _softmax_backward(gradient: Rounded, weights: Rounded, dim: int) -> Tensor:
-    """p (dp - sum p dp), where FlashAttention takes the sum from the output, which was rounded to the dtype of the op."""
+    """p (dp - sum p dp). FlashAttention takes the sum from the output, which was rounded to the dtype under test."""
     terms, noise = gradient * weights, gradient.noise
     rounded = Rounded(noise.of_terms(terms.held, noise.dtype, 1), terms.dtype, noise)
     return terms - weights * rounded.sum(dim, keepdim=True)
@@ -214,7 +214,7 @@ class Truth:
             (_rms(error.flatten()), overall, _count(sigma.flatten())),
         )
         ratios = [torch.where(e == 0, 0.0, e / (s * SLACK * (1 + SPREAD / n**0.5))).max() for e, s, n in parts]
-        return torch.stack(ratios).max().nan_to_num(nan=math.inf).item()
+        return torch.stack(ratios).max().nan_to_num(nan=math.inf, posinf=math.inf).item()
 
 
 def _rms(x: Tensor) -> Tensor:
@@ -224,7 +224,8 @@ def _rms(x: Tensor) -> Tensor:
 def _count(sigma: Tensor) -> Tensor:
     """How many values make up the sum of squares, at least 1."""
     squares = (sigma / sigma.amax(-1, keepdim=True)).square()
-    return (squares.sum(-1, keepdim=True).square() / squares.square().sum(-1, keepdim=True)).nan_to_num(nan=1).clamp(min=1)
+    count = squares.sum(-1, keepdim=True).square() / squares.square().sum(-1, keepdim=True)
+    return count.nan_to_num(nan=1).clamp(min=1)
 
 
 def truth(op: Op, inputs: Mapping[str, Any], samples: int = SAMPLES) -> Truth:
@@ -234,8 +235,11 @@ def truth(op: Op, inputs: Mapping[str, Any], samples: int = SAMPLES) -> Truth:
 
     def run(seed: int | None) -> dict[str, Rounded]:
         noise = Noise(seed, tensors[0].device, narrowest)
-        as_rounded = lambda x: Rounded(x.double(), x.dtype, noise) if x.is_floating_point() else x  # noqa: E731
-        return evaluate(op, op.implementations["torch"], inputs, as_rounded)
+
+        def rounded(x: Tensor) -> Tensor:
+            return Rounded(x.double(), x.dtype, noise) if x.is_floating_point() else x
+
+        return evaluate(op, op.implementations["torch"], inputs, rounded)
 
     results = run(None)
     exact = {name: x.held for name, x in results.items()}

@@ -4,9 +4,9 @@
     p_ij = exp(s_ij) / (exp(sink) + sum_j exp(s_ij)) over the keys j that query i sees,  o_i = sum_j p_ij v_j
 
 Query head h reads key/value head h // (H / KV). Queries are the last T of the S tokens that have keys, so that query i
-is at position i + S - T (generation with a cache). It sees the keys up to its own position (all, when not causal), of those
-the last `window`, and of those the ones of its own document. The sink is a logit per head of a key whose value is 0;
-without one exp(sink) is 0, and a query that sees nothing gives 0.
+is at position i + S - T (generation with a cache). It sees the keys up to its own position (all, when not causal), of
+those the last `window`, and of those the ones of its own document. The sink is a logit per head of a key whose value is
+0; without one exp(sink) is 0, and a query that sees nothing gives 0.
 
 With delta_i = do_i . o_i the gradients are dv = p^T do, ds = p * (do v^T - delta), dq = scale * ds k,
 dk = scale * ds^T q, each head of k and v summed over the queries' heads that read it, and dsink the sum of
@@ -452,14 +452,17 @@ def _attention_bwd_dq_kernel(
 
 @triton.jit
 def _dkv_blocks(
-    dk, dv, k, v, kv_pos, q_ptr, do_ptr, lse_ptr, m_ptr, delta_ptr, b, h, q_start, q_end, lo, n_left, n_full, n_blocks,
-    T, S, stride_qt, stride_dot, scale, softcap, slope,
+    dk, dv, k, v, kv_pos, q_ptr, do_ptr, lse_ptr, m_ptr, delta_ptr, starts_ptr, ends_ptr, b, h,
+    lo, n_left, n_full, n_blocks, T, S, window_left, window_right, stride_qt, stride_dot, scale, softcap, slope,
     D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASKED: tl.constexpr, DESC: tl.constexpr,
 ):  # fmt: skip
     """Add to dk and dv what the masked blocks of one head's queries, or the full ones, give; scores are transposed."""
     qk_scale = _qk_scale(scale, softcap, SOFTCAP)
-    for i in range(0, n_blocks - n_full if MASKED else n_full):
+    if MASKED:  # here, so that the loop over full blocks has the registers
+        q_start, q_end = _visible_range(kv_pos + T - S, window_right, window_left, T, S - T, S, starts_ptr, ends_ptr)
+    # What does not change is computed again in each turn: kept, it spills up to 56 bytes a thread on sm_90.
+    for i in tl.range(0, n_blocks - n_full if MASKED else n_full, disable_licm=True):
         start = _block_start(i, lo, n_left, n_full, BLOCK_T, MASKED)
         rows = start + tl.arange(0, BLOCK_T)
         q = _load_tile(q_ptr, b, h, start, stride_qt, T, BLOCK_T, D, BLOCK_D, not MASKED, DESC)
@@ -501,8 +504,7 @@ def _attention_bwd_dkv_kernel(
     k = _load_tile(k_ptr, b, kv, start, stride_ks, S, BLOCK_S, D, BLOCK_D, False, DESC)
     v = _load_tile(v_ptr, b, kv, start, stride_vs, S, BLOCK_S, D, BLOCK_D, False, DESC)
     kv_pos = start + tl.arange(0, BLOCK_S)
-    # From a key to the row of the query at its position it is T - S; the window is seen from the other end.
-    q_start, q_end = _visible_range(kv_pos + T - S, window_right, window_left, T, S - T, S, starts_ptr, ends_ptr)
+    # The query at the position of key j is row j + T - S; a key sees the window from its other end.
     lo, n_left, n_full, n_blocks = _block_range(
         start + T - S, tl.minimum(start + BLOCK_S, S) - 1 + T - S, window_right, window_left, T, S - T, S,
         starts_ptr, ends_ptr, BLOCK_T,
@@ -516,8 +518,9 @@ def _attention_bwd_dkv_kernel(
             dk, dv = _dkv_blocks(
                 dk, dv, k, v, kv_pos, _to_head(q_ptr, b, h, stride_qb, stride_qh, DESC),
                 _to_head(do_ptr, b, h, stride_dob, stride_doh, DESC), lse_ptr + offset,
-                None if m_ptr is None else m_ptr + offset, delta_ptr + offset, b, h, q_start, q_end,
-                lo, n_left, n_full, n_blocks, T, S, stride_qt, stride_dot, scale, softcap, slope,
+                None if m_ptr is None else m_ptr + offset, delta_ptr + offset, starts_ptr, ends_ptr, b, h,
+                lo, n_left, n_full, n_blocks, T, S, window_left, window_right, stride_qt, stride_dot,
+                scale, softcap, slope,
                 D, BLOCK_T, BLOCK_D, SOFTCAP, slopes_ptr is not None, MASKED == 1, DESC,
             )  # fmt: skip
     _store_tile(_to_head(dk_ptr, b.to(tl.int64) * S, kv, KV * D, D), dk * scale, start, KV * D, S, BLOCK_S, D, BLOCK_D)
@@ -602,8 +605,6 @@ class Tile:
 
 WIDTHS = (64, 128, 256)  # of heads, up to which a table's entries are for
 LENGTHS = (128, 256, 512, 1024)  # of the keys likewise; the last stands for all longer ones
-
-
 FLOAT32 = Tile(32, 32, 4, 2)  # products without tensor cores, in all kernels
 REGISTERS, LANES, SHARED = 255, 32, 227 * 1024  # of a thread, threads of a warp, bytes of a block on sm_90 and sm_100
 TUNED_HEADS, TUNED_TOKENS = {64: 12, 128: 16, 256: 8}, 16384
@@ -649,7 +650,8 @@ def _tuned_shapes(kernel: str, size: tuple[int, int]) -> tuple[dict[str, int], .
     """Causal attention of the class's length, and of four times the last; what the short kernels serve is given a
     window, so that it is the kernel's."""
     width, length = size
-    window = {} if kernel.startswith("short") or size not in SHORT_FWD.entries else {"W": length // 2}
+    served = size in (SHORT_BWD if TABLES[kernel].backward else SHORT_FWD).entries
+    window = {"W": length // 2} if served and not kernel.startswith("short") else {}
     lengths, h = ((length, 4 * length) if length == LENGTHS[-1] else (length,)), TUNED_HEADS[width]
     return tuple(_shape(TUNED_TOKENS // t, t, t, h, h, width, **window) for t in lengths)
 
@@ -670,7 +672,7 @@ FWD = _table("fwd", {
     64: {"": Tile(128, 64, 8, 2), "sm_90": Tile(64, 64, 4, 4), "sm_100": Tile(128, 64, 8, 3)},
     128: {
         "": Tile(128, 32, 8, 3), "sm_90": Tile(128, 64, 8, 3), "sm_100": Tile(128, 64, 8, 3),
-        "gfx942": Tile(128, 64, 8, 2),
+        "gfx942": Tile(128, 32, 8, 2),
     },
     256: {"": Tile(64, 32, 8, 2), "sm_90": Tile(64, 64, 8, 2)},
 })  # fmt: skip
@@ -682,12 +684,12 @@ DQ = _table("dq", {
     256: {"": Tile(32, 32, 4, 2), "sm_90": Tile(64, 64, 8, 2)},
 })  # fmt: skip
 DKV = _table("dkv", {
-    64: {"": Tile(32, 64, 4, 2), "sm_90": Tile(64, 128, 8, 1), "sm_100": Tile(32, 64, 4, 1)},
+    64: {"": Tile(32, 64, 4, 2), "sm_90": Tile(64, 128, 8, 1), "sm_100": Tile(32, 64, 8, 1)},
     128: {
         "": Tile(32, 64, 8, 2), "sm_90": Tile(32, 128, 8, 1), "sm_100": Tile(32, 64, 8, 1),
         "gfx942": Tile(32, 64, 4, 2),
     },
-    256: {"": Tile(32, 32, 8, 2), "sm_90": Tile(16, 64, 8, 2), "gfx942": Tile(16, 32, 8, 2)},
+    256: {"": Tile(32, 32, 8, 2), "sm_90": Tile(16, 64, 8, 1), "gfx942": Tile(16, 32, 8, 2)},
 })  # fmt: skip
 SHORT_FWD = _table("short fwd", {64: {"": Tile(64, 128, 4, 2)}}, lengths=(128,))
 SHORT_BWD = _table("short bwd", {
@@ -696,7 +698,7 @@ SHORT_BWD = _table("short bwd", {
         "gfx942": Tile(16, 128, 8, 1),
     },
 }, lengths=(128,))  # fmt: skip
-SHORT_BWD.entries[64, 256] = {"sm_90": Tile(32, 256, 8, 2)}
+SHORT_BWD.entries[64, 256] = {"sm_90": Tile(16, 256, 8, 2)}
 TABLES = {table.kernel: table for table in (FWD, DQ, DKV, SHORT_FWD, SHORT_BWD)}
 
 
@@ -880,8 +882,9 @@ def attention_triton(
 # The choice of an implementation, call by call
 
 # Where ours beats SDPA at plain causal attention in half precision, for training: head widths up to the first number,
-# lengths up to the second. Measured on an H100, bf16, forward+backward, in bench/results/attention.jsonl: 219 us to
-# cuDNN's 227 at 128 x 128 tokens, 12 heads of 64. At 256 tokens and more SDPA is ahead, and everywhere in a forward.
+# lengths up to the second. Measured on an H100, bf16, forward+backward, in bench/results/attention.jsonl, with the
+# kernels before the short ones: 219 us to cuDNN's 227 at 128 x 128 tokens, 12 heads of 64. At 256 tokens and more SDPA
+# was ahead, and in every forward.
 AHEAD = ((64, 128),)
 
 
@@ -1013,6 +1016,7 @@ OP = Op(
     ),
     compiled_shapes=(
         _shape(128, 128, 128, 12, 12, 128),
+        _shape(64, 256, 256, 8, 8, 64),
         *(_shape(128, 128, 128, 8, 8, d, L=32, C=50) for d in (64, 128)),
         *(_shape(4, 4096, 4096, 8, 8, d, L=512, C=50) for d in (64, 96, 128)),
         *(_shape(4, 4096, 4096, 8, 8, d, A=1) for d in (64, 128)),

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
-from kernels.launch import card, library_op, multiprocessors, rows_of, tanh, tl, triton
+from kernels.launch import card, cdiv, library_op, n_sm, next_power_of_2, rows_of, tanh, tl, triton
 from kernels.spec import Cost, LaunchTable, Op, accumulation_dtype
 
 IGNORE = -1  # the target of rows that do not count
@@ -330,9 +330,9 @@ class RowTile:
 
 
 def _candidates(size: int) -> Iterator[RowTile]:
-    """8 values a lane are one 128-bit load in half precision. Of 4 deep ones a multiprocessor holds 16 warps."""
+    """8 values a lane are one 128-bit load in half precision. Of 4 deep tiles registers hold 16 to 24 warps' worth."""
     for depth, warps, ctas in product((4, 2, 1), (8, 4, 16, 2, 1, 32), (2, 4, 1, 3, 8, 16)):
-        if depth * warps * 256 <= size and 16 <= ctas * warps <= (16 if depth == 4 else 32):
+        if depth * warps * 256 <= size and 16 <= ctas * warps <= (24 if depth == 4 else 32):
             yield RowTile(depth, warps * 256, warps, ctas)
 
 
@@ -344,8 +344,14 @@ def _shapes(size: int) -> tuple[dict[str, int], ...]:
 def _table(kernel: str, backward: bool = False) -> LaunchTable:
     entries = {
         1024: {"": RowTile(4, 256, num_warps=1, ctas_per_sm=16)},
-        8192: {"": RowTile(4, 512, num_warps=2, ctas_per_sm=8)},
-        65536: {"": RowTile(4, 2048, num_warps=8, ctas_per_sm=2)},
+        8192: {
+            "": RowTile(4, 512, num_warps=2, ctas_per_sm=8),
+            "sm_100": RowTile(2, 512, num_warps=2, ctas_per_sm=8),  # the other spills there
+        },
+        65536: {
+            "": RowTile(4, 2048, num_warps=8, ctas_per_sm=2),
+            "sm_120": RowTile(4, 4096, num_warps=16, ctas_per_sm=1),  # likewise
+        },
         2**31: {"": RowTile(4, 4096, num_warps=16, ctas_per_sm=1)},
     }
     return LaunchTable(kernel, entries, _candidates, _shapes, backward)
@@ -361,10 +367,10 @@ def _launch(kernel, table: LaunchTable, logits: Tensor, vocab_size: int, options
     n, width = logits.shape
     label_smoothing, _, softcap, _ = options
     tile = table.pick(next(size for size in SIZES if vocab_size <= size), card(logits.device))
-    lanes = min(tile.lanes, triton.next_power_of_2(width))
-    depth = min(tile.depth, triton.next_power_of_2(triton.cdiv(width, lanes)))
+    lanes = min(tile.lanes, next_power_of_2(width))
+    depth = min(tile.depth, next_power_of_2(cdiv(width, lanes)))
     if n:
-        kernel[(min(n, tile.ctas_per_sm * multiprocessors(logits.device)),)](
+        kernel[(min(n, tile.ctas_per_sm * n_sm(logits.device)),)](
             logits, *arguments, *options, vocab_size, width, **constants,
             SMOOTH=label_smoothing != 0, SOFTCAP=softcap != 0, DEPTH=depth, LANES=lanes, num_warps=tile.num_warps,
         )  # fmt: skip
@@ -411,7 +417,7 @@ def _cross_entropy_fwd(
 
 def _allocate_bwd(dloss, logits, targets, stats, label_smoothing, z_loss, softcap, ignore_index):
     n, v = logits.shape
-    return logits.new_empty((n, triton.cdiv(v, 16) * 16))[:, :v]  # rows begin on 16 bytes, so that they store wide
+    return logits.new_empty((n, cdiv(v, 16) * 16))[:, :v]  # rows begin on 16 bytes, so that they store wide
 
 
 @library_op(_allocate_bwd)

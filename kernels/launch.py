@@ -58,7 +58,7 @@ def library_op(fake: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Calla
     def register(function: Callable) -> Callable:
         name = function.__name__.removeprefix("_")
         schema = torch.library.infer_schema(function, mutates_args=mutates)
-        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
         _library.impl(name, function, "CPU")
         on_its_gpu = _on_its_gpu(function)
         _library.impl(name, on_its_gpu, "CUDA")
@@ -80,6 +80,16 @@ def library_op(fake: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Calla
         return call
 
     return register
+
+
+def allow_in_inductor() -> None:
+    """Let Inductor take our ops as they are: to be called before `torch.compile`.
+
+    It would find out by itself, and log a line for each. The line holds the op's inputs with all that they are made of,
+    and so takes torch 2.11 exponential time in the number of layers."""
+    from torch._inductor.lowering import FALLBACK_ALLOW_LIST  # takes seconds to import
+
+    FALLBACK_ALLOW_LIST.update(f"nanofuse::{name}" for name in IMPLEMENTATIONS)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
-from kernels import cross_entropy
 from kernels.cross_entropy import (
     IGNORE,
     Options,
@@ -37,12 +36,11 @@ from kernels.cross_entropy import (
     n_counted,
     random_targets,
 )
-from kernels.launch import library_op, multiprocessors, rows_of, tl, triton
+from kernels.launch import cdiv, library_op, n_sm, rows_of, tl, triton
 from kernels.spec import Cost, Op
 
 CHUNK_BYTES = 3 * 2**27  # 4,000 rows of 50,000 classes in bf16: large enough for the products to run at full speed
 PADDING = 64  # what the vocabulary is padded to a multiple of
-CROSS_ENTROPY = cross_entropy.OP
 
 
 def linear_cross_entropy_torch(
@@ -96,7 +94,7 @@ class _HeadCast(torch.autograd.Function):
 
 def padded(vocab_size: int) -> int:
     """The vocabulary as the products see it."""
-    return -(-vocab_size // PADDING) * PADDING
+    return cdiv(vocab_size, PADDING) * PADDING
 
 
 def _check_cast(head_weight: Tensor, head_cast: Tensor | None) -> None:
@@ -123,9 +121,7 @@ def _scale_(x: Tensor, factor: Tensor) -> None:
     """Multiply `x`, contiguous and float32, by a scalar."""
     n = x.numel()
     if n:
-        _scale_kernel[(min(triton.cdiv(n, 4096), 8 * multiprocessors(x.device)),)](
-            x, factor, n, BLOCK=4096, num_warps=8
-        )
+        _scale_kernel[(min(cdiv(n, 4096), 8 * n_sm(x.device)),)](x, factor, n, BLOCK=4096, num_warps=8)
     increment_version(x)  # so that a second backward, which would scale again, is refused by autograd
 
 

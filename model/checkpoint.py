@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from model.config import UserError
 from model.gpt import ModelConfig
+from runtime.errors import UserError
 
 FORMAT = "nanofuse-1"
 

@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.corpora import DataError
 from data.tokenizer import EOT, Tokenizer
 from model import checkpoint
-from model.config import UserError
 from model.generate import load_run
 from model.gpt import ModelConfig
-from model.run import RunError, find
+from runtime.errors import UserError
+from runtime.run import RunError, find
 
 ARCHITECTURES = {False: ("LlamaForCausalLM", "llama"), True: ("Qwen3ForCausalLM", "qwen3")}  # by QK-norm
 FIXED = {"norm": "rms", "norm_place": "pre", "position": "rope", "activation": "swiglu", "bias": False}
@@ -200,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
             export_run(find(str(args.run)), args.to)
         else:
             import_run(args.source, args.run)
-    except (UserError, DataError, OSError) as error:
+    except (UserError, OSError) as error:
         parser.error(str(error))
     print(f"wrote {args.to or args.run}")
     return 0

@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.corpora import DataError
 from data.tokenizer import Tokenizer
 from kernels import KernelChoice, KernelError, bind
 from model import checkpoint
-from model.config import ConfigError, UserError
 from model.evaluate import evaluating
 from model.gpt import GPT, Cache, ModelConfig
-from model.hardware import DTYPES, autocast, pick_device, pick_precision
-from model.run import find
+from runtime.config import ConfigError
+from runtime.errors import UserError
+from runtime.hardware import DTYPES, autocast, pick_device, pick_precision
+from runtime.run import find
 
 
 def next_tokens(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
         precision = pick_precision(args.precision, device)
         model, tokenizer = load_run(find(args.run), device, args.kernels, args.checkpoint)
         stop = tokenizer.eot if args.stop is None else _one_token(tokenizer, args.stop)
-    except (UserError, DataError, KernelError) as error:
+    except (UserError, KernelError) as error:
         parser.error(str(error))
     texts = args.prompt or [""]
     prompts = [[tokenizer.eot, *tokenizer.encode(text)] for text in texts]

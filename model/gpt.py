@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels import KernelError, Kernels
 from kernels.attention import choice, document_ranges
 from kernels.rope import rope_tables
-from model.config import ConfigError
+from runtime.config import ConfigError
 
 
 @dataclass(frozen=True)

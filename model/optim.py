@@ -3,7 +3,8 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +14,27 @@ from model.gpt import GPT
 
 Schedule = Literal["constant", "linear", "cosine", "wsd"]
 OptimizerName = Literal["adam", "adamw", "muon"]
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer, and its learning rate over the run."""
+
+    optimizer: Annotated[OptimizerName, "muon trains the matrices of the blocks, adamw the rest"] = "muon"
+    lr: Annotated[float, "(0, inf)", "peak learning rate of adam and adamw"] = 3e-3
+    muon_lr: Annotated[float, "(0, inf)", "peak learning rate of muon"] = 2e-2
+    weight_decay: Annotated[
+        float, "[0, inf)", "weight decay of matrices: decoupled for adamw and muon, L2 for adam"
+    ] = 0.1
+    beta1: Annotated[float, "[0, 1)", "adam and adamw: decay of the first moment"] = 0.9
+    beta2: Annotated[float, "[0, 1)", "adam and adamw: decay of the second moment"] = 0.95
+    eps: Annotated[float, "(0, inf)", "adam and adamw: added to the denominator"] = 1e-8
+    clip: Annotated[float, "[0, inf)", "gradient norm to clip to (0: none)"] = 1.0
+    # the learning rate over the run
+    schedule: Annotated[Schedule, "after warm-up; wsd is constant, then linear over the last `decay`"] = "linear"
+    warmup: Annotated[float, "[0, inf)", "share of the run in which the rate rises linearly; from 1 on, steps"] = 0.02
+    decay: Annotated[float, "(0, 1]", "share of the run in which wsd falls"] = 0.4
+    final_lr: Annotated[float, "[0, 1]", "share of the peak at the end"] = 0.0
 
 
 def orthogonalised(x: Tensor) -> Tensor:
@@ -127,32 +149,25 @@ class Muon(_Optimizer):
                 torch._foreach_copy_([self.copies[p] for p in copied], copied)
 
 
-def build_optimizers(
-    model: GPT,
-    name: OptimizerName,
-    lr: float,
-    muon_lr: float,
-    weight_decay: float,
-    betas: tuple[float, float],
-    eps: float,
-) -> list[Optimizer]:
+def build_optimizers(model: GPT, config: OptimizerConfig) -> list[Optimizer]:
     """AdamW on everything, or Muon on the matrices of the blocks and AdamW on the rest; or Adam.
 
     Weight decay is on matrices only: on a gain it would pull towards 0, which is not where a gain starts. Each
     parameter group keeps its peak in `peak_lr`, which `set_lr` scales. The model's copies are kept up to date.
     """
     named = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
-    hidden = [p for key, p in named if p.ndim == 2 and key.startswith("blocks.")] if name == "muon" else []
+    hidden = [p for key, p in named if p.ndim == 2 and key.startswith("blocks.")] if config.optimizer == "muon" else []
     taken = {id(p) for p in hidden}
     rest = [p for _, p in named if id(p) not in taken]
     groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
     copies = model.copies()
-    optimizers = [AdamW(groups, lr, betas, eps, model.kernels.adamw, copies, decoupled=name != "adam")]
+    options = {"kernel": model.kernels.adamw, "copies": copies, "decoupled": config.optimizer != "adam"}
+    optimizers = [AdamW(groups, config.lr, (config.beta1, config.beta2), config.eps, **options)]
     if hidden:
-        optimizers.append(Muon(hidden, muon_lr, weight_decay, copies=copies))
+        optimizers.append(Muon(hidden, config.muon_lr, config.weight_decay, copies=copies))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -176,23 +191,18 @@ def set_lr(optimizers: list[Optimizer], factor: float) -> None:
             rate.fill_(group["lr"])
 
 
-def lr_factor(schedule: Schedule, progress: float, warmup: float, decay: float, final: float) -> float:
-    """The share of the peak learning rate to use.
+def lr_factor(config: OptimizerConfig, progress: float, warmup: float) -> float:
+    """The factor of the peak learning rate at `progress`, the share of the run that is done, 0 to 1.
 
-    Args:
-        schedule: the shape after warm-up. `wsd` is constant and then linear over the last `decay` of the run.
-        progress: share of the run that is done, 0 to 1.
-        warmup: share of the run over which the rate rises linearly from 0; from 1 on the peak is not passed.
-        decay: share of the run that `wsd` decays over.
-        final: share of the peak at progress 1, for every schedule but `constant`.
-    """
+    It rises linearly from 0 over `warmup`, a share of the run (from 1 on the peak is not passed), then follows
+    `config.schedule` to `config.final_lr` at the end."""
     if progress < warmup or warmup >= 1:
         return progress / warmup
     left = (1 - progress) / (1 - warmup)
-    if schedule == "constant":
+    if config.schedule == "constant":
         return 1.0
-    if schedule == "cosine":
+    if config.schedule == "cosine":
         left = 0.5 * (1 - math.cos(math.pi * left))
-    elif schedule == "wsd":
-        left = min(1.0, (1 - progress) / decay)
-    return final + (1 - final) * left
+    elif config.schedule == "wsd":
+        left = min(1.0, (1 - progress) / config.decay)
+    return config.final_lr + (1 - config.final_lr) * left

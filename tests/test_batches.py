@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.batches import Batches, eval_batches
-from data.corpora import DataError
+from data.formats import DataError
 
 
 @given(seq_len=st.integers(1, 9), extra=st.integers(1, 60), seed=st.integers(0, 2**31), epoch=st.integers(0, 3))

@@ -184,6 +184,14 @@ def test_an_op_that_writes_to_its_arguments():
     assert "failed" not in row["results"]["right"] and samples["right"]
 
 
+def test_adamw_is_checked():
+    op, functions = OPS["adamw"], {}
+    for name, scale in (("torch", 1), ("other", 1.001)):
+        functions[name] = lambda lr, scale=scale, **inputs: op.implementations["torch"](lr=scale * lr, **inputs)
+    results = contest.check(op, {"N": 2, "n": 100}, functions, "forward")
+    assert results["torch"]["error"] < 1 and results["other"]["failed"].startswith("wrong: params")
+
+
 def test_a_choice_between_implementations_is_no_contender():
     found = contest.contenders(DECAY, lambda who, why: None)
     assert {"torch", "torch.compile"} <= found.keys() and "auto" not in found
@@ -307,7 +315,7 @@ def test_the_grids_of_attention():
 def test_products_are_counted_in_the_interpreter():
     code = """
 from bench.work_done import *
-print(json.dumps(count(SHAPES[0]) | {"one pass": most(SHAPES[0], "one pass", True)}))
+print(json.dumps(count(SHAPES[0]) | {"short": most(SHAPES[0], "short bwd", True)}))
 for shape in SHAPES[1:]:
     causal = {key: shape[key] for key in shape.keys() - {"W", "L"}}
     tiles = partners(causal) if len(causal) < len(shape) else shape["S"]
@@ -317,9 +325,9 @@ for shape in SHAPES[1:]:
     assert done.returncode == 0, done.stderr
     first, *others = done.stdout.splitlines()
     row, pairs = json.loads(first), 128 * 129 // 2
-    assert row["forward"] == [4 * 64 * 128 * 128, 4 * 64 * pairs]  # the one tile of queries, over all keys
+    assert row["forward"] == [4 * 64 * 128 * 128, 4 * 64 * pairs]  # all keys to each query
     assert row["backward"] == [10 * 64 * 128 * 128, 10 * 64 * pairs]
-    assert row["most"]["forward"] >= 128 * 128 / pairs <= row["most"]["backward"] == row["one pass"]
+    assert row["most"]["forward"] >= 128 * 128 / pairs <= row["most"]["backward"] == row["short"]
     for tiles, *most in (map(float, line.split()) for line in others):
         assert tiles > max(most)  # a kernel that skips no tile, or none that a causal one does not, is found out
 

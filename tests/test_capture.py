@@ -15,11 +15,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import model.capture
+import runtime.capture
 import train
-from model import checkpoint, hardware
-from model.capture import WARM_UP, Captured, CaptureError, InFlight, Step, synchronizations
-from model.hardware import HardwareError, pick_capture, pick_residual
+from model import checkpoint
+from runtime import hardware
+from runtime.capture import WARM_UP, Captured, CaptureError, InFlight, Step, synchronizations
+from runtime.hardware import HardwareError, pick_capture, pick_residual
 
 HOST_READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default}
 
@@ -85,8 +86,8 @@ class Eager:
 def recorded(monkeypatch):
     """Training on a CPU replays recordings where it would replay graphs on a GPU."""
     monkeypatch.setattr(hardware, "pick_capture", lambda *args: (True, "yes"))
-    monkeypatch.setattr(model.capture, "Captured", Recorded)
-    monkeypatch.setattr(model.capture, "synchronizations", lambda: nullcontext([]))
+    monkeypatch.setattr(runtime.capture, "Captured", Recorded)
+    monkeypatch.setattr(runtime.capture, "synchronizations", lambda: nullcontext([]))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: torch._C._len_torch_dispatch_stack() > 0)
     monkeypatch.setattr(Recorded, "replays", 0)
@@ -95,7 +96,7 @@ def recorded(monkeypatch):
 @pytest.fixture
 def eagerly(recorded, monkeypatch):
     """A function to call once what is to be replayed has been: no replays from then on."""
-    return lambda: monkeypatch.setattr(model.capture, "Captured", Eager)
+    return lambda: monkeypatch.setattr(runtime.capture, "Captured", Eager)
 
 
 COLUMNS = ("step", "loss", "grad_norm", "lr", "val_loss", "diag")
@@ -264,7 +265,7 @@ def test_the_residual_stream_is_bf16_on_a_gpu_in_bf16():
 @pytest.mark.parametrize("insist", [False, True])
 def test_a_step_that_waits_for_the_device_is_not_captured(recorded, monkeypatch, insist):
     said = []
-    monkeypatch.setattr(model.capture, "synchronizations", lambda: nullcontext(["loss.py:7"]))
+    monkeypatch.setattr(runtime.capture, "synchronizations", lambda: nullcontext(["loss.py:7"]))
     step = Step([lambda: None], True, insist, said.append)
     for _ in range(WARM_UP - 1):
         with step() as parts:

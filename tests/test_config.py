@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import pytest
 
-from model.config import ConfigError, as_dict, build, flatten, knobs, merge, read_file, read_flags
-from train import BUDGETS, Config
+from runtime.config import ConfigError, as_dict, build, flatten, knobs, merge, read_file, read_flags
+from train import LENGTHS, Config
 
 
 @dataclass(frozen=True)
@@ -144,5 +144,5 @@ def test_every_config_file_is_valid():
     from train import ROOT
 
     for path in (ROOT / "configs").glob("*.py"):
-        config = build(Config, merge([flatten(Config, read_file(path.name, ROOT / "configs"))], BUDGETS))
+        config = build(Config, merge([flatten(Config, read_file(path.name, ROOT / "configs"))], LENGTHS))
         config.model.resolved(config.data.expected_vocab_size)

@@ -15,8 +15,9 @@ import pyarrow
 import pyarrow.parquet
 
 from data import corpora
-from data.corpora import CORPORA, DataError, open_corpus, read_parquet, wikitext_articles
+from data.corpora import CORPORA, open_corpus, wikitext_articles
 from data.docstrings import docstrings
+from data.formats import DataError, read_parquet
 
 MODULE = '''"""The module."""
 if True:

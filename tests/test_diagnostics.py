@@ -11,7 +11,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from kernels.attention import attention_torch, document_ranges, visible
 from model.diagnostics import Probe, _group, entropy, watch
-from model.optim import build_optimizers
+from model.optim import OptimizerConfig, build_optimizers
 
 # A batch for the model that `build` gives, of few enough ids that gradients of parts of it have much in common.
 IDS = torch.randint(7, (6, 24), generator=torch.Generator().manual_seed(5))
@@ -26,7 +26,7 @@ MODELS = FEATURES | {
 
 
 def optimizers_of(model, name="adamw"):
-    return build_optimizers(model, name, 1e-2, 2e-2, 0.1, (0.9, 0.95), 1e-8)
+    return build_optimizers(model, OptimizerConfig(name, lr=1e-2))
 
 
 def step(model, optimizers, probed=True, size=2, scale=1.0, clip=1e-3):

@@ -12,10 +12,10 @@ from experiments import ledger, memory
 from experiments.run import configuration
 from experiments.spec import Outcome, Results
 from kernels import bind
-from model import hardware
-from model.config import ConfigError
 from model.gpt import GPT
 from model.optim import build_optimizers
+from runtime import hardware
+from runtime.config import ConfigError
 
 SHAPE = {
     "device": "cpu", "compile": "off", "precision": "fp32", "optimizer": "adamw", "steps": 1, "data.tokenizer": "bytes",
@@ -36,8 +36,7 @@ def plan(**changes):
 def real(config: train.Config):
     """A model of a configuration, on true tensors, and its optimizers."""
     model = GPT(config.model.resolved(config.data.expected_vocab_size), bind(config.kernels))
-    rates, betas = (config.lr, config.muon_lr, config.weight_decay), (config.beta1, config.beta2)
-    return model, build_optimizers(model, config.optimizer, *rates, betas, config.eps)
+    return model, build_optimizers(model, config)
 
 
 def saved_bytes(model: GPT, rows: int) -> int:

@@ -9,7 +9,7 @@ from experiments import __main__ as cli
 from experiments import own
 from experiments.judges import DIFFERENT, Best, Versus
 from experiments.run import trials
-from model.config import ConfigError
+from runtime.config import ConfigError
 
 # Stands for train.py: a loss that is lower for `post` and for larger rates, apart by a little more for each seed.
 FAKE = """

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 
 import pytest
 
-import train
 from experiments import __main__ as cli
 from experiments import ledger
 from experiments.run import (
@@ -34,7 +33,8 @@ from experiments.run import (
 )
 from experiments.run import configuration as configured
 from experiments.spec import Outcome, Results, Suite
-from model.config import ConfigError
+from runtime.budget import LENGTHS
+from runtime.config import ConfigError
 
 # Stands for train.py: does as the knob `do` says, in `for` seconds, and leaves what train.py would. `starts` beside the
 # runs' folders gets a line for every start.
@@ -161,7 +161,7 @@ def test_rates_follow_the_batch_by_the_rule(rule, power):
 def budgets(axis, base, **fields) -> list[dict]:
     """The budgets of trials: that of the base at a batch of 8, and what a batch of 16 gets."""
     declared = suite(base=SHAPE | {"batch_size": 8} | base, grid={"batch_size": [8, 16]}, axis=axis, **fields)
-    return [{k: v for k, v in trial.knobs.items() if k in train.BUDGETS} for trial in trials(declared, "tiny")]
+    return [{k: v for k, v in trial.knobs.items() if k in LENGTHS} for trial in trials(declared, "tiny")]
 
 
 @pytest.mark.parametrize(

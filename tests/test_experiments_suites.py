@@ -8,7 +8,7 @@ from experiments import analysis, ledger
 from experiments.run import configuration, meta_model, trials
 from experiments.spec import Results, Suite
 from experiments.suites import LEADERBOARD, M0, M1, M1_OWT, M2, M3, M4, M4_SHAPE, M4_SIZES, RATES, SUITES, by_rule
-from model.config import ConfigError
+from runtime.config import ConfigError
 
 SCALES = ("tiny", "low", "full")
 RESULTS = Path(__file__).parents[1] / "experiments" / "results"

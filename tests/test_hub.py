@@ -21,7 +21,8 @@ from data.corpora import open_corpus
 
 READ = """
 import json, sys
-from data.corpora import DataError, open_corpus
+from data.corpora import open_corpus
+from data.formats import DataError
 try:
     read = [(shard.name, shard.split, list(shard.read())) for shard in open_corpus(sys.argv[1]).shards()]
     print(json.dumps({"shards": read}))

@@ -226,7 +226,7 @@ def test_choice_by_op_and_for_every_op():
 
 def test_choice_that_does_not_exist_names_those_that_do():
     with pytest.raises(
-        KernelError, match=r"attention has no 'sdp' kernel; it has torch, triton, sdpa \(did you mean sdpa\?\)"
+        KernelError, match=r"attention has no 'sdp' kernel; it has torch, triton, sdpa, auto \(did you mean sdpa\?\)"
     ):
         bind(KernelChoice(attention="sdp"))
 
@@ -240,7 +240,7 @@ def test_triton_without_a_gpu_names_both_ways_out(monkeypatch):
 
 
 def test_automatic_choice_on_a_gpu():
-    assert bind(KernelChoice(), "cuda").names == dict.fromkeys(OPS, "triton") | {"attention": "sdpa"}
+    assert bind(KernelChoice(), "cuda").names == dict.fromkeys(OPS, "triton") | {"attention": "auto"}
 
 
 def test_a_system_without_triton_has_the_other_kernels():

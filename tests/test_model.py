@@ -9,10 +9,10 @@ from kernels import KernelChoice, KernelError, Kernels, bind
 from kernels.attention import scores
 from kernels.launch import AVAILABLE
 from kernels.linear_cross_entropy import IGNORE
-from model.config import ConfigError
 from model.evaluate import evaluate
 from model.generate import generate, next_tokens
 from model.gpt import GPT, Cache, ModelConfig
+from runtime.config import ConfigError
 
 SHAPES = {
     "plain": {"tied": True, "qk_norm": False},

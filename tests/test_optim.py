@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from kernels import KernelChoice, bind
-from model.budget import Budget
-from model.config import ConfigError
 from model.gpt import GPT, ModelConfig
-from model.optim import Muon, build_optimizers, load_optimizers, lr_factor, orthogonalised, set_lr
+from model.optim import Muon, OptimizerConfig, build_optimizers, load_optimizers, lr_factor, orthogonalised, set_lr
+from runtime.budget import Budget, Length
+from runtime.config import ConfigError
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def model():
 
 
 def optimizers_of(model, name="muon", lr=1e-2, weight_decay=0.1):
-    return build_optimizers(model, name, lr, 2e-2, weight_decay, (0.9, 0.95), 1e-8)
+    return build_optimizers(model, OptimizerConfig(name, lr, weight_decay=weight_decay))
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "muon"])
@@ -102,7 +102,7 @@ def test_orthogonalised_matrices_have_singular_values_about_one():
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd", "constant"])
 def test_schedules_rise_hold_and_end_where_they_should(schedule):
-    factor = [lr_factor(schedule, i / 1000, 0.1, 0.4, 0.2) for i in range(1001)]
+    factor = [lr_factor(OptimizerConfig(schedule=schedule, final_lr=0.2), i / 1000, 0.1) for i in range(1001)]
     assert factor[0] == 0 and factor[50] == pytest.approx(0.5) and factor[100] == pytest.approx(1)
     assert factor[1000] == pytest.approx(1 if schedule == "constant" else 0.2)
     assert all(a >= b for a, b in itertools.pairwise(factor[100:]))
@@ -115,7 +115,7 @@ def test_schedules_rise_hold_and_end_where_they_should(schedule):
 
 
 def test_a_schedule_without_warm_up_begins_at_its_peak():
-    assert lr_factor("linear", 0.0, 0.0, 0.4, 0.0) == 1
+    assert lr_factor(OptimizerConfig(schedule="linear"), 0.0, 0.0) == 1
 
 
 def test_restored_state_keeps_the_rates_now_configured(model):
@@ -133,31 +133,32 @@ def test_restored_state_keeps_the_rates_now_configured(model):
 
 
 def test_a_warm_up_as_long_as_the_run_rises_to_its_end():
-    assert [lr_factor("cosine", i / 4, 1.0, 0.4, 0.0) for i in range(5)] == [0, 0.25, 0.5, 0.75, 1]
-    assert [lr_factor("wsd", i / 4, 2.0, 0.4, 0.0) for i in range(5)] == [0, 0.125, 0.25, 0.375, 0.5]
+    cosine, wsd = OptimizerConfig(schedule="cosine"), OptimizerConfig(schedule="wsd")
+    assert [lr_factor(cosine, i / 4, 1.0) for i in range(5)] == [0, 0.25, 0.5, 0.75, 1]
+    assert [lr_factor(wsd, i / 4, 2.0) for i in range(5)] == [0, 0.125, 0.25, 0.375, 0.5]
 
 
 def test_a_warm_up_is_a_share_or_steps():
-    budget = Budget(0, 1000, 0.0, 100)
+    budget = Budget(Length(tokens=1000), 100)
     assert [budget.share(warmup) for warmup in (0.0, 0.3, 1.0, 5.0, 20.0)] == [0, 0.3, 0.1, 0.5, 2]
-    assert Budget(0, 0, 9.0, 100).share(0.3) == 0.3
+    assert Budget(Length(seconds=9.0), 100).share(0.3) == 0.3
     with pytest.raises(ConfigError, match=r"warmup 5 is in steps, .* give a share of the run, below 1, or"):
-        Budget(0, 0, 9.0, 100).share(5.0)
+        Budget(Length(seconds=9.0), 100).share(5.0)
 
 
 def test_budget_in_tokens_is_whole_steps():
-    budget = Budget(0, 1000, 0.0, 300)
+    budget = Budget(Length(tokens=1000), 300)
     assert [budget.progress(step) for step in (0, 2, 4, 5)] == [0, 0.5, 1, 1]
-    resumed = Budget(0, 1000, 0.0, 100, budget.state(2))
+    resumed = Budget(Length(tokens=1000), 100, budget.state(2))
     assert [resumed.position(step)["tokens"] for step in (2, 4)] == [600, 800]
     assert [resumed.progress(step) for step in (3, 6)] == [0.5, 1]
-    assert Budget(0, 10, 0.0, 100, budget.state(2)).progress(2) == 1
+    assert Budget(Length(tokens=10), 100, budget.state(2)).progress(2) == 1
 
 
 def test_budget_by_the_clock_begins_after_the_first_step(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    budget = Budget(0, 0, 50.0, 1)
+    budget = Budget(Length(seconds=50.0), 1)
     now[0] = 110.0
     assert budget.progress(0) == 0  # compiling
     budget.step_ended()
@@ -166,14 +167,14 @@ def test_budget_by_the_clock_begins_after_the_first_step(monkeypatch):
     saved = budget.state(9)
     assert saved == {"step": 9, "tokens": 9, "seconds": 30.0, "progress": pytest.approx(0.5), "length": 50.0}
 
-    late = Budget(0, 0, 5.0, 1)
+    late = Budget(Length(seconds=5.0), 1)
     now[0] = 140.0
     late.step_ended()
     assert late.progress(1) == 1  # the first step took more than there was
 
     now[0] = 1000.0
-    assert Budget(0, 0, 120.0, 1, saved).progress(9) == 0.25  # the same seconds are less of a longer run
-    resumed = Budget(0, 0, 50.0, 1, saved)
+    assert Budget(Length(seconds=120.0), 1, saved).progress(9) == 0.25  # the same seconds are less of a longer run
+    resumed = Budget(Length(seconds=50.0), 1, saved)
     assert resumed.elapsed() == 30 and resumed.progress(9) == pytest.approx(0.5)
     now[0] = 1010.0
     resumed.step_ended()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data import prepare as module
-from data.corpora import Corpus, DataError, Shard
+from data.formats import Corpus, DataError, Shard
 from data.prepare import DataConfig, prepare
 
 STORIES = [f"Story {n}.\n" + f"Once upon a time {n} cats sat.\n" * (n % 5 + 1) for n in range(60)]

@@ -10,8 +10,8 @@ import sys
 import pytest
 import torch
 
-from model.hardware import HardwareError, pick_compile, rated_flops, set_up
-from model.run import Interrupt, Run, RunError, choose_folder, find
+from runtime.hardware import HardwareError, pick_compile, rated_flops, set_up
+from runtime.run import Interrupt, Run, RunError, choose_folder, find
 from train import ROOT
 
 
@@ -136,7 +136,7 @@ def test_the_gpu_asked_for_is_the_current_one(monkeypatch):
 
 ALLOCATING = """
 import resource, torch
-from model.hardware import set_up
+from runtime.hardware import set_up
 set_up(torch.device("cpu"), deterministic=False)
 for _ in range(10):  # the first few grow the heap past what else is in it
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

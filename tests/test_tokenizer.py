@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data import tokenizer as module
-from data.corpora import DataError
+from data.formats import DataError
 from data.tokenizer import EOT, Tokenizer, byte_tokenizer, gpt2_tokenizer, train_bpe
 
 SOURCE = inspect.getsource(argparse)

@@ -12,7 +12,7 @@ import torch
 import train
 from model import checkpoint
 from model.generate import load_run
-from model.run import Run
+from runtime.run import Run
 
 
 def rows(folder):

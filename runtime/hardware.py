@@ -13,8 +13,8 @@ from typing import Literal
 
 import torch
 
-from model.capture import WARM_UP
-from model.config import UserError
+from runtime.capture import WARM_UP
+from runtime.errors import UserError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

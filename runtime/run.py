@@ -20,10 +20,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from data.prepare import progress_bar
-from data.tokenizer import write_atomically
-from model.config import UserError
-from model.hardware import out_of_memory
+from runtime.errors import UserError
+from runtime.files import write_atomically
+from runtime.hardware import out_of_memory
+from runtime.progress import progress_bar
 
 Status = Literal["running", "finished", "diverged", "nan", "oom", "crashed", "interrupted", "time_limit", "unsupported"]
 

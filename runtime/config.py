@@ -19,11 +19,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
+from runtime.errors import UserError
+
 T = TypeVar("T")
-
-
-class UserError(ValueError):
-    """What the user can mend: shown as one message, without a traceback."""
 
 
 class ConfigError(UserError):

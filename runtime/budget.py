@@ -3,10 +3,32 @@
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
 
-from model.config import ConfigError
+from runtime.config import ConfigError
 
 NOTHING = {"step": 0, "tokens": 0, "seconds": 0.0, "progress": 0.0}  # the state of a run before its first step
+
+
+LENGTHS = {"steps", "tokens", "seconds"}  # of which one holds
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a run is: exactly one of `steps`, `tokens` and `seconds`."""
+
+    steps: Annotated[int, "[0, inf)", "optimizer steps"] = 0
+    tokens: Annotated[int, "[0, inf)", "training tokens"] = 0
+    seconds: Annotated[float, "[0, inf)", "seconds of training, compiling and evaluating included"] = 0.0
+    time_limit: Annotated[float, "[0, inf)", "stop this process after so many seconds, to be resumed (0: never)"] = 0.0
+
+    def __post_init__(self):
+        if sum(map(bool, (self.steps, self.tokens, self.seconds))) != 1:
+            raise ValueError(
+                f"exactly one of steps, tokens and seconds gives the run's length, not steps={self.steps}, "
+                f"tokens={self.tokens}, seconds={self.seconds}"
+            )
 
 
 class Budget:
@@ -16,17 +38,15 @@ class Budget:
     step is done, since that may spend half a minute compiling at what would be the start of the warm-up.
     """
 
-    def __init__(
-        self, steps: int, tokens: int, seconds: float, tokens_per_step: int, before: Mapping[str, float] = NOTHING
-    ):
-        """All but one of the lengths are 0; tokens are rounded up to whole steps. `before` is the `state` in which an
-        earlier process left the run, whose length and whose steps' tokens may have been others."""
-        self.tokens_per_step, self.seconds = tokens_per_step, seconds
-        self.before = {**NOTHING, "length": seconds, **before}
-        if seconds and self.before["length"] != seconds:
-            self.before["progress"] = min(1.0, self.before["seconds"] / seconds)
-        left = max(0, tokens - self.before["tokens"])
-        self.steps = steps or self.before["step"] + math.ceil(left / tokens_per_step)
+    def __init__(self, length: Length, tokens_per_step: int, before: Mapping[str, float] = NOTHING):
+        """Tokens are rounded up to whole steps. `before` is the `state` in which an earlier process left the run; it
+        may have had another length, and other tokens a step."""
+        self.tokens_per_step, self.seconds = tokens_per_step, length.seconds
+        self.before = {**NOTHING, "length": length.seconds, **before}
+        if self.seconds and self.before["length"] != self.seconds:
+            self.before["progress"] = min(1.0, self.before["seconds"] / self.seconds)
+        left = max(0, length.tokens - self.before["tokens"])
+        self.steps = length.steps or self.before["step"] + math.ceil(left / tokens_per_step)
         self.start()
 
     def share(self, warmup: float) -> float:

@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from model.config import UserError
+from runtime.errors import UserError
 
 WARM_UP = 3  # eager steps before the capture: they compile what is compiled at its first call
 
