@@ -38,7 +38,7 @@ lint: .venv/ready-test
 	touch $@
 
 .venv/ready-test: .venv/ready
-	$(BIN)/python -m pip install --quiet -c constraints.txt '.[test]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt '.[test,experiments]'
 	touch $@
 
 clean:

@@ -4,6 +4,10 @@ python -m experiments                              # what there is, and what it 
 python -m experiments lr --scale tiny              # run a suite, or go on with it, and write its report
 python -m experiments all --scale low --dry-run    # show what would be run
 python -m experiments report lr                    # write the report of what was run
+
+python -m experiments --base small.py --grid lr=1e-3,3e-3 --versus model.norm_place=pre,post --seeds 3 --budget 60s
+                                                   # a sweep of your own, which ends in the same report
+python -m experiments compare out/a out/b          # two runs, or folders of runs: their difference, with its interval
 """
 
 import argparse
@@ -16,7 +20,7 @@ from typing import get_args
 
 import train
 from experiments import ledger
-from experiments.run import TRAIN, Plan, clock, forecast, machine, places, sweep, trials
+from experiments.run import TRAIN, Plan, clock, forecast, machine, offline, places, sweep, trials
 from experiments.spec import Axis, Rule, Scale, Suite
 from runtime.config import ConfigError, knobs, read_flags
 from runtime.errors import UserError
@@ -29,20 +33,56 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m experiments", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("names", nargs="*", metavar="suite", help="suites to run, or all; after the word report, to report on")
-    add("--scale", choices=get_args(Scale), default="tiny")
+    add(
+        "names",
+        nargs="*",
+        metavar="suite",
+        help="suites to run, or all; after the word report, to report on; after compare, two folders of runs",
+    )
+    add("--scale", choices=("tiny", "low", "full"), default="tiny")
     add("--dry-run", action="store_true", help="say what would be run, and run nothing")
-    add("--jobs", type=positive, default=0, metavar="N", help="trials at once (default: as many as GPUs, or as cores)")
+    add("--jobs", type=positive, default=0, metavar="N", help="trials at once (default: as fit the GPUs, or cores)")
     add("--axis", choices=get_args(Axis), help="what all trials of a suite have equal (default: the suite's)")
     add("--rule", choices=get_args(Rule), help="how learning rates follow the batch (default: the suite's)")
     add("--seeds", type=positive, default=0, metavar="N", help="runs of every trial (default: the suite's)")
     add("--set", action="append", default=[], metavar="KNOB=VALUE", help="a knob of train.py, for every trial")
     add("--rerun", action="store_true", help="run again what was run; the latest outcome holds")
     add("--time-limit", type=float, default=math.inf, metavar="SECONDS", help="start no more trials after so long")
+    add(
+        "--within",
+        type=duration,
+        default=math.inf,
+        metavar="300s",
+        help="end in time: cheapest suites first, and no trial that would not end by then",
+    )
+    add("--offline", action="store_true", help="on text that every machine has, with tokenizers of the same sizes")
     add("--wandb", choices=("off", "offline", "online"), default="off", help="mirror the runs, grouped by suite")
-    add("--results", type=Path, default=Path("experiments/results"), metavar="DIR", help="of ledgers and reports")
+    add(
+        "--results",
+        type=Path,
+        metavar="DIR",
+        help="of ledgers and reports (default: experiments/results, "
+        "or out/experiments/results for a sweep of your own)",
+    )
     add("--out", type=Path, default=Path("out/experiments"), metavar="DIR", help="of the runs' folders")
+    own = parser.add_argument_group("a sweep of your own")
+    own.add_argument("--base", metavar="CONFIG", help="config file of train.py that all trials start from")
+    own.add_argument(
+        "--grid", action="append", default=[], metavar="KNOB=A,B", help="a knob's values; of several, the product"
+    )
+    own.add_argument("--versus", action="append", default=[], metavar="KNOB=A,B", help="alternatives: compared by seed")
+    own.add_argument("--budget", default="", metavar="60s", help="of each trial: s, min, h, steps, tokens or Mtokens")
+    own.add_argument("--name", default="sweep", help="of the sweep, whose ledger and report it names")
     return parser.parse_args(argv)
+
+
+def duration(text: str) -> float:
+    """Seconds, of `300s`, `5min`, `1h` or a number of seconds."""
+    number = text.rstrip("abcdefghijklmnopqrstuvwxyz")
+    try:
+        return float(number) * {"": 1, "s": 1, "min": 60, "h": 3600}[text[len(number) :]]
+    except (ValueError, KeyError):
+        raise argparse.ArgumentTypeError(f"a time is such as 300s, 5min or 1h, not {text!r}") from None
 
 
 def positive(text: str) -> int:
@@ -53,11 +93,11 @@ def positive(text: str) -> int:
 
 def main(argv: list[str] | None = None, command: Sequence[str] = TRAIN) -> int:
     """Do as the flags say, training by `command`. Returns the exit code: 0 done, 2 refused, 130 interrupted."""
-    from experiments.suites import SUITES
-
     try:
+        from experiments.suites import SUITES
+
         return _main(arguments(argv), SUITES, command)
-    except UserError as error:
+    except (UserError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -65,11 +105,29 @@ def main(argv: list[str] | None = None, command: Sequence[str] = TRAIN) -> int:
 
 
 def _main(asked: argparse.Namespace, suites: Mapping[str, Suite], command: Sequence[str]) -> int:
-    if not asked.names:
-        print(*listing(suites, asked.results, len(places(asked.jobs))), sep="\n")
+    from experiments import own
+
+    if asked.names[:1] == ["compare"]:
+        if len(asked.names) != 3:
+            raise ConfigError("compare takes two folders of runs")
+        print(own.compare(*map(Path, asked.names[1:])))
         return 0
-    reporting = asked.names[0] == "report"
-    names = choose(asked.names[reporting:] or ["all"], suites, asked.scale)
+    reporting = asked.names[:1] == ["report"]
+    if asked.base:
+        declared = own.suite(asked.base, asked.grid, asked.versus, asked.seeds or 1, asked.budget, asked.name)
+        suites = {asked.name: declared}
+        asked.scale, asked.seeds = "own", 0
+        names = [asked.name]
+    elif asked.grid or asked.versus or asked.budget:
+        raise ConfigError("--grid, --versus and --budget declare a sweep of your own: --base=small.py says of what")
+    asked.results = asked.results or Path("out/experiments/results" if asked.base else "experiments/results")
+    if asked.offline:
+        asked.results = asked.results / "offline"
+    if not asked.base:
+        if not asked.names:
+            print(*listing(suites, asked.results, len(places(asked.jobs))), sep="\n")
+            return 0
+        names = choose(asked.names[reporting:] or ["all"], suites, asked.scale)
     if not reporting:
         if not run(asked, [suites[name] for name in names], command):
             print("interrupted: the same command goes on")
@@ -78,7 +136,7 @@ def _main(asked: argparse.Namespace, suites: Mapping[str, Suite], command: Seque
             return 0
     from experiments import report
 
-    print(f"report   {report.write(names, asked.scale, asked.results)}")
+    print(f"report   {report.write(names, asked.scale, asked.results, suites)}")
     return 0
 
 
@@ -90,6 +148,7 @@ def run(asked: argparse.Namespace, suites: Sequence[Suite], command: Sequence[st
         trial for suite in suites if suite.name != MEMORY
         for trial in trials(suite, asked.scale, asked.axis, asked.rule, asked.seeds, extra)
     ]  # fmt: skip
+    todo = [offline(trial) for trial in todo] if asked.offline else todo
     plan = Plan(todo, asked.results, asked.rerun)
     runs = [run[0] for run in plan.runs.values()]
     machines = " and ".join(sorted({machine(trial, len(environments)) for trial in todo}))
@@ -102,9 +161,9 @@ def run(asked: argparse.Namespace, suites: Sequence[Suite], command: Sequence[st
     print(f"on {machines}: time {clock(forecast(runs, plan.past, len(environments)))}", flush=True)
     if asked.dry_run:
         return True
-    begin = time.monotonic()
-    ended = sweep(plan, asked.out, environments, asked.wandb, asked.time_limit, command)
-    if ended and searching and time.monotonic() - begin < asked.time_limit:
+    begin, limit = time.monotonic(), min(asked.time_limit, asked.within)
+    ended = sweep(plan, asked.out, environments, asked.wandb, asked.time_limit, command, within=asked.within)
+    if ended and searching and time.monotonic() - begin < limit and (asked.within == math.inf or len(suites) == 1):
         from experiments import memory
 
         try:

@@ -1,88 +1,171 @@
-"""What results come to: curves and their minima, edges and knees, differences with their confidence. Pure functions.
+"""Numbers of runs and of curves, as pure functions.
 
-A curve is points (x, y) sorted by x. A loss is `val_loss`, in nats a token, and infinite for a run that did not finish.
-What is asked of results that are not there raises `LookupError`, which makes a claim `not run`.
+A measure takes an outcome and raises `LookupError` where the run did not get to it. A curve is a list of points (x, y)
+sorted by x; a loss is in nats per token, and infinite for a run that diverged or became NaN.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from statistics import fmean, median
 from typing import Any
 
-from experiments.spec import Outcome, Results, interval
+from experiments.spec import Outcome, Results, Where
 
 Curve = Sequence[tuple[float, float]]
+Measure = Callable[[Outcome], float]
+FAILED = ("nan", "diverged")
 
 
-def labels(outcomes: Iterable[Outcome]) -> list[str]:
-    """Every label that any of them has: the variant, then others in the order in which they come."""
-    found = dict.fromkeys(label for outcome in outcomes for label in outcome.labels)
-    return sorted(found, key=lambda label: label != "variant")
-
-
-def groups(results: Results, *apart: str) -> dict[str, list[Outcome]]:
-    """Outcomes alike but for their seed and the labels `apart`, by a name of no more labels than tell them apart."""
-
-    def alike(names: Sequence[str]) -> dict[tuple, list[Outcome]]:
-        found: dict[tuple, list[Outcome]] = {}
-        for outcome in results.outcomes:
-            found.setdefault(tuple(outcome.labels.get(name) for name in names), []).append(outcome)
-        return found
-
-    names = [name for name in labels(results.outcomes) if name not in ("seed", *apart)]
-    for name in reversed(names):
-        fewer = [other for other in names if other != name]
-        if len(alike(fewer)) == len(alike(names)):
-            names = fewer
-    told: dict[str, list[Outcome]] = {}
-    for values, found in alike(names).items():
-        told.setdefault(", ".join(filter(None, map(_told, names, values))) or "all", []).extend(found)
-    return told
-
-
-def _told(name: str, value: Any) -> str:
-    """A label in a few letters; nothing where there is none."""
-    if value is None:
-        return ""
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return text if name == "variant" else f"{name.rpartition('.')[2]} {text}"
+# Measures of a run
 
 
 def loss(outcome: Outcome) -> float:
-    """The final validation loss; infinite where it is not finite, so that it can be compared."""
+    """Final validation loss. A run that crashed, was refused or ran out of time or memory tells nothing about it."""
+    if outcome.status not in ("finished", *FAILED):
+        raise LookupError(f"the run {', '.join(map(str, outcome.labels.values()))} ended as {outcome.status}")
     value = outcome.val_loss
     return value if value is not None and math.isfinite(value) else math.inf
 
 
-def throughput(outcome: Outcome) -> float:
-    """Steady training tokens a second; 0 for a run that did not get to measure it."""
-    return outcome.final.get("tok_s_steady") or 0.0
+def _final(key: str, outcome: Outcome) -> float:
+    if not (value := outcome.final.get(key)):
+        raise LookupError(f"no {key}, of a run that ended as {outcome.status}")
+    return value
 
 
-def curve(results: Results, x: str = "lr", *, y: Callable[[Outcome], float] = loss, **labels) -> Curve:
-    """The mean of `y` over the seeds of the trials with `labels`, at every value of the label `x`.
+speed = partial(_final, "tok_s_steady")  # training tokens per second, warm-up excluded
+wall_speed = partial(_final, "tok_s_wall")
+cost = partial(_final, "flops_per_token")
+bits_a_byte = partial(_final, "val_bpb")
 
-    A loss is infinite where any seed did not finish. Raises `LookupError` where there are no such trials."""
+
+def memory(outcome: Outcome) -> float:
+    """In MiB, at the peak."""
+    return _final("memory", outcome) / 2**20
+
+
+def fits(outcome: Outcome) -> float:
+    """1 for a run that finished, 0 for one that ran out of memory."""
+    if outcome.status not in ("finished", "oom"):
+        raise LookupError(f"ended as {outcome.status}")
+    return float(outcome.status == "finished")
+
+
+def micro_batch_that_fits(outcome: Outcome) -> float:
+    return fits(outcome) * outcome.labels["micro_batch"]
+
+
+def first_loss(outcome: Outcome) -> float:
+    """Training loss of the first step, in units of ln V, the loss of a uniform guess."""
+    from experiments.run import configuration
+
+    if not outcome.steps:
+        raise LookupError(f"ended as {outcome.status} before its first row")
+    config = configuration(outcome.knobs)
+    return outcome.steps[0]["loss"] / math.log(config.model.vocab_size or config.data.expected_vocab_size)
+
+
+def last_training_loss(outcome: Outcome) -> float:
+    return outcome.steps[-1]["loss"] if outcome.steps and outcome.status == "finished" else loss(outcome)
+
+
+def time_used(outcome: Outcome) -> float:
+    """Seconds of training, as a share of the seconds that the run was given."""
+    if math.isinf(loss(outcome)):
+        return math.inf
+    return max(row["seconds"] for row in (*outcome.steps, *outcome.evals)) / outcome.knobs["seconds"]
+
+
+def evaluations(outcome: Outcome, axis: str = "step") -> Curve:
+    """Validation loss against `step`, `tokens` or `seconds`."""
+    return [(row[axis], row["val_loss"]) for row in outcome.evals if row.get("val_loss") is not None]
+
+
+def seconds_to(bound: float, outcome: Outcome) -> float:
+    """Seconds until the first evaluation below `bound`; infinite when none was."""
+    return next((x for x, y in evaluations(outcome, "seconds") if y < bound), math.inf)
+
+
+def late_change(outcome: Outcome) -> float:
+    """Validation loss at the end less that halfway: two runs' difference in it is how much their gap grew."""
+    points = [] if math.isinf(loss(outcome)) else evaluations(outcome)
+    half = next((y for x, y in points if x >= points[-1][0] / 2), None)
+    if len(points) < 2 or half is None:
+        raise LookupError("it takes two evaluations")
+    return points[-1][1] - half
+
+
+def layers(norms: Mapping[str, float | None]) -> list[float]:
+    """The norm of every block, in order, from its parts' (`blocks.<i>.attention`, `blocks.<i>.feed_forward`), or from
+    numbers by the block's index."""
+    squares: dict[int, float] = {}
+    for group, norm in norms.items():
+        if group.startswith("blocks.") or group.isdigit():
+            block = int(group.removeprefix("blocks.").split(".")[0])
+            squares[block] = squares.get(block, 0.0) + (math.inf if norm is None else norm) ** 2
+    if not squares:
+        raise LookupError("no diagnostics of blocks")
+    return [math.sqrt(squares[block]) for block in sorted(squares)]
+
+
+def gradient_spread(outcome: Outcome) -> float:
+    """The largest over the smallest gradient norm of a block; infinite where one is not finite or 0."""
+    gradient = outcome.diag.get("gradient", {})
+    if not any(norm is not None and math.isfinite(norm) for norm in gradient.values()):
+        raise LookupError(f"no finite gradient, of a run that ended as {outcome.status}")
+    norms = layers(gradient)
+    return max(norms) / min(norms) if all(map(math.isfinite, norms)) and min(norms) else math.inf
+
+
+def series(outcome: Outcome, name: str) -> list[tuple[int, float]]:
+    """A diagnostic over the run (`noise_scale` or `coherence`) by step; only its last value where no more was kept."""
+    rows = outcome.diag.get("series") or [{"step": outcome.final.get("step", 0), **outcome.diag}]
+    return [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+
+
+def coherence(index: int, outcome: Outcome) -> float:
+    """Cosine of micro-batches' gradients with their mean, at the first (0) or last (-1) diagnosed step."""
+    if len(points := series(outcome, "coherence")) < 2:
+        raise LookupError("no run measured coherence more than once")
+    return points[index][1]
+
+
+def critical_batch(outcome: Outcome) -> float:
+    """The critical batch in tokens (McCandlish et al. 2018): the median gradient noise scale of a run's later half,
+    since it grows while the loss falls. Estimates that are not positive and finite are noise, and left out."""
+    points = [(step, value) for step, value in series(outcome, "noise_scale") if 0 < value < math.inf]
+    if not points:
+        raise LookupError("no gradient noise scale was measured")
+    return median(value for step, value in points if step >= points[-1][0] / 2)
+
+
+# Curves
+
+
+def curve(results: Results, x: str | Measure = "lr", y: Measure = loss, where: Where | None = None) -> Curve:
+    """The mean of `y` over seeds, at every value of the label or measure `x`. Raises `LookupError` without trials."""
     found: dict[float, list[float]] = {}
-    for outcome in results.where(**labels):
-        if x in outcome.labels:
-            found.setdefault(outcome.labels[x], []).append(y(outcome))
+    for outcome in results.where(where or {}):
+        at = x(outcome) if callable(x) else outcome.labels.get(x)
+        if at is not None:
+            found.setdefault(at, []).append(y(outcome))
     if not found:
-        raise LookupError(f"no trials with {labels} and a label {x}")
+        raise LookupError(f"no trials with a label {x}")
     return [(at, fmean(values)) for at, values in sorted(found.items())]
 
 
 def best(points: Curve) -> tuple[float, float]:
-    """The point with the lowest y; the first of equals. Its y is infinite where nothing finished."""
-    if not points:
-        raise LookupError("a curve without points has no best one")
-    return min(points, key=lambda point: point[1])
+    """The point with the lowest y. Raises `LookupError` where none is finite."""
+    point = min(points, key=lambda point: point[1], default=(0, math.inf))
+    if math.isinf(point[1]):
+        raise LookupError("no trial trains")
+    return point
 
 
 def interior(points: Curve) -> bool:
-    """Whether the lowest point is finite and at neither end: whether the grid is wide enough to have found it."""
-    x, y = best(points)
-    return math.isfinite(y) and points[0][0] < x < points[-1][0]
+    """Whether the lowest point is at neither end: whether the grid is wide enough to have found it."""
+    return points[0][0] < best(points)[0] < points[-1][0]
 
 
 def edge(points: Curve, worse: float = 1.15) -> float | None:
@@ -91,7 +174,7 @@ def edge(points: Curve, worse: float = 1.15) -> float | None:
 
     15% more loss is outside the flat bottom of a learning-rate curve: it puts the published sweeps of M0 and M1 at
     their 3e-2 and 5e-3. A few hundred steps on bytes end there with the loss of a model of single bytes."""
-    x_best, y_best = best(points)
+    x_best, y_best = min(points, key=lambda point: point[1])
     if math.isinf(y_best):
         return points[0][0]
     found = None
@@ -116,93 +199,53 @@ def knee(points: Curve, share: float = 0.9) -> float:
 def largest_within(points: Curve, tolerance: float) -> float:
     """The largest x whose loss, and that of every x between it and the best, is at most `tolerance` above the best: the
     largest batch that costs nothing, on a curve at equal tokens."""
-    x_best, y_best = best(points)
-    found = x_best
+    found, y_best = best(points)
     for x, y in points:
-        if x > x_best:
+        if x > found:
             if y > y_best + tolerance:
                 break
             found = x
     return found
 
 
-def difference(a: Sequence[Outcome], b: Sequence[Outcome]) -> tuple[float, float | None]:
-    """Mean loss of `a` less that of `b` over the seeds both have, and half the width of its 95% confidence interval,
-    which pairs the runs of a seed; None for a single seed. Infinite, without confidence, where one side has a run that
-    did not finish. Raises `LookupError` without a common seed, where both sides failed, and where a seed has two runs.
-    """
-    sides = []
-    for side in (a, b):
-        losses = {outcome.labels.get("seed", 0): loss(outcome) for outcome in side}
-        if len(losses) != len(side):
-            raise LookupError(f"{len(side)} runs with {len(losses)} seeds cannot be paired")
-        sides.append(losses)
-    pairs = [(value, sides[1][seed]) for seed, value in sides[0].items() if seed in sides[1]]
-    if not pairs:
-        raise LookupError("no seed was run on both sides")
-    failed = [any(map(math.isinf, side)) for side in zip(*pairs, strict=True)]
-    if all(failed):
-        raise LookupError("runs of both sides did not finish")
-    if any(failed):
-        return (math.inf if failed[0] else -math.inf), None
-    return interval([x - y for x, y in pairs])
-
-
-def evaluations(outcome: Outcome, axis: str = "step") -> Curve:
-    """Validation loss against `step`, `tokens`, `seconds` or `flops` (training FLOPs of the model)."""
-    unit, scale = ("tokens", outcome.final.get("flops_per_token", math.nan)) if axis == "flops" else (axis, 1)
-    return [(row[unit] * scale, row["val_loss"]) for row in outcome.evals if row.get("val_loss") is not None]
-
-
-def first_below(outcome: Outcome, bound: float, axis: str = "seconds") -> float | None:
-    """Where on `axis` the first evaluation below `bound` was; None when none was."""
-    return next((x for x, y in evaluations(outcome, axis) if y < bound), None)
-
-
-def gap_against_step(a: Outcome, b: Outcome) -> list[tuple[int, float]]:
-    """Validation loss of `a` less that of `b`, at the steps at which both were evaluated."""
-    other = dict(evaluations(b))
-    return [(step, value - other[step]) for step, value in evaluations(a) if step in other]
-
-
-def layers(diag: Mapping[str, float]) -> list[float]:
-    """The norm of every block, in order, from its parts' (`blocks.<i>.attention`, `blocks.<i>.feed_forward`)."""
-    squares: dict[int, float] = {}
-    for group, norm in diag.items():
-        if group.startswith("blocks."):
-            block = int(group.split(".")[1])
-            squares[block] = squares.get(block, 0.0) + (math.inf if norm is None else norm) ** 2
-    if not squares:
-        raise LookupError("no diagnostics of blocks")
-    return [math.sqrt(squares[block]) for block in sorted(squares)]
-
-
-def spread(diag: Mapping[str, float]) -> float:
-    """The largest over the smallest norm of a block, as of `outcome.diag["gradient"]`; infinite where a norm is not
-    finite or the smallest is 0."""
-    norms = layers(diag)
-    return max(norms) / min(norms) if all(map(math.isfinite, norms)) and min(norms) else math.inf
-
-
-def series(outcome: Outcome, name: str) -> list[tuple[int, float]]:
-    """A diagnostic over the run (`noise_scale` or `coherence`) by step; only its last value where no more was kept."""
-    rows = outcome.diag.get("series") or [{"step": outcome.final.get("step", 0), **outcome.diag}]
-    return [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-
-
-def critical_batch(outcome: Outcome) -> float:
-    """The critical batch in tokens by McCandlish et al. (2018): the median gradient noise scale of a run's later half,
-    since it grows while the loss falls. Estimates that are not positive and finite are noise, and left out."""
-    points = [(step, value) for step, value in series(outcome, "noise_scale") if 0 < value < math.inf]
-    if not points:
-        raise LookupError("no gradient noise scale was measured")
-    return median(value for step, value in points if step >= points[-1][0] / 2)
-
-
 def pareto(points: Curve) -> Curve:
-    """The points (cost, loss) than which none is both as cheap and better, cheapest first."""
+    """The points (cost, loss) that no other point beats in both, cheapest first."""
     front: list[tuple[float, float]] = []
-    for cost, value in sorted(points):
+    for at, value in sorted(points):
         if math.isfinite(value) and (not front or value < front[-1][1]):
-            front.append((cost, value))
+            front.append((at, value))
     return front
+
+
+# Names
+
+
+def labels(outcomes: Iterable[Outcome]) -> list[str]:
+    """Every label that any of them has: the variant, then others in the order in which they come."""
+    found = dict.fromkeys(label for outcome in outcomes for label in outcome.labels)
+    return sorted(found, key=lambda label: label != "variant")
+
+
+def groups(results: Results, *apart: str) -> dict[str, list[Outcome]]:
+    """Outcomes that differ only in their seed and the labels `apart`, named by the fewest labels that tell groups
+    apart."""
+
+    def split(names: Sequence[str]) -> dict[tuple, list[Outcome]]:
+        found: dict[tuple, list[Outcome]] = {}
+        for outcome in results.outcomes:
+            found.setdefault(tuple(outcome.labels.get(name) for name in names), []).append(outcome)
+        return found
+
+    def told(name: str, value: Any) -> str:
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+        return "" if value is None else text if name == "variant" else f"{name.rpartition('.')[2]} {text}"
+
+    names = [name for name in labels(results.outcomes) if name not in ("seed", *apart)]
+    for name in reversed(names):
+        fewer = [other for other in names if other != name]
+        if len(split(fewer)) == len(split(names)):
+            names = fewer
+    named: dict[str, list[Outcome]] = {}
+    for values, found in split(names).items():
+        named.setdefault(", ".join(filter(None, map(told, names, values))) or "all", []).extend(found)
+    return named

@@ -20,7 +20,7 @@ from typing import Any
 from experiments.spec import Outcome, Scale
 from runtime.errors import UserError
 
-STEPS = 60  # rows of training kept of a run
+STEPS = 8  # rows of training kept of a run, whose metrics.jsonl has all
 _POSITION = ("step", "tokens", "seconds")
 _LAST = ("memory", "memory_reserved", "memory_retries", "mfu")  # of the last row of training, which has the peaks
 
@@ -62,7 +62,7 @@ def append(path: Path, outcome: Outcome) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
         file.truncate(_whole(file))
-        file.write(json.dumps(asdict(outcome)).encode() + b"\n")
+        file.write(json.dumps(asdict(outcome), separators=(",", ":")).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -112,7 +112,9 @@ def thinned(rows: list, most: int) -> list:
 
 
 def _pick(row: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    return {key: row[key] for key in keys if key in row}
+    """Some values of a row, numbers to six digits: rows are for figures, and `final` has the exact end."""
+    found = {key: row[key] for key in keys if key in row}
+    return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in found.items()}
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -113,8 +113,9 @@ class _Tally(TorchDispatchMode):
         self.peak = max(self.peak, self.live + size)
 
 
-def predict(config: train.Config) -> Plan:
-    """What a run of this configuration takes on this machine. Raises what `train.py` would of device and kernels."""
+def predict(config: train.Config, base: int | None = None) -> Plan:
+    """What a run of this configuration takes on this machine; `base` in place of a measured one. Raises what `train.py`
+    would of device and kernels."""
     device = hardware.pick_device(config.device)
     precision = hardware.pick_precision(config.precision, device)
     kernels = bind(config.kernels, device)
@@ -169,7 +170,7 @@ def predict(config: train.Config) -> Plan:
             "optimizer": _bytes(state),
             "peak": tally.peak,
         }
-    return Plan(**sizes, base=_base(config))
+    return Plan(**sizes, base=_base(config) if base is None else base)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -188,7 +189,7 @@ def _base(config: train.Config) -> int:
 def _measured_base(*flags: str) -> int:
     code = """
         import sys, torch, train
-        from model import hardware
+        from runtime import hardware
         trainer = train.Trainer(*train.configure(sys.argv[1:]))
         trainer.loop()
         free, total = torch.cuda.mem_get_info(trainer.device) if trainer.device.type == "cuda" else (0, 0)
@@ -404,31 +405,36 @@ def run(scale: Scale, results: Path, out: Path, say: Callable[[str], None] = pri
                 search.probe(point.configuration, knobs | timing, point.micro_batch, repeat=repeat)
 
 
-def _probes(results: Results, configuration: str, timed: bool = False) -> list[Outcome]:
-    """Of a configuration, the probes or else the timed runs: those under the last one's cap, on its machine."""
-    found = [o for o in results.where(configuration=configuration) if ("repeat" in o.labels) == timed]
-    return [o for o in found if (o.labels["cap"], o.machine) == (found[-1].labels["cap"], found[-1].machine)]
+def current(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Of each configuration, the outcomes under the last one's cap, on its machine."""
+    last = {o.labels["configuration"]: (o.labels["cap"], o.machine) for o in outcomes}
+    return [o for o in outcomes if last[o.labels["configuration"]] == (o.labels["cap"], o.machine)]
+
+
+def is_timed(outcome: Outcome) -> bool:
+    return "repeat" in outcome.labels and outcome.status == "finished"
+
+
+def fitting_probe(outcome: Outcome) -> bool:
+    return "repeat" not in outcome.labels and outcome.status == "finished"
 
 
 def largest(results: Results, configuration: str) -> int:
     """The largest micro-batch that fits, 0 when none does. Raises `LookupError` where nothing was probed."""
-    probes = _probes(results, configuration)
-    if not probes:
-        raise LookupError(f"no probe of {configuration}")
+    probes = results.where({"configuration": configuration, "repeat": None})
     return max((o.labels["micro_batch"] for o in probes if o.status == "finished"), default=0)
 
 
 def points(results: Results, configuration: str) -> list[tuple[int, int, int]]:
     """Every micro-batch that fits, in order, with the bytes measured and those predicted."""
-    fitting = [o for o in _probes(results, configuration) if o.status == "finished"]
-    return sorted((o.labels["micro_batch"], o.final["memory"], o.final["predicted"]) for o in fitting)
+    found = [o for o in results.outcomes if o.labels["configuration"] == configuration and fitting_probe(o)]
+    return sorted((o.labels["micro_batch"], o.final["memory"], o.final["predicted"]) for o in found)
 
 
 def speeds(results: Results, configuration: str) -> list[float]:
-    """Tokens a second, warm-up excluded, of the timed runs at the largest micro-batch."""
-    done = [o for o in _probes(results, configuration, timed=True) if o.status == "finished"]
-    most = max((o.labels["micro_batch"] for o in done), default=0)
-    return [o.final["tok_s_steady"] for o in done if o.labels["micro_batch"] == most]
+    """Tokens per second, warm-up excluded, of the timed runs."""
+    timed = [o for o in results.outcomes if o.labels["configuration"] == configuration and is_timed(o)]
+    return [o.final["tok_s_steady"] for o in timed]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,9 +1,9 @@
 """From a suite to its trials, and from trials to the ledger.
 
-Every trial is a process of train.py, in a session of its own, so that whatever ends it ends nothing else: a run that
+Every trial is a process of train.py in its own session, so that however it ends, nothing else ends with it: a run that
 diverged, ran out of memory or was refused is an outcome like any other. An outcome is written when its process has
-ended. A sweep may therefore be killed at any moment and started again: what is in the ledger is not repeated, and what
-was in flight, which dies with the sweep, begins anew.
+ended. A sweep can be killed at any moment and started again: trials in the ledger are not repeated, and those that were
+in flight, which die with the sweep, begin anew.
 """
 
 import ctypes
@@ -30,9 +30,10 @@ import torch
 import train
 from experiments import ledger
 from experiments.spec import Axis, Knobs, Outcome, Rule, Scale, Suite, Trial
-from kernels import KernelChoice, bind
-from model.gpt import GPT
+from kernels import KernelChoice, KernelError, bind
+from model.gpt import GPT, ModelConfig
 from runtime import hardware
+from runtime.budget import LENGTHS
 from runtime.config import ConfigError, merge
 from runtime.errors import UserError
 from runtime.progress import progress_bar
@@ -40,9 +41,14 @@ from runtime.run import Interrupt, commit
 
 TRAIN = (sys.executable, str(Path(train.__file__).resolve()))
 POWERS: dict[Rule, float] = {"fixed": 0.0, "sqrt": 0.5, "linear": 1.0}  # of the batch, in the learning rate
-PATIENCE_S: dict[Scale, float] = {"tiny": 600, "low": 7200, "full": 86400}  # for a trial, or ten times the median
+PATIENCE_S: dict[Scale, float] = {"tiny": 600, "low": 7200, "full": 86400, "own": 86400}  # or ten times the median
 POLL_S = 0.05
 ERROR_CHARS = 1000  # of the last lines of a failed run
+CONTEXT_BYTES = 2**30  # of a process on a GPU, besides its tensors
+ON_CARD = 4  # trials at once on a GPU, memory allowing: most of a short trial is start-up, which leaves the card idle
+START_S = 15.0  # of a trial: to import torch, open the data, compile
+RATES = {"cuda": 1e14, "cpu": 1e10}  # FLOP/s of a first estimate, which the machine's own past corrects
+ALONE = ("choose-batch", "diagnostics")  # suites that compare speeds at every scale
 LIBC = ctypes.CDLL(None)  # loaded here: between fork and exec no lock may be waited for
 
 
@@ -66,25 +72,36 @@ def trials(
         raise ConfigError(f"suite {suite.name} has no scale {scale}: it has {', '.join(suite.base)}")
     axis, rule, seeds, extra = axis or suite.axis, rule or suite.rule, seeds or suite.seeds[scale], extra or {}
     own = {knob for of in (*suite.variants.values(), *suite.points(scale)) for knob in of} | {"seed"}
-    own |= train.BUDGETS if own & train.BUDGETS else set()
+    own |= LENGTHS if own & LENGTHS else set()
     if taken := sorted(own & extra.keys()):
         raise ConfigError(f"{taken[0]} is what trials of suite {suite.name} differ by: --set cannot give it")
-    base = merge([suite.base[scale], extra], train.BUDGETS)
+    base = merge([suite.base[scale], extra], LENGTHS)
     follow = spend = dict
     if rule != "fixed":
         follow = partial(scale_rates, base=configuration(base), power=POWERS[rule])
     if axis:
         first = next(iter(suite.variants.values()))
-        spend = budget_on(axis, configuration(merge([suite.base[scale], first, extra], train.BUDGETS)))
+        spend = budget_on(axis, configuration(merge([suite.base[scale], first, extra], LENGTHS)))
     found = []
     for (variant, own), point, seed in itertools.product(suite.variants.items(), suite.points(scale), range(seeds)):
-        knobs = follow(merge([suite.base[scale], own, point, extra, {"seed": seed}], train.BUDGETS))
-        if not train.BUDGETS & {*own, *point}:  # a length that is a trial's own is what the trial is about
+        knobs = follow(merge([suite.base[scale], own, point, extra, {"seed": seed}], LENGTHS))
+        if not LENGTHS & {*own, *point}:  # a length that is a trial's own is what the trial is about
             knobs = spend(knobs)
         found.append(Trial(suite.name, scale, {"variant": variant, **point, "seed": seed}, knobs))
     if suite.matched:
         check_matched(found)
     return found
+
+
+def offline(trial: Trial) -> Trial:
+    """The trial on text that every machine has: docstrings, or the standard library's sources in place of OpenWebText,
+    with a BPE tokenizer of the same size as the trial's."""
+    knobs = dict(trial.knobs)
+    if knobs.get("data.corpus", "docstrings") not in ("docstrings", "stdlib"):
+        knobs["data.corpus"] = "stdlib" if knobs["data.corpus"] == "openwebtext" else "docstrings"
+    if knobs.get("data.tokenizer") == "gpt2":
+        knobs |= {"data.tokenizer": "bpe", "data.vocab_size": 50_257}
+    return replace(trial, knobs=knobs)
 
 
 def check_matched(trials: Sequence[Trial]) -> None:
@@ -113,7 +130,8 @@ def scale_rates(knobs: Knobs, base: train.Config, power: float) -> dict[str, Any
 
 
 def budget_on(axis: Axis, reference: train.Config) -> Callable[[Knobs], dict[str, Any]]:
-    """What gives knobs the budget of `reference`, in units of `axis`. Raises `ConfigError` where that takes a speed."""
+    """A function that gives knobs the budget of `reference`, in units of `axis`. Raises `ConfigError` where only a
+    measured speed could convert it."""
     unit = next(unit for unit in ("steps", "tokens", "seconds") if getattr(reference, unit))
     if axis != unit and "seconds" in (axis, unit):
         raise ConfigError(f"a budget in {unit} is none in {axis} before it has run: --set {axis}=... gives one")
@@ -122,7 +140,7 @@ def budget_on(axis: Axis, reference: train.Config) -> Callable[[Knobs], dict[str
     if axis == "flops":
         return partial(_spend, flops=tokens * meta_model(reference).flops_per_token(), otherwise=tokens)
     amount = {"steps": math.ceil(tokens / step), "tokens": tokens, "seconds": reference.seconds}[axis]
-    return lambda knobs: merge([knobs, {axis: amount}], train.BUDGETS)
+    return lambda knobs: merge([knobs, {axis: amount}], LENGTHS)
 
 
 def _spend(knobs: Knobs, flops: int, otherwise: int) -> dict[str, Any]:
@@ -130,12 +148,16 @@ def _spend(knobs: Knobs, flops: int, otherwise: int) -> dict[str, Any]:
         tokens = round(flops / meta_model(configuration(knobs)).flops_per_token())
     except UserError:
         tokens = otherwise  # the run will be refused, and its outcome says why
-    return merge([knobs, {"tokens": tokens}], train.BUDGETS)
+    return merge([knobs, {"tokens": tokens}], LENGTHS)
 
 
 def meta_model(config: train.Config) -> GPT:
-    """The model on the meta device, with kernels that any machine has: what counts its parameters and FLOPs."""
-    shape = config.model.resolved(config.data.expected_vocab_size, config.data.separator)
+    """The model on the meta device, to count its parameters and FLOPs."""
+    return _meta_model(config.model.resolved(config.data.expected_vocab_size, config.data.separator))
+
+
+@cache
+def _meta_model(shape: ModelConfig) -> GPT:
     with torch.device("meta"):
         return GPT(shape, bind(KernelChoice(every="torch"), torch.device("cpu")))
 
@@ -232,14 +254,36 @@ def kernel_ooms() -> int:
 
 
 def places(jobs: int = 0) -> list[dict[str, str]]:
-    """The environments of the trials that run at once: as many as GPUs, or else as cores, unless `jobs` says how many.
-    On a CPU they share the cores."""
+    """The environments of trials that run at once: `jobs`, or as many as cores, which they share. On GPUs `ON_CARD` a
+    card, of which `sweep` fills as many as the card's memory allows."""
     cards, cores = torch.cuda.device_count(), os.cpu_count() or 1
-    jobs = jobs or cards or cores
+    jobs = jobs or ON_CARD * cards or cores
     if cards:
         names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(cards)))).split(",")
         return [{"CUDA_VISIBLE_DEVICES": names[i % cards]} for i in range(jobs)]
     return [{"OMP_NUM_THREADS": str(max(1, cores // jobs))}] * jobs
+
+
+def share_of_card(trial: Trial) -> float:
+    """The share of a GPU that a trial needs: of its memory, as planned; all of it for a run that is measured by the
+    clock, at the published size, or that the planner cannot plan. 0 on a CPU."""
+    if not torch.cuda.is_available() or str(trial.knobs.get("device", "auto")) == "cpu":
+        return 0.0
+    if trial.scale == "full" or trial.knobs.get("seconds") or trial.suite in ALONE:
+        return 1.0
+    alike = {knob: v for knob, v in trial.knobs.items() if knob not in {"seed", "lr", *LENGTHS}}
+    return _planned_share(tuple(flags(alike | {"steps": 1})))
+
+
+@cache
+def _planned_share(argv: tuple[str, ...]) -> float:
+    from experiments import memory
+
+    try:
+        peak = memory.predict(train.configure(list(argv))[0], CONTEXT_BYTES).total
+    except (UserError, KernelError):
+        return 1.0
+    return 1.15 * peak / torch.cuda.get_device_properties(0).total_memory  # allocators round up
 
 
 def machine(trial: Trial, jobs: int) -> str:
@@ -302,19 +346,41 @@ class Plan:
         return lines
 
 
+def rough(trial: Trial | Outcome) -> float:
+    """Seconds that a trial takes, from its FLOPs alone: to be scaled by what others took."""
+    return _rough(tuple(flags(trial.knobs)))
+
+
+@cache
+def _rough(argv: tuple[str, ...]) -> float:
+    try:
+        config = train.configure(list(argv))[0]
+        per_token, step = meta_model(config).flops_per_token(), config.batch_size * config.model.seq_len
+    except (UserError, ValueError):
+        return START_S  # it will be refused
+    if config.seconds:
+        return START_S + config.seconds
+    tokens = config.tokens or config.steps * step
+    evaluated = tokens / step / config.eval_every * config.eval_tokens / 3  # a third of the FLOPs: no backward
+    on = "cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu"
+    return START_S + (tokens + evaluated) * per_token / RATES[on]
+
+
+def expected(trial: Trial, past: Sequence[Outcome]) -> float:
+    """Seconds that a trial takes, given outcomes on its machine: as the same trial last did, or as the median of its
+    suite, or by its FLOPs, scaled by the median of what those of others took."""
+    same = [o.seconds for o in past if o.key == trial.key]
+    suite = [o.seconds for o in past if o.suite == trial.suite]
+    if same or suite:
+        return same[-1] if same else median(suite)
+    return rough(trial) * median([o.seconds / rough(o) for o in past[-20:]] or [1.0])
+
+
 def forecast(trials: Sequence[Trial], past: Sequence[Outcome], jobs: int) -> float | None:
-    """Seconds that trials take, `jobs` at once: each as much as the same did last on its machine, or the median of its
-    suite there, or of all. None where there is no past."""
-    if not trials:
-        return 0.0
+    """Seconds that trials take, `jobs` at once; None where nothing has run on this machine."""
     machines = {machine(trial, jobs) for trial in trials}
     past = [outcome for outcome in past if outcome.machine in machines]
-    if not past:
-        return None
-    same = {outcome.key: outcome.seconds for outcome in past}
-    suites = {suite: median(o.seconds for o in past if o.suite == suite) for suite in {o.suite for o in past}}
-    overall = median(outcome.seconds for outcome in past)
-    return sum(same.get(trial.key, suites.get(trial.suite, overall)) for trial in trials) / jobs
+    return sum(expected(trial, past) for trial in trials) / jobs if past or not trials else None
 
 
 def clock(seconds: float | None) -> str:
@@ -338,13 +404,41 @@ def sweep(
     time_limit: float = math.inf,
     command: Sequence[str] = TRAIN,
     say: Callable[[str], None] = print,
+    within: float = math.inf,
 ) -> bool:
-    """Run what a plan has to run, one trial in each of the environments at a time. Returns whether it came to its end,
-    as against a signal; after `time_limit` seconds it starts no more trials and ends with those in flight.
+    """Run a plan's trials, one in each of the environments at a time. Returns False if a signal ended it early.
 
-    Raises `LedgerError` where another sweep of one of the suites is under way."""
+    After `time_limit` seconds it starts no more trials and ends with those in flight. `within` a time, it takes the
+    cheapest suites first, starts no trial that is not expected to end in time, and kills the ones that are wrong about
+    it, which leave no outcome. Raises `LedgerError` where another sweep of one of the suites is under way."""
     past, version, begin = list(plan.past), commit(), time.monotonic()
     waiting, free, jobs = [run[0] for run in plan.runs.values()], list(environments), []
+
+    def elapsed() -> float:
+        return time.monotonic() - begin
+
+    def costs(trial: Trial) -> float:
+        here = machine(trial, len(environments))
+        return expected(trial, [o for o in past if o.machine == here])
+
+    def room(trial: Trial, environment: Mapping[str, str]) -> bool:
+        """Whether a trial fits beside those on the same card."""
+        card = environment.get("CUDA_VISIBLE_DEVICES")
+        beside = [job.trial for job in jobs if job.environment.get("CUDA_VISIBLE_DEVICES") == card]
+        return not card or not beside or sum(map(share_of_card, (trial, *beside))) <= 1
+
+    def next_start() -> tuple[Trial, Mapping[str, str]] | None:
+        if elapsed() >= time_limit:
+            return None
+        for trial in waiting:
+            if within == math.inf or elapsed() + 1.2 * costs(trial) <= within:
+                place = next((environment for environment in free if room(trial, environment)), None)
+                return (trial, place) if place is not None else None  # in order: a large trial is not passed over
+        return None
+
+    if within < math.inf:
+        totals = {suite: sum(costs(t) for t in waiting if t.suite == suite) for suite in {t.suite for t in waiting}}
+        waiting.sort(key=lambda trial: totals[trial.suite])
     with ExitStack() as held:
         for path in plan.ledgers:
             held.enter_context(ledger.locked(path))
@@ -355,15 +449,19 @@ def sweep(
         held.callback(lambda: [job.kill() for job in jobs])
         if (bar := progress_bar(say, total=len(waiting), unit="trial")) is not None:
             say = held.enter_context(bar).write
-        while jobs or (waiting and time.monotonic() - begin < time_limit):
+        while True:
             if interrupt.signal:
                 return False
-            while waiting and free and time.monotonic() - begin < time_limit:
-                trial = waiting.pop(0)
+            while free and (start := next_start()):
+                trial, environment = start
+                waiting.remove(trial)
+                free.remove(environment)
                 here = machine(trial, len(environments))
                 usual = [o.seconds for o in past if (o.suite, o.machine) == (trial.suite, here)]
                 limit = max(PATIENCE_S[trial.scale], 10 * median(usual or [0]))
-                jobs.append(Job(trial, out, here, version, free.pop(0), limit, wandb, command))
+                jobs.append(Job(trial, out, here, version, environment, limit, wandb, command))
+            if not jobs or elapsed() > within:
+                break
             for job in list(jobs):
                 if (outcome := job.ended()) is None:
                     continue
@@ -379,6 +477,6 @@ def sweep(
                 if bar is not None:
                     bar.update()
             time.sleep(POLL_S)
-    if waiting:
-        say(f"{len(waiting)} trials are left, for want of time: the same command goes on")
+        if left := len(waiting) + len(jobs):
+            say(f"{left} trials are left, for want of time: the same command goes on")
     return True

@@ -1,7 +1,7 @@
-"""What a suite is: its trials, declared as a base, alternatives and a grid; and what its claims are judged on.
+"""What a suite is: trials, declared as a base, variants and a grid, and claims that are judged on their outcomes.
 
-A suite is data. The runner turns it into trials, each a run of train.py with knobs of its own, and the ledger holds
-what came of them; the report judges the claims on the ledger alone.
+A suite is data. The runner turns it into trials, each a run of train.py with its own knobs; the ledger keeps their
+outcomes; the report judges the claims on the ledger alone.
 """
 
 import hashlib
@@ -9,19 +9,19 @@ import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import mean, stdev
 from typing import Any, Literal
 
-Scale = Literal["tiny", "low", "full"]
+Scale = Literal["tiny", "low", "full", "own"]  # own: a sweep of the user's, declared by flags
 Axis = Literal["steps", "tokens", "seconds", "flops"]
 Rule = Literal["fixed", "sqrt", "linear"]
-Verdict = Literal["reproduced", "refuted", "artefact", "not comparable at this scale", "not run"]
 Knobs = Mapping[str, Any]  # dotted keys of train.py's knobs
+Where = Mapping[str, Any]  # labels that an outcome must have; a function takes the outcome and says whether it does
+LAST = object()  # as a value in a `Where`: the last one declared, which depends on the scale
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run: its knobs, and by which `labels` (variant, coordinates of the grid, seed) the report knows it."""
+    """One run: its knobs, and the `labels` (variant, grid coordinates, seed) by which the report refers to it."""
 
     suite: str
     scale: Scale
@@ -30,14 +30,14 @@ class Trial:
 
     @property
     def key(self) -> str:
-        """Equal for equal knobs, whatever their order."""
+        """A hash of the knobs, in whatever order they are given."""
         text = json.dumps([self.suite, self.scale, dict(self.knobs)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A line of the ledger: what came of a trial. `status` is one of runtime.run's, or `oom` where the system killed it.
+    """A line of the ledger: how a trial ended. `status` is the run's own, or `oom` where the system killed it.
 
     `final` is the run's status.json; `steps` and `evals` are thinned rows of its metrics, `diag` its last diagnostics.
     """
@@ -60,74 +60,75 @@ class Outcome:
 
     @property
     def val_loss(self) -> float:
-        """Nats a token on the evaluation set at the end; infinite for a run that did not get there."""
+        """Final validation loss in nats per token; infinite for a run that did not finish."""
         return self.final.get("val_loss", float("inf")) if self.status == "finished" else float("inf")
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What a claim comes to: `ours` in words, the `difference` from theirs or between variants, and half the width of
-    its 95% confidence interval over seeds, where there are two or more."""
-
-    ours: str
-    verdict: Verdict
-    difference: float | None = None
-    confidence: float | None = None
-
-
 class Results:
-    """The latest outcomes of a suite at a scale, by their labels."""
+    """The latest outcomes of a suite at a scale, selected by their labels."""
 
     def __init__(self, outcomes: Sequence[Outcome]):
         self.outcomes = list(outcomes)
 
-    def where(self, **labels: Any) -> list[Outcome]:
-        """Those with all of these labels."""
-        return [o for o in self.outcomes if all(o.labels.get(k) == v for k, v in labels.items())]
+    def where(self, labels: Where | None = None, /, **more: Any) -> list[Outcome]:
+        """The outcomes with all of these labels. Raises `LookupError` where there are none."""
+        labels = {**(labels or {}), **more}
+        labels = {name: self.values(name)[-1:] if value is LAST else value for name, value in labels.items()}
 
-    def one(self, **labels: Any) -> Outcome:
-        """The only one with these labels, of several seeds the first. Raises `LookupError` when there are none, or
-        several otherwise."""
-        found = self.where(**labels)
-        if len({json.dumps({**o.labels, "seed": 0}, sort_keys=True) for o in found}) == 1:
-            found = [min(found, key=lambda outcome: outcome.labels.get("seed", 0))]
-        if len(found) != 1:
-            raise LookupError(f"{len(found)} trials have {labels}")
-        return found[0]
+        def has(outcome: Outcome, name: str, value: Any) -> bool:
+            if callable(value):
+                return value(outcome)
+            return outcome.labels.get(name) in (value if isinstance(value, list) else [value])
+
+        found = [o for o in self.outcomes if all(has(o, *item) for item in labels.items())]
+        if not found:
+            raise LookupError(f"no trials with {', '.join(f'{k}={v}' for k, v in labels.items() if not callable(v))}")
+        return found
 
     def values(self, label: str) -> list[Any]:
         """The values of a label, in the order in which they were declared."""
         return list(dict.fromkeys(o.labels[label] for o in self.outcomes if label in o.labels))
 
 
-def interval(samples: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and half the width of its 95% confidence interval by Student's t; None for a single sample."""
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31}
-    n = len(samples)
-    return mean(samples), t.get(n, 2.26) * stdev(samples) / n**0.5 if n > 1 else None
+@dataclass(frozen=True)
+class Finding:
+    """What a judge found: `ours` in words, and whether the claim `holds`.
+
+    `difference` is what was compared, `interval` half the width of its 95% confidence interval, `p` the probability of
+    a difference this large by the noise of seeds alone (None: the claim is of no mean). `seeds` is the number of runs
+    of each trial. A `published` number is compared at the original's size only, an `artefact` explains a claim away.
+    """
+
+    ours: str
+    holds: bool | None
+    difference: float | None = None
+    interval: float | None = None
+    p: float | None = None
+    seeds: int = 1
+    published: bool = False
+    artefact: bool = False
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A line of the report: what was `claimed`, by `theirs`, and how our results are judged.
-
-    `judge` may raise LookupError where a trial that it needs is not there: the line is then `not run`."""
+    """A line of the report: `row` of the published experiments, what was `claimed` and by what number, how it is
+    judged, and the unit test that holds it too, if one does. A judge raises `LookupError` where a trial is missing."""
 
     row: int
     claimed: str
     theirs: str
-    judge: Callable[[Results], Finding]
+    judge: Callable[..., Finding] | None = None  # (results, noise); None: only the test
+    test: str = ""
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Trials: each of `variants` (a label to knobs), at every point of `grid` (a knob to its values), `seeds` times.
+    """Trials: each of `variants` (label to knobs) at every point of `grid` (knob to values), `seeds` times.
 
-    `base` gives knobs for each scale that the suite can run at, and `grids` other values of the grid for a scale. The
-    learning rates of trials with another batch than the base's follow `rule`. `axis` is what all trials have equal: the
-    base's budget, in its own unit or as the tokens, or FLOPs, that it comes to for the first variant. `plots` names
-    figures of the report (experiments/report.py). Variants that are `matched` have as many parameters, within 3%, or
-    the runner starts none of them.
+    `base` has the knobs for each scale; `grids` replaces parts of the grid at a scale. The learning rate of a trial
+    whose batch is not the base's follows `rule`. `axis` is the budget that all trials share: the base's, in its own
+    unit or converted to tokens, or FLOPs, of the first variant. Suites of one `recipe` share their measured noise.
+    `plots` names figures of the report. `matched` variants must agree in parameters within 3%.
     """
 
     name: str
@@ -141,8 +142,9 @@ class Suite:
     seeds: Mapping[Scale, int] = field(default_factory=lambda: {"tiny": 1, "low": 1, "full": 1})
     rule: Rule = "fixed"
     axis: Axis | None = None
+    recipe: str = ""
     matched: bool = False
-    plots: tuple[str, ...] = ("curves",)
+    plots: tuple[str, ...] = ()
 
     def points(self, scale: Scale) -> list[dict[str, Any]]:
         """The points of the grid at a scale. A name "a,b" joins knobs that change together; its values are tuples."""

@@ -9,17 +9,31 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-import train
 from experiments import __main__ as cli
 from experiments import ledger
-from experiments.run import Plan, forecast, kernel_ooms, machine, meta_model, sweep, trials
+from experiments.run import (
+    START_S,
+    Plan,
+    expected,
+    forecast,
+    kernel_ooms,
+    machine,
+    meta_model,
+    offline,
+    rough,
+    share_of_card,
+    sweep,
+    trials,
+)
 from experiments.run import configuration as configured
 from experiments.spec import Outcome, Results, Suite
+from runtime.budget import LENGTHS
 from runtime.config import ConfigError
 
 # Stands for train.py: does as the knob `do` says, in `for` seconds, and leaves what train.py would. `starts` beside the
@@ -71,6 +85,7 @@ def run(fake, tmp_path):
         options = {"command": fake, "say": said.append} | options
         return sweep(plan, tmp_path / "out", environments, **options), said
 
+    start.command = fake
     return start
 
 
@@ -84,6 +99,11 @@ def statuses(*names: str) -> Suite:
 
 def recorded(folder: Path, name: str = "s") -> Results:
     return Results(ledger.read(ledger.place(folder, "tiny", name)))
+
+
+def one(folder: Path, **labels) -> Outcome:
+    (found,) = recorded(folder).where(labels)
+    return found
 
 
 def starts(folder: Path) -> list[list[str]]:
@@ -141,7 +161,7 @@ def test_rates_follow_the_batch_by_the_rule(rule, power):
 def budgets(axis, base, **fields) -> list[dict]:
     """The budgets of trials: that of the base at a batch of 8, and what a batch of 16 gets."""
     declared = suite(base=SHAPE | {"batch_size": 8} | base, grid={"batch_size": [8, 16]}, axis=axis, **fields)
-    return [{k: v for k, v in trial.knobs.items() if k in train.BUDGETS} for trial in trials(declared, "tiny")]
+    return [{k: v for k, v in trial.knobs.items() if k in LENGTHS} for trial in trials(declared, "tiny")]
 
 
 @pytest.mark.parametrize(
@@ -204,7 +224,7 @@ def test_an_outcome_has_the_run_and_its_end(run, tmp_path):
     assert said[0].endswith("ETA 0:00:00")
     assert found.val_loss == 2.0
     assert found.final["memory"] == 200  # the peak is in the last row
-    assert len(found.steps) == 60
+    assert len(found.steps) == ledger.STEPS
     assert [found.steps[0]["step"], found.steps[-1]["step"]] == [1, 200]
     assert set(found.steps[0]) == {"step", "tokens", "seconds", "loss", "lr", "grad_norm"}
     assert [row["val_loss"] for row in found.evals] == [3.0, 1.5]
@@ -243,14 +263,14 @@ def test_a_kill_is_out_of_memory_where_the_kernel_says_so(run, tmp_path, monkeyp
     counts = iter((4, 5))
     monkeypatch.setattr("experiments.run.kernel_ooms", lambda: next(counts))
     run(statuses("kill"))
-    assert recorded(tmp_path).one().status == "oom"
+    assert one(tmp_path).status == "oom"
 
 
 def test_a_trial_that_hangs_is_ended(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules["experiments.run"].PATIENCE_S, "tiny", 0.5)
     begin = time.monotonic()
     run(suite(base={"for": 60}))
-    assert recorded(tmp_path).one().status == "time_limit"
+    assert one(tmp_path).status == "time_limit"
     assert time.monotonic() - begin < 10
 
 
@@ -269,7 +289,7 @@ def test_trials_run_side_by_side_each_in_its_place(run, tmp_path):
 def test_what_is_done_is_not_repeated_and_a_rerun_supersedes(run, tmp_path):
     declared = statuses("finished", "nan")
     run(declared)
-    first = recorded(tmp_path)
+    first = one(tmp_path, variant="nan")
     run(declared)
     assert len(starts(tmp_path)) == 2
     run(declared, rerun=True)
@@ -277,7 +297,7 @@ def test_what_is_done_is_not_repeated_and_a_rerun_supersedes(run, tmp_path):
     path = ledger.place(tmp_path, "tiny", "s")
     assert len(ledger.history(path)) == 4  # the old rows are kept
     assert len(recorded(tmp_path).outcomes) == 2
-    assert recorded(tmp_path).one(variant="nan").started > first.one(variant="nan").started
+    assert one(tmp_path, variant="nan").started > first.started
 
 
 def test_an_interrupted_trial_is_run_again(run, tmp_path):
@@ -290,7 +310,7 @@ def test_equal_knobs_run_once_and_serve_all_their_labels(run, tmp_path):
     twins = suite(variants={"a": {"x": 1}, "b": {"x": 1}})
     run(twins)
     assert len(starts(tmp_path)) == 1
-    a, b = (recorded(tmp_path).one(variant=name) for name in "ab")
+    a, b = (one(tmp_path, variant=name) for name in "ab")
     assert a == replace(b, labels=a.labels)
     path = ledger.place(tmp_path, "tiny", "s")
     path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])  # as if killed between the two
@@ -300,10 +320,10 @@ def test_equal_knobs_run_once_and_serve_all_their_labels(run, tmp_path):
 
 
 def test_other_knobs_at_the_same_labels_take_the_place_and_give_it_back(run, tmp_path):
-    one, two = (suite(variants={"a": {"do": "nan", "x": x}}) for x in (1, 2))
-    for declared, x in ((one, 1), (two, 2), (one, 1), (one, 1)):
+    first, second = (suite(variants={"a": {"do": "nan", "x": x}}) for x in (1, 2))
+    for declared, x in ((first, 1), (second, 2), (first, 1), (first, 1)):
         run(declared)
-        assert recorded(tmp_path).one().knobs["x"] == x
+        assert one(tmp_path).knobs["x"] == x
     assert len(starts(tmp_path)) == 2
     assert len(ledger.history(ledger.place(tmp_path, "tiny", "s"))) == 3
 
@@ -388,6 +408,82 @@ def test_the_past_tells_how_long_it_takes():
     assert forecast(declared, [*past, elsewhere], 2) == (9 + 2 * 3) / 2
 
 
+def test_what_never_ran_is_estimated_by_its_flops():
+    small, large = (trials(suite(base=SHAPE | {"steps": n}), "tiny")[0] for n in (100, 10**6))
+    clocked = trials(suite(base=SHAPE | {"seconds": 50}), "tiny")[0]
+    assert rough(small) < rough(large) / 10
+    assert rough(clocked) == START_S + 50
+    other = outcome(key="x", suite="other", seconds=3 * rough(small), knobs=small.knobs)
+    assert expected(large, [other]) == pytest.approx(3 * rough(large))  # the machine is a third as fast as thought
+
+
+def test_within_a_time_the_cheapest_suites_come_first_and_none_that_would_not_end(fake, tmp_path):
+    """By what the ledger has of this machine: `slow` took 60 s, `quick` and `brief` less."""
+    declared = {name: suite(name, {"for": 0.1}, grid={"x": range(2)}) for name in ("slow", "brief", "quick")}
+    here = machine(trials(declared["slow"], "tiny")[0], 1)
+    for name, seconds in (("slow", 60.0), ("brief", 0.3), ("quick", 0.2)):
+        past = outcome(key="past", suite=name, labels={"x": -1}, seconds=seconds, machine=here)
+        ledger.append(ledger.place(tmp_path, "tiny", name), past)
+    said = []
+    plan = Plan([t for each in declared.values() for t in trials(each, "tiny")], tmp_path)
+    assert sweep(plan, tmp_path / "out", [{}], command=fake, say=said.append, within=20)
+    assert [line.split()[1] for line in said[:-1]] == ["quick", "quick", "brief", "brief"]
+    assert said[-1].startswith("2 trials are left, for want of time")
+
+
+def test_a_trial_that_is_late_after_all_is_killed_and_not_recorded(run, tmp_path):
+    declared = suite(base={"for": 60})
+    past = outcome(key="past", labels={"x": -1}, seconds=0.1, machine=machine(trials(declared, "tiny")[0], 4))
+    ledger.append(ledger.place(tmp_path, "tiny", "s"), past)
+    ended, said = run(declared, within=1.0)
+    assert ended and len(recorded(tmp_path).outcomes) == 1
+    assert said == ["1 trials are left, for want of time: the same command goes on"]
+    assert len(starts(tmp_path)) == 1 and not alive(starts(tmp_path)[0][1])
+
+
+def test_small_trials_share_a_card_as_its_memory_allows(run, tmp_path, monkeypatch):
+    shares = {0: 0.4, 1: 0.4, 2: 0.4, 3: 1.0}
+    monkeypatch.setattr("experiments.run.share_of_card", lambda trial: shares[trial.labels["x"]])
+    declared = suite(base={"for": 0.4}, grid={"x": range(4)})
+    environments = [{"CUDA_VISIBLE_DEVICES": "0"}] * 3
+    plan = Plan(trials(declared, "tiny"), tmp_path)
+    assert sweep(plan, tmp_path / "out", environments, command=run.command, say=lambda line: None)
+    began = {o.labels["x"]: datetime.fromisoformat(o.started).timestamp() for o in recorded(tmp_path).outcomes}
+    ended = {o.labels["x"]: began[o.labels["x"]] + o.seconds for o in recorded(tmp_path).outcomes}
+    assert began[1] < ended[0]  # side by side
+    assert began[2] >= min(ended[0], ended[1])  # three would not fit
+    assert began[3] >= max(ended[0], ended[1], ended[2])  # alone
+
+
+def test_the_share_of_a_card_is_as_planned(monkeypatch):
+    planned = []
+
+    def predict(config, base):
+        planned.append((config.steps, config.model.n_layer))
+        return SimpleNamespace(total=1000 * config.model.n_layer + base)
+
+    monkeypatch.setattr("experiments.memory.predict", predict)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda card: SimpleNamespace(total_memory=2**32))
+    declared = suite(base=SHAPE | {"tokens": 640}, grid={"lr": (1e-3, 1e-2), "model.n_layer": (2, 4)})
+    shares = [share_of_card(trial) for trial in trials(declared, "tiny")]
+    assert shares == [1.15 * (1000 * n + 2**30) / 2**32 for n in (2, 4, 2, 4)]
+    assert planned == [(1, 2), (1, 4)]  # rates take no memory, and no plan of their own
+    by_clock, refused = suite(base=SHAPE | {"seconds": 9}), suite(base=SHAPE | {"steps": 9, "precision": "fp8"})
+    assert [share_of_card(trials(each, "tiny")[0]) for each in (by_clock, refused)] == [1.0, 1.0]
+    assert share_of_card(trials(suite(base=SHAPE | {"device": "cpu"}), "tiny")[0]) == 0.0
+
+
+def test_offline_trials_have_text_that_is_there_and_a_tokenizer_of_the_same_size():
+    knobs = {"data.corpus": "pile", "data.tokenizer": "gpt2"}
+    moved = offline(trials(suite(base=knobs), "tiny")[0])
+    assert moved.knobs == {"data.corpus": "docstrings", "data.tokenizer": "bpe", "data.vocab_size": 50_257, "seed": 0}
+    owt = trials(suite(base={"data.corpus": "openwebtext", "data.tokenizer": "bpe", "data.vocab_size": 9}), "tiny")[0]
+    assert offline(owt).knobs == dict(owt.knobs) | {"data.corpus": "stdlib"}
+    bytes_ = trials(suite(base={"data.corpus": "docstrings", "data.tokenizer": "bytes"}), "tiny")[0]
+    assert offline(bytes_) == bytes_
+
+
 # The command
 
 
@@ -404,7 +500,7 @@ def command(fake, tmp_path, monkeypatch, capsys):
         say(f"searched at scale {scale}")
         raise ConfigError("there is no GPU")
 
-    def write(names, scale, results):
+    def write(names, scale, results, suites):
         return results / f"{'-'.join(names)}-{scale}.html"
 
     for name, holds in {"suites": {"SUITES": suites}, "report": {"write": write}, "memory": {"run": search}}.items():
@@ -454,6 +550,11 @@ def test_a_command_lists_shows_runs_and_reports(command, tmp_path):
         (("s", "--scale=full"), "suite s has no scale full: it has tiny"),
         (("t", "--axis=seconds"), "--set seconds=... gives one"),
         (("memory", "--rerun"), "memory is a search: --rerun, --seeds"),
+        (("--grid", "lr=1,2"), "--base=small.py says of what"),
+        (("--base", "trial.py", "--grid", "lrr=1,2"), "no knob called lrr"),
+        (("--base", "trial.py", "--budget", "60 parsecs"), "--budget is a number and one of s, min"),
+        (("compare", "a"), "compare takes two folders"),
+        (("compare", "a", "b"), "a has no run"),
     ],
 )
 def test_what_cannot_be_run_is_refused(command, argv, message):
@@ -468,7 +569,7 @@ def test_the_trainer_is_run(tiny, tmp_path):
     del given["out"], given["save_every"]
     plan = Plan(trials(suite(base=given, variants={"good": {}, "bad": {"precision": "int3"}}), "tiny"), tmp_path)
     assert sweep(plan, tmp_path / "out", [{"OMP_NUM_THREADS": "1"}] * 2)
-    good, bad = (recorded(tmp_path).one(variant=name) for name in ("good", "bad"))
+    good, bad = (one(tmp_path, variant=name) for name in ("good", "bad"))
     assert good.status == "finished", good.error
     assert good.val_loss < math.log(257)
     assert [row["step"] for row in good.steps] == [1, 4, 8, 12]
