@@ -31,46 +31,6 @@ def liger_rmsnorm():
     return lambda x, gain, residual: fused.apply(x, residual, gain, 1e-6, 0.0, "gemma")  # as we do: all in float32
 
 
-def quack_rmsnorm():
-    from quack import rmsnorm
-
-    return lambda x, gain, residual: rmsnorm(x, gain, residual=residual, prenorm=True)
-
-
-def _with_qk_norm(rotate: Callable) -> Callable:
-    """`rotate(q, k, cos, sin)` takes and returns `[B, T, H, D]`; nobody else norms in the same kernel."""
-
-    def rope(qkv, cos, sin, n_head, n_kv_head, q_gain, k_gain):
-        heads = qkv.unflatten(-1, (n_head + 2 * n_kv_head, -1))
-        q, k, v = heads.split((n_head, n_kv_head, n_kv_head), dim=-2)
-        q, k = F.rms_norm(q, q_gain.shape, q_gain, 1e-6), F.rms_norm(k, k_gain.shape, k_gain, 1e-6)
-        return *rotate(q, k, cos, sin), v
-
-    return rope
-
-
-def liger_rope():
-    from liger_kernel.ops import LigerRopeFunction
-
-    def rotate(q, k, cos, sin):
-        cos, sin = (torch.cat((table, table), -1)[None] for table in (cos, sin))
-        return (x.transpose(1, 2) for x in LigerRopeFunction.apply(q.transpose(1, 2), k.transpose(1, 2), cos, sin))
-
-    return _with_qk_norm(rotate)
-
-
-def quack_rope():
-    from quack.rotary import apply_rotary_emb
-
-    return _with_qk_norm(lambda q, k, cos, sin: (apply_rotary_emb(x, cos, sin) for x in (q, k)))
-
-
-def liger_swiglu():
-    from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction as fused
-
-    return lambda x: fused.apply(x)
-
-
 def torch_cross_entropy():
     return lambda logits, targets: F.cross_entropy(logits, targets, ignore_index=IGNORE).float()
 
@@ -83,12 +43,6 @@ def liger_cross_entropy():
         return loss
 
     return cross_entropy
-
-
-def quack_cross_entropy():
-    from quack import cross_entropy
-
-    return lambda logits, targets: cross_entropy(logits, targets, ignore_index=IGNORE)
 
 
 def torch_linear_cross_entropy():
@@ -106,12 +60,6 @@ def liger_linear_cross_entropy():
         return function.apply(x, head_weight, targets, *options)[0]
 
     return linear_cross_entropy
-
-
-def quack_linear_cross_entropy():
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy as function
-
-    return lambda x, head_weight, targets: function(x, head_weight, targets, ignore_index=IGNORE)
 
 
 def sdpa_through(backend: str):
@@ -171,61 +119,17 @@ def flex_attention():
     return attention
 
 
-def flash_attention_2():
-    from flash_attn import flash_attn_func, flash_attn_varlen_func
-
-    return _flash_attention(flash_attn_func, flash_attn_varlen_func)
-
-
-def flash_attention_3():
-    from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
-
-    return _flash_attention(flash_attn_func, flash_attn_varlen_func)
-
-
-def _flash_attention(dense: Callable, packed: Callable) -> Callable:
-    """Documents are sequences of their own, one after the other; where each begins is found once."""
-
-    @cache
-    def lengths(documents: Tensor) -> tuple[Tensor, Tensor, int, int]:
-        starts, ends = documents
-        begins = (starts == torch.arange(starts.shape[1], device=starts.device)).flatten().nonzero().flatten()
-        offsets = F.pad(begins, (0, 1), value=starts.numel()).int()
-        longest = int((ends - starts).max())
-        return offsets, offsets, longest, longest
-
-    def attention(q, k, v, window=0, documents=None):
-        options = {"causal": True, "window_size": (window - 1, 0) if window else (-1, -1)}
-        if documents is None:
-            out = dense(q, k, v, **options)
-        else:
-            out = packed(*(x.flatten(0, 1) for x in (q, k, v)), *lengths(documents), **options)
-        out = out[0] if isinstance(out, tuple) else out  # some releases give the log-sum-exp too
-        return out.view(q.shape)
-
-    return attention
-
-
 RIVALS: dict[str, dict[str, Callable[[], Callable]]] = {
-    "rmsnorm": {"F.rms_norm": torch_rmsnorm, "Liger": liger_rmsnorm, "QuACK": quack_rmsnorm},
-    "rope": {"Liger": liger_rope, "QuACK": quack_rope},
+    "rmsnorm": {"F.rms_norm": torch_rmsnorm, "Liger": liger_rmsnorm},
     "attention": {
         "SDPA flash": partial(sdpa_through, "FLASH_ATTENTION"),
         "SDPA cuDNN": partial(sdpa_through, "CUDNN_ATTENTION"),
         "SDPA efficient": partial(sdpa_through, "EFFICIENT_ATTENTION"),
         "FlexAttention": flex_attention,
-        "FlashAttention 2": flash_attention_2,
-        "FlashAttention 3": flash_attention_3,
     },
-    "swiglu": {"Liger": liger_swiglu},
-    "cross_entropy": {
-        "F.cross_entropy": torch_cross_entropy,
-        "Liger": liger_cross_entropy,
-        "QuACK": quack_cross_entropy,
-    },
+    "cross_entropy": {"F.cross_entropy": torch_cross_entropy, "Liger": liger_cross_entropy},
     "linear_cross_entropy": {
         "F.linear_cross_entropy": torch_linear_cross_entropy,
         "Liger": liger_linear_cross_entropy,
-        "QuACK": quack_linear_cross_entropy,
     },
 }
