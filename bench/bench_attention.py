@@ -10,7 +10,7 @@ kernels make, counted in Triton's interpreter. Rows go to bench/results/attentio
 import pytest
 
 from bench import count
-from bench.harness import GPU, PASSES, contenders
+from bench.harness import GPU, PASSES
 from bench.report import multiplied, sees, written
 from kernels import OPS
 
@@ -39,7 +39,7 @@ def grid(size: str) -> list[dict[str, int]]:
     return list({written(shape): shape for shape in shapes}.values())
 
 
-def left_out_at(shape: dict[str, int], size: str) -> set[str]:
+def left_out(shape: dict[str, int], size: str) -> set[str]:
     """Contenders that a grid does not time at a shape: those that compile, but at one shape of heads, and scores held
     in memory beyond the length where they may win."""
     if size == "short":
@@ -56,14 +56,9 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.mark.skipif(not GPU, reason="there is no GPU to time attention on")
-@pytest.mark.benchmark
 @pytest.mark.parametrize("name", PASSES)
-def test_speed(shape, name, contest, left_out, pytestconfig):
-    functions = contenders(OP, lambda who, why: left_out[why].add(f"attention by {who}"))
-    for who in left_out_at(shape, pytestconfig.getoption("grid")) & functions.keys():
-        del functions[who]
-        left_out["not timed at every shape of this grid"].add(f"attention by {who}")
-    contest("attention", OP, shape, name, functions, multiplied)
+def test_speed(shape, name, contest, pytestconfig):
+    contest("attention", OP, shape, name, left_out(shape, pytestconfig.getoption("grid")), multiplied)
 
 
 @pytest.mark.skipif(GPU, reason="counted where there is no GPU to time")

@@ -47,7 +47,7 @@ from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
 from bench.estimate import INSTRUCTION, is_serialized, tensor_tflops
-from kernels import TESTED, KernelChoice, bind
+from kernels import OPS, KernelChoice, bind
 from kernels.launch import IMPLEMENTATIONS
 from kernels.spec import Op
 from model.gpt import GPT, ModelConfig
@@ -233,7 +233,7 @@ def run_model(config: ModelConfig, sequences: int) -> None:
 
 def workloads() -> Iterator[tuple[str, Callable[[], None]]]:
     """What launches kernels: a name, and a function to call."""
-    for op in TESTED:
+    for op in OPS.values():
         for shape in (*op.bench_shapes, *op.compiled_shapes) if "triton" in op.implementations else ():
             yield f"{op.name} " + " ".join(f"{k}={v}" for k, v in shape.items()), partial(run_op, op, shape)
     gpt2 = build(Config, flatten(Config, read_file("gpt2_124m.py", ROOT / "configs")))

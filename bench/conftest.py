@@ -1,8 +1,7 @@
-"""Options of the benches, the record that they append to, and the cases that they leave out."""
+"""Options of the benches, and the record that they append to."""
 
 import os
 import time
-from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from bench.report import bound, line, written
 from bench.timing import ceilings
 
 BEGIN = time.monotonic()
-LEFT_OUT = pytest.StashKey[dict[str, set[str]]]()
 
 
 class Tape:
@@ -33,20 +31,27 @@ class Tape:
         self.now += seconds
 
 
+TAPE = Tape()
+
+
 def pytest_addoption(parser):
     parser.addoption("--seconds", type=float, help="train small.py and the baseline for so long each, in bench_train")
-    parser.addoption("--kernel", help="the one op to time in bench_kernels")
+    parser.addoption("--kernel", help="the one op of bench_kernels")
     parser.addoption("--grid", choices=("short", "all"), default="short", help="shapes of bench_attention")
-    parser.addoption("--within", type=float, help="seconds after which no case begins; the rest are listed")
+    parser.addoption("--within", type=float, help="seconds after which no case begins; the rest are skipped")
     parser.addoption("--results", type=Path, default=records.RESULTS, help="folder of the record (bench/results)")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "contest" in item.fixturenames:
+            item.add_marker(pytest.mark.benchmark(timer=TAPE))
 
 
 def pytest_runtest_setup(item):
     within = item.config.getoption("within")
     if within is not None and time.monotonic() - BEGIN > within:
-        why = f"the {within:g} s of --within were over"
-        item.config.stash.setdefault(LEFT_OUT, defaultdict(set))[why].add(item.name)
-        pytest.skip(why)
+        pytest.skip(f"the {within:g} s of --within were over")
 
 
 @pytest.fixture(scope="session")
@@ -56,19 +61,13 @@ def record(pytestconfig):
     return partial(records.append, pytestconfig.getoption("results"))
 
 
-@pytest.fixture(scope="session")
-def left_out(pytestconfig) -> dict[str, set[str]]:
-    """The names of what is not timed on this machine, by the reason; printed once, at the end."""
-    return pytestconfig.stash.setdefault(LEFT_OUT, defaultdict(set))
-
-
 @pytest.fixture
 def show(capsys):
-    """Print a line whatever pytest captures."""
+    """Print lines whatever pytest captures."""
 
-    def shown(text: str) -> None:
+    def shown(*lines: str) -> None:
         with capsys.disabled():
-            print(f"\n{text}", end="")
+            print("", *lines, sep="\n", end="")
 
     return shown
 
@@ -84,23 +83,21 @@ def ceiling():
 
 @pytest.fixture
 def contest(benchmark, record, ceiling, show):
-    """Check and time functions, print and record the row, and give pytest-benchmark the samples of the first function,
-    which must be right. `measure` chooses what rates are of: by default the work that limits the op."""
+    """Check and time an op in a pass by its contenders, but not those `without`; print and record the row, and give
+    pytest-benchmark the samples of the first, which must be right. `measure` chooses what rates are of."""
 
-    def held(table, op, shape, name, functions, measure=bound) -> None:
+    def held(table, op, shape, name, without=(), measure=bound) -> None:
+        functions, absent = harness.contenders(op)
+        functions = {who: f for who, f in functions.items() if who not in without}
         row, samples = harness.contest(op, shape, name, functions, ceiling)
         record(table, row)
-        show(f"{op.name} {written(shape)} {row['dtype']}, {name}")
-        show("\n".join(line(who, result, *measure(row)) for who, result in row["results"].items()))
+        missing = {who: {"failed": f"left out: {why}"} for who, why in absent.items()}
+        lines = (line(who, result, *measure(row)) for who, result in (row["results"] | missing).items())
+        show(f"{op.name} {written(shape)} {row['dtype']}, {name}", *lines)
         ours = next(iter(functions))
         assert "failed" not in row["results"][ours], row["results"][ours]["failed"]
-        benchmark.extra_info, benchmark._timer = row, Tape()
+        benchmark.extra_info = row
         taken = samples[ours]
-        benchmark.pedantic(benchmark._timer.advance, setup=lambda: ((taken.pop(),), {}), rounds=len(taken))
+        benchmark.pedantic(TAPE.advance, setup=lambda: ((taken.pop(),), {}), rounds=len(taken))
 
     return held
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    for reason, names in config.stash.get(LEFT_OUT, {}).items():
-        terminalreporter.write_line(f"left out: {', '.join(sorted(names))}: {reason}")

@@ -17,24 +17,16 @@ from bench.timing import Call, measure, reason
 from kernels.accuracy import Truth, evaluate, truth
 from kernels.launch import IMPLEMENTATIONS
 from kernels.spec import Cost, Op
-from runtime.hardware import device_name, pick_device, rated_flops
+from runtime.hardware import device_name, pick_device, rated_bandwidth, rated_flops
 
 PASSES = ("forward", "forward+backward")
 DEVICE = pick_device("auto")
+META = torch.device("meta")
 GPU = DEVICE.type == "cuda"
 DTYPE = torch.bfloat16 if GPU else torch.float32
 TURNS_S = 0.4 if GPU else 0.2  # seconds of timing for a case
 RIVALS_ERROR = 4.0  # times what rounding explains: a rival may round more often than the reference does
 N_SM = 132  # of an H100
-
-# Bytes a second of a card's memory, by torch's name for the card, from NVIDIA's data sheets.
-RATED_BANDWIDTH = {
-    "NVIDIA B200": 8.0e12, "NVIDIA H200": 4.8e12,
-    "NVIDIA H100 80GB HBM3": 3.35e12, "NVIDIA H100 NVL": 3.9e12, "NVIDIA H100 PCIe": 2.0e12,
-    "NVIDIA A100-SXM4-80GB": 2.039e12, "NVIDIA A100 80GB PCIe": 1.935e12, "NVIDIA A100-SXM4-40GB": 1.555e12,
-    "NVIDIA A100-PCIE-40GB": 1.555e12, "NVIDIA L40S": 0.864e12, "NVIDIA L4": 0.3e12,
-    "NVIDIA GeForce RTX 5090": 1.792e12, "NVIDIA GeForce RTX 4090": 1.008e12, "NVIDIA GeForce RTX 3090": 0.936e12,
-}  # fmt: skip
 
 
 def fewer_rows(shape: Mapping[str, int], parts: int = 2) -> dict[str, int]:
@@ -72,7 +64,7 @@ def cpu_shape(op: Op, shape: Mapping[str, int]) -> dict[str, int]:
 
 
 def checked_shape(op: Op, shape: Mapping[str, int]) -> dict[str, int]:
-    """The shape with fewer sequences or rows, then fewer heads, so that float64 fits in memory and takes little time."""
+    """The shape with fewer sequences or rows, then fewer heads, so that float64 fits and takes little time."""
 
     def fits(shape: Mapping[str, int]) -> bool:
         cost = op.cost(shape, 2)
@@ -90,21 +82,17 @@ class Case:
 
     def draw(self) -> tuple[dict, tuple[Tensor, ...]]:
         """New inputs, those to differentiate requiring it, and the gradients arriving at the outputs (1 at a loss)."""
-        meta = self.device.type == "meta"  # where there are no values to draw
-        generator = None if meta else torch.Generator(self.device).manual_seed(0)
-
-        def make(*size):
-            return torch.randn(size, generator=generator, dtype=self.dtype, device=self.device)
-
-        inputs = self.op.inputs(self.shape, make)
+        inputs = self.op.draw(self.shape, self.dtype, self.device)
         for key in self.op.differentiable:
             inputs[key].requires_grad_()
         if not self.op.differentiable:
             return inputs, ()
-        shapes = self.op.inputs(self.shape, lambda *size: torch.empty(size, dtype=self.dtype, device="meta"))
-        outputs = as_tuple(self.op.implementations["torch"](**shapes))
+        outputs = as_tuple(self.op.implementations["torch"](**self.op.draw(self.shape, self.dtype, META)))
+        options = {"device": self.device, "generator": None}
+        if self.device != META:
+            options["generator"] = torch.Generator(self.device).manual_seed(1)
         ones = torch.ones((), dtype=torch.float32, device=self.device)
-        return inputs, tuple(make(*out.shape).to(out.dtype) if out.ndim else ones for out in outputs)
+        return inputs, tuple(torch.randn(x.shape, dtype=x.dtype, **options) if x.ndim else ones for x in outputs)
 
     def call(self, function: Callable, name: str) -> Call:
         """A call on inputs of its own. It returns outputs and gradients, or the arguments that the op writes to."""
@@ -144,7 +132,7 @@ class Case:
         Of both passes in one call, the bytes of the one that moves more: the second may find in L2 what it reads."""
         total, forward = self.cost(name), self.cost("forward")
         moved = max(forward.bytes, total.bytes - forward.bytes)
-        return max(moved / RATED_BANDWIDTH.get(card, math.inf), total.flops / (rated_flops(card) or math.inf))
+        return max(moved / (rated_bandwidth(card) or math.inf), total.flops / (rated_flops(card) or math.inf))
 
     def input_sets(self) -> int:
         """How many copies of the inputs to rotate so that every call finds L2 cold."""
@@ -167,11 +155,10 @@ def on_meta() -> Iterator[None]:
     library._destroy()
 
 
-def contenders(op: Op, leave_out: Callable[[str, str], object]) -> dict[str, Callable]:
-    """Functions by name, ours first; `auto` only calls one of the others. `leave_out` is called with a name and why."""
+def contenders(op: Op) -> tuple[dict[str, Callable], dict[str, str]]:
+    """Functions by name, ours first; and why others cannot be had here. `auto` only calls one of them."""
     found = {name: f for name, f in op.implementations.items() if name not in ("torch", "auto")}
-    if not GPU and found.pop("triton", None):
-        leave_out("Triton", "there is no GPU")
+    absent = {} if GPU or not found.pop("triton", None) else {"triton": "there is no GPU"}
     found["torch"] = op.implementations["torch"]
     torch._dynamo.reset()
     found["torch.compile"] = torch.compile(op.implementations["torch"], fullgraph=True, dynamic=False)
@@ -179,8 +166,8 @@ def contenders(op: Op, leave_out: Callable[[str, str], object]) -> dict[str, Cal
         try:
             found[name] = make()
         except (ImportError, AttributeError) as error:
-            leave_out(name, reason(error))
-    return found
+            absent[name] = reason(error)
+    return found, absent
 
 
 def truth_of_written(op: Op, inputs: dict) -> Truth:

@@ -38,8 +38,9 @@ from bench.harness import DEVICE, DTYPE, PASSES, Case, Checker, on_meta, timed
 from bench.processes import card_held
 from bench.report import written
 from bench.timing import Call, synchronize
-from kernels import TESTED
-from kernels.launch import card, triton
+from kernels import OPS
+from kernels.common import card
+from kernels.launch import triton
 from kernels.spec import LaunchTable, Op
 
 CHILD = [sys.executable, "-m", "bench.tune"]
@@ -74,7 +75,10 @@ class Job:
 def jobs(part: str = "") -> list[Job]:
     """All whose name has `part` in it: by turns, those with the largest weight more often."""
     found = [
-        (i, Job(op, table, size)) for op in TESTED for table in op.launches for i, size in enumerate(table.entries)
+        (i, Job(op, table, size))
+        for op in OPS.values()
+        for table in op.launches
+        for i, size in enumerate(table.entries)
     ]
     found.sort(key=lambda each: (each[0] + 1) / WEIGHTS.get(each[1].op.name, 1))
     return [job for _, job in found if part in job.name]

@@ -5,7 +5,7 @@
 The plan is measured, not typed. A step is taken on fake tensors, which have shapes and lifetimes and no data, while the
 bytes of those that live are tallied: whatever the kernels save, the precision halves or `model.recompute` drops is thus
 counted as it is, in a fraction of a second. Three things do not show that way. The Triton head's chunk of logits, which
-lives inside the op, is added from its definition. Code that Inductor fuses keeps less than what was counted, where
+lives inside the op, is added from its own count. Code that Inductor fuses keeps less than what was counted, where
 torch's own kernels are chosen. And allocators round up, and break their memory into pieces.
 
 The frontier is bisected: the largest micro-batch of which three steps fit, each probe a process of its own, and all of
@@ -43,7 +43,6 @@ from experiments import ledger
 from experiments import run as runner
 from experiments.spec import Knobs, Outcome, Results, Scale, Trial
 from kernels import KernelError, bind
-from kernels.linear_cross_entropy import chunk_rows, padded
 from model.evaluate import evaluating
 from model.gpt import GPT
 from model.optim import build_optimizers
@@ -118,7 +117,6 @@ def predict(config: train.Config) -> Plan:
     """What a run of this configuration takes on this machine. Raises what `train.py` would of device and kernels."""
     device = hardware.pick_device(config.device)
     precision = hardware.pick_precision(config.precision, device)
-    dtype = hardware.DTYPES[precision]
     kernels = bind(config.kernels, device)
     compiled, _ = hardware.pick_compile(config.compile, device)
     redraws = bool(config.model.recompute and config.model.dropout)
@@ -132,21 +130,17 @@ def predict(config: train.Config) -> Plan:
         sizes["activations"] = tally.live - before
         highest, tally.peak = tally.peak, tally.live
         loss = kernels.linear_cross_entropy(x, weight, targets, *options, **named)
-        if kernels.names["linear_cross_entropy"] == "triton":  # inside the op, beside the gradients that it makes
-            v, n = len(weight), targets.numel()
-            chunk = min(n, chunk_rows(n, v, dtype.itemsize)) * padded(v)
-            copied = named.get("head_cast") is None and (weight.dtype != dtype or padded(v) != v)
-            tally.passing((chunk + (padded(v) * weight.shape[1] if copied else 0)) * dtype.itemsize)
+        tally.passing(kernels.workspace("linear_cross_entropy", x, weight, targets, *options, **named))
         sizes["logits"] = tally.peak - before - sizes["activations"]
         tally.peak = max(tally.peak, highest)
         return loss
 
-    counted = replace(kernels, functions=kernels.functions | {"linear_cross_entropy": head})
+    counted = replace(kernels, linear_cross_entropy=head)
     with FakeTensorMode(), torch.device(device), _Tally() as tally:
         model = GPT(shape, counted)
         model.residual = hardware.pick_residual(config.residual, device, precision)
         if precision != "fp32":
-            model.keep_copies(dtype)
+            model.keep_copies(hardware.DTYPES[precision])
         optimizers = build_optimizers(model, config)
         model_and_state = tally.live
         for _ in range(2):  # what the first leaves is there in the second

@@ -7,67 +7,80 @@ process.
 
 import difflib
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field, make_dataclass
-from typing import Annotated
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
+from torch import Tensor
 
 from kernels import adamw, attention, cross_entropy, linear_cross_entropy, rmsnorm, rope, swiglu
 from kernels.launch import AVAILABLE
 from kernels.spec import Op
 
 OPS: dict[str, Op] = {
-    room.OP.name: room.OP
-    for room in (
-        rmsnorm,
-        rope,
-        attention,
-        swiglu,
-        linear_cross_entropy,
-        adamw,
+    op.name: op
+    for op in (
+        rmsnorm.OP,
+        rope.OP,
+        attention.OP,
+        swiglu.OP,
+        linear_cross_entropy.OP,
+        adamw.OP,
+        cross_entropy.OP,
+        cross_entropy.IN_PLACE_OP,
     )
 }
 
-# What tests and benches go over: the table, and the part of an op that is usable alone.
-TESTED: tuple[Op, ...] = (*OPS.values(), cross_entropy.OP, cross_entropy.IN_PLACE_OP)
-
 if os.environ.get("TRITON_INTERPRET") == "1" and AVAILABLE:
-    from kernels.interpreter import install
+    from kernels.sanitizer import install
 
     install()
 
-KernelChoice = make_dataclass(
-    "KernelChoice",
-    [
-        (
-            "every",
-            Annotated[str, "kernels of every op: auto, or an implementation's name"],
-            field(default="auto"),
-        )
-    ]
-    + [(name, Annotated[str, " or ".join(op.implementations)], field(default="")) for name, op in OPS.items()],
-    frozen=True,
-)
-KernelChoice.__doc__ = "`every` op's implementation, and per op another (an empty string follows `every`)."
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """The implementation of `every` op, and another for single ones (an empty string follows `every`).
+
+    There is a field for each op that a model or its trainer calls, as in `Kernels`.
+    """
+
+    every: Annotated[str, "kernels of every op: auto, or an implementation's name"] = "auto"
+    rmsnorm: Annotated[str, "torch or triton"] = ""
+    rope: Annotated[str, "torch or triton"] = ""
+    attention: Annotated[str, "torch or triton or sdpa or auto"] = ""
+    swiglu: Annotated[str, "torch or triton"] = ""
+    linear_cross_entropy: Annotated[str, "torch or triton"] = ""
+    adamw: Annotated[str, "torch or triton"] = ""
 
 
 class KernelError(ValueError):
-    """A choice that names no implementation, or one that this machine cannot run."""
+    """A choice that names no implementation, one that this machine cannot run, or one that lacks a feature."""
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The bound functions, one an op, and the name of the implementation each one is."""
+    """The bound functions, one for each op, and by op the name of the implementation each one is."""
 
-    functions: dict[str, Callable]
-    names: dict[str, str]
+    rmsnorm: Callable[..., tuple[Tensor, Tensor]]
+    rope: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    attention: Callable[..., Tensor]
+    swiglu: Callable[..., Tensor]
+    linear_cross_entropy: Callable[..., Tensor]
+    adamw: Callable[..., None]
+    names: Mapping[str, str]
 
-    def __getattr__(self, op: str) -> Callable:
-        try:
-            return self.__dict__["functions"][op]
-        except KeyError:
-            raise AttributeError(f"no op called {op!r}") from None
+    def require(self, op: str, feature: str) -> None:
+        """Raise `KernelError` where the implementation of `op` lacks `feature`."""
+        name = self.names[op]
+        if advice := OPS[op].lacks.get(name, {}).get(feature):
+            raise KernelError(f"the {name} kernel of {op} has no {feature}: {advice}")
+
+    def workspace(self, op: str, *arguments: Any, **options: Any) -> int:
+        """Bytes at the peak of a call of `op` beside its arguments and results, as far as its implementation declares
+        them: what it holds within a custom op, where torch's modes see nothing."""
+        count = OPS[op].workspace.get(self.names[op])
+        return 0 if count is None else count(*arguments, **options)
 
     def __str__(self) -> str:
         return ", ".join(f"{op} {name}" for op, name in self.names.items())
@@ -79,12 +92,13 @@ def bind(choice: KernelChoice, device: torch.device | str = "cpu") -> Kernels:
     `auto` takes what each op prefers on this type of device. Raises `KernelError`, naming what there is, for an
     implementation that does not exist or cannot run here.
     """
-    device = torch.device(device)
-    names = {}
-    for op in OPS.values():
-        wanted = getattr(choice, op.name) or choice.every
-        names[op.name] = _automatic(op, device) if wanted == "auto" else _named(op, wanted, device)
-    return Kernels({op: OPS[op].implementations[name] for op, name in names.items()}, names)
+    device, names = torch.device(device), {}
+    by_op = dict(vars(choice))
+    every = by_op.pop("every")
+    for op, name in by_op.items():
+        wanted = name or every
+        names[op] = _automatic(OPS[op], device) if wanted == "auto" else _named(OPS[op], wanted, device)
+    return Kernels(**{op: OPS[op].implementations[name] for op, name in names.items()}, names=names)
 
 
 def _automatic(op: Op, device: torch.device) -> str:
@@ -107,4 +121,4 @@ def _named(op: Op, wanted: str, device: torch.device) -> str:
     return wanted
 
 
-__all__ = ["OPS", "TESTED", "KernelChoice", "KernelError", "Kernels", "bind"]
+__all__ = ["OPS", "KernelChoice", "KernelError", "Kernels", "bind"]

@@ -26,7 +26,8 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from kernels.launch import card, library_op, tanh, tl, triton
+from kernels.common import card, tanh
+from kernels.launch import library_op, tl, triton
 from kernels.spec import Cost, LaunchTable, Op, accumulation_dtype
 
 HALF = {torch.bfloat16, torch.float16}

@@ -37,7 +37,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launch import AVAILABLE, card, heads_of, library_op, multiprocessors, tanh, tl, triton
+from kernels.common import card, heads_of, n_sm, tanh
+from kernels.launch import AVAILABLE, library_op, tl, triton
 from kernels.spec import Cost, LaunchTable, Op, accumulation_dtype
 
 LOWEST = -1e30  # the logit of no sink: finite, so that the difference of two is no NaN, and that times a scale is too
@@ -744,7 +745,7 @@ def _short(table: LaunchTable, q: Tensor, k: Tensor, plain: bool) -> dict | None
     keys and in half precision, where the table has their number and the heads of the keys are programs enough."""
     if not plain or q.shape[1] != k.shape[1] or q.element_size() != 2:
         return None
-    launch = _launch(table, q, k.shape[1]) if k.shape[0] * k.shape[2] >= multiprocessors(q.device) else None
+    launch = _launch(table, q, k.shape[1]) if k.shape[0] * k.shape[2] >= n_sm(q.device) else None
     return launch and launch[1]
 
 
@@ -1022,5 +1023,6 @@ OP = Op(
         *(_shape(4, 4096, 4096, 8, 8, d, A=1) for d in (64, 128)),
     ),
     preferred={"cuda": "auto"},
+    lacks={"triton": {"dropout": "take --kernels.attention=sdpa (or torch)"}},
     launches=tuple(TABLES.values()),
 )

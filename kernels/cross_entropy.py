@@ -33,7 +33,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
-from kernels.launch import card, cdiv, library_op, n_sm, next_power_of_2, rows_of, tanh, tl, triton
+from kernels.common import card, cdiv, n_sm, next_power_of_2, rows_of, tanh
+from kernels.launch import library_op, tl, triton
 from kernels.spec import Cost, LaunchTable, Op, accumulation_dtype
 
 IGNORE = -1  # the target of rows that do not count

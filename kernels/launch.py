@@ -1,11 +1,11 @@
-"""What stands between a Triton kernel and torch: registering the function that launches it, and the size of the grid.
+"""Launching a Triton kernel as a torch op.
 
 An op is the raw computation, forward or backward, opaque to `torch.compile`; a `torch.autograd.Function` joins the
 two. That costs an eager call half of what `torch.library.custom_op` with `register_autograd` does.
 """
 
 from collections.abc import Callable
-from functools import cache, partial, wraps
+from functools import wraps
 
 import torch
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
@@ -90,99 +90,3 @@ def allow_in_inductor() -> None:
     from torch._inductor.lowering import FALLBACK_ALLOW_LIST  # takes seconds to import
 
     FALLBACK_ALLOW_LIST.update(f"nanofuse::{name}" for name in IMPLEMENTATIONS)
-
-
-def cdiv(a: int, b: int) -> int:
-    """`a / b` rounded up. `triton.cdiv` is for kernels, too, and takes seven Python calls on the host."""
-    return -(-a // b)
-
-
-def next_power_of_2(n: int) -> int:
-    """The least power of two that is `n` or more; likewise in place of `triton.next_power_of_2`."""
-    return 1 << (n - 1).bit_length() if n > 1 else 1
-
-
-@triton.jit
-def tanh(x, HALF: tl.constexpr):
-    """The hyperbolic tangent of a float32. The closed form is off by a roundoff of 1, more than small values have to
-    lose, which take the series: unless x comes of values in `HALF` precision, whose own rounding is coarser."""
-    y = 2 * tl.sigmoid(2 * x) - 1
-    if not HALF:
-        square = x * x
-        y = tl.where(square < 0.04, x * (1 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315)))), y)
-    return y
-
-
-@cache
-def n_sm(device: torch.device) -> int:
-    """Number of SMs of a GPU.
-
-    1 on the CPU, where the interpreter runs programs one after the other: a 132nd of the rows then gives each program
-    the work that it has on an H100. 132 on the meta device, which kernels are compiled from.
-    """
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 132 if device.type == "meta" else 1
-
-
-multiprocessors = n_sm  # the former name
-
-
-def card(device: torch.device) -> str:
-    """What Triton compiles for, such as `sm_90` or `gfx942`; `sm_90` on the CPU, for the interpreter."""
-    if device.type == "cpu":
-        return "sm_90"
-    return _card_of_gpu(device) if device.type == "cuda" else _card_of_driver()
-
-
-def _card_of_driver() -> str:
-    target = triton.runtime.driver.active.get_current_target()
-    return f"sm_{target.arch}" if target.backend == "cuda" else target.arch
-
-
-@cache
-def _card_of_gpu(device: torch.device) -> str:
-    with torch.cuda.device(device):
-        return _card_of_driver()
-
-
-@triton.jit
-def _sum_rows_kernel(x_ptr, y_ptr, n_rows, D, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    acc = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
-    for start in range(0, n_rows, BLOCK_R):
-        rows = (start + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
-        acc += tl.load(x_ptr + rows * D + d, mask=(rows < n_rows) & (d < D), other=0.0)
-    tl.store(y_ptr + d, tl.sum(acc, axis=0)[None, :], mask=d < D)
-
-
-def sum_rows(x: torch.Tensor, out: torch.Tensor) -> None:
-    """Sum the programs' partial sums, `x` `[programs, D]` float32, into `out` `[D]` of any dtype, in a fixed order.
-
-    One launch where `x.sum(0).to(dtype)` takes two. The many partial sums of a GPU are read 16 columns a program, which
-    spreads a gain of 768 over 48 SMs.
-    """
-    n_rows, d = x.shape
-    block_r = min(256, next_power_of_2(n_rows))
-    block_d = 4096 // block_r
-    _sum_rows_kernel[(cdiv(d, block_d),)](x, out, n_rows, d, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=8)
-
-
-# Contiguous whatever the strides of the original, in a third of the time of `torch.empty` with shape, dtype and device.
-empty_like = partial(torch.empty_like, memory_format=torch.contiguous_format)
-
-
-def adjacent(x: torch.Tensor) -> torch.Tensor:
-    """`x` with the values of its last dimension adjacent: itself where its strides allow, else a copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def heads_of(x: torch.Tensor) -> torch.Tensor:
-    """`x` `[B, T, H, D]` with adjacent values, and heads apart by what 32 bits hold: itself or a copy."""
-    return adjacent(x) if x.shape[2] * x.stride(2) < 2**31 else x.contiguous()
-
-
-def rows_of(x: torch.Tensor) -> torch.Tensor:
-    """`x` as `[rows, columns]` with adjacent columns: a view where its strides allow, else a copy."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else adjacent(x)

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
+from kernels.common import cdiv, n_sm, rows_of
 from kernels.cross_entropy import (
     IGNORE,
     Options,
@@ -36,7 +37,7 @@ from kernels.cross_entropy import (
     n_counted,
     random_targets,
 )
-from kernels.launch import cdiv, library_op, n_sm, rows_of, tl, triton
+from kernels.launch import library_op, tl, triton
 from kernels.spec import Cost, Op
 
 CHUNK_BYTES = 3 * 2**27  # 4,000 rows of 50,000 classes in bf16: large enough for the products to run at full speed
@@ -232,6 +233,13 @@ class _RowsLinearCrossEntropy(torch.autograd.Function):
         return dx, dw[:v].to(head_weight.dtype) if with_dw else None, *[None] * 4
 
 
+def _product_dtype(x: Tensor, head_cast: Tensor | None) -> torch.dtype:
+    if head_cast is not None:
+        return head_cast.dtype
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def linear_cross_entropy_triton(
     x: Tensor,
     head_weight: Tensor,
@@ -247,11 +255,7 @@ def linear_cross_entropy_triton(
     """The same in memory of one chunk of logits and a float32 gradient of the head; nothing waits for the device."""
     check_arguments(targets, x.shape[:-1], reduction)
     _check_cast(head_weight, head_cast)
-    kind = x.device.type
-    if head_cast is not None:
-        dtype = head_cast.dtype
-    else:
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    dtype = _product_dtype(x, head_cast)
     arguments = rows_of(x), head_weight, head_cast, targets.flatten().contiguous()
     options: Options = (label_smoothing, z_loss, softcap, ignore_index)
     if reduction == "none":
@@ -267,6 +271,16 @@ def linear_cross_entropy_triton(
     return loss if inside is scale else loss * scale
 
 
+def _workspace(
+    x: Tensor, head_weight: Tensor, targets: Tensor, *options, head_cast: Tensor | None = None, **named
+) -> int:
+    """A chunk of logits, and the head as it is multiplied where that is a copy."""
+    (v, d), n, dtype = head_weight.shape, targets.numel(), _product_dtype(x, head_cast)
+    is_copied = head_cast is None and (head_weight.dtype != dtype or padded(v) != v)
+    chunk = min(n, chunk_rows(n, v, dtype.itemsize))
+    return (chunk + (d if is_copied else 0)) * padded(v) * dtype.itemsize
+
+
 def _inputs(shape, make):
     n, d, v = shape["N"], shape["D"], shape["V"]
     return {"x": make(n, d), "head_weight": make(v, d), "targets": random_targets(n, v, make)}
@@ -280,5 +294,6 @@ OP = Op(
     cost=lambda s, itemsize: Cost((s["N"] + s["V"]) * s["D"] * itemsize + 12 * s["N"], 2 * s["N"] * s["V"] * s["D"]),
     backward_cost=lambda s, itemsize: Cost((s["N"] + s["V"]) * s["D"] * itemsize, 4 * s["N"] * s["V"] * s["D"]),
     test_shapes=({"N": 1, "D": 8, "V": 2}, {"N": 7, "D": 33, "V": 101}, {"N": 32, "D": 64, "V": 257}),
+    workspace={"triton": _workspace},
     bench_shapes=tuple({"N": 16384, "D": d, "V": v} for d, v in ((768, 50257), (768, 50304), (4096, 128256))),
 )

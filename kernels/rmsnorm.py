@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launch import card, cdiv, empty_like, library_op, n_sm, next_power_of_2, rows_of, sum_rows, tl, triton
+from kernels.common import card, cdiv, empty_like, n_sm, next_power_of_2, rows_of
+from kernels.launch import library_op, tl, triton
 from kernels.spec import Cost, LaunchTable, Op, accumulation_dtype
 
 
@@ -163,6 +164,16 @@ def _rmsnorm_bwd_kernel(
         tl.store(dgain_ptr + columns, tl.sum(dgain, axis=0)[None, :], mask=columns < D)
 
 
+@triton.jit
+def _sum_rows_kernel(x_ptr, y_ptr, n_rows, D, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    acc = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
+    for start in range(0, n_rows, BLOCK_R):
+        rows = (start + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
+        acc += tl.load(x_ptr + rows * D + d, mask=(rows < n_rows) & (d < D), other=0.0)
+    tl.store(y_ptr + d, tl.sum(acc, axis=0)[None, :], mask=d < D)
+
+
 MAX_BLOCK = 8192  # columns of a block; of twice as many the backward spills registers
 
 
@@ -265,6 +276,18 @@ def _rmsnorm_fwd(x: Tensor, gain: Tensor | None, residual: Tensor | None, eps: f
     return y, stream, rstd
 
 
+def _sum_rows(x: Tensor, out: Tensor) -> None:
+    """Sum the programs' partial sums, `x` `[programs, D]` float32, into `out` `[D]` of any dtype, in a fixed order.
+
+    One launch where `x.sum(0).to(dtype)` takes two. The many partial sums of a GPU are read 16 columns a program, which
+    spreads a gain of 768 over 48 SMs.
+    """
+    n_rows, d = x.shape
+    block_r = min(256, next_power_of_2(n_rows))
+    block_d = 4096 // block_r
+    _sum_rows_kernel[(cdiv(d, block_d),)](x, out, n_rows, d, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=8)
+
+
 def _allocate_bwd(dy, dstream, stream, gain, rstd, separate):
     return (
         empty_like(stream, dtype=dy.dtype),
@@ -291,7 +314,7 @@ def _rmsnorm_bwd(
         STAGES=tile.num_stages, **blocks,
     )  # fmt: skip
     if gain is not None:
-        sum_rows(partial_sums, dgain)
+        _sum_rows(partial_sums, dgain)
     return dx, dresidual, dgain
 
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launch import card, cdiv, heads_of, library_op, n_sm, next_power_of_2, rows_of, tl, triton
+from kernels.common import card, cdiv, heads_of, n_sm, next_power_of_2, rows_of
+from kernels.launch import library_op, tl, triton
 from kernels.spec import Cost, LaunchTable, Op, accumulation_dtype
 
 

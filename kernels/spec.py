@@ -52,6 +52,10 @@ class Op:
     takes on a device type, the reference where it names none. `mutates` names the arguments, tensors or lists of them,
     that a call writes to: they are its results, and it returns None. `launches` are the tables of its kernels' launch
     parameters.
+
+    `lacks[implementation]` holds the features that one does not have, each with advice on what to take instead.
+    `workspace[implementation]` takes the arguments of a call and counts the bytes that its peak has beside arguments
+    and results.
     """
 
     name: str
@@ -66,6 +70,17 @@ class Op:
     preferred: Mapping[str, str] = field(default_factory=lambda: {"cuda": "triton"})
     mutates: tuple[str, ...] = ()
     launches: tuple[LaunchTable, ...] = ()
+    lacks: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    workspace: Mapping[str, Callable[..., int]] = field(default_factory=dict)
+
+    def draw(self, shape: Mapping[str, int], dtype: torch.dtype, device: torch.device, seed: int = 0) -> dict[str, Any]:
+        """The keyword arguments of a call at `shape`, drawn from `seed`; on the meta device their shapes alone."""
+        generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
+
+        def make(*size: int) -> torch.Tensor:
+            return torch.randn(size, generator=generator, dtype=dtype, device=device)
+
+        return self.inputs(shape, make)
 
 
 def accumulation_dtype(x: torch.Tensor) -> torch.dtype:

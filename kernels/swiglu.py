@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launch import card, cdiv, empty_like, library_op, next_power_of_2, rows_of, tl, triton
+from kernels.common import card, cdiv, empty_like, next_power_of_2, rows_of
+from kernels.launch import library_op, tl, triton
 from kernels.spec import Cost, LaunchTable, Op, accumulation_dtype
 
 Activation = Literal["silu", "gelu", "relu", "relu2"]

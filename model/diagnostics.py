@@ -27,13 +27,13 @@ targets. Source: McCandlish et al., "An Empirical Model of Large-Batch Training"
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kernels import Kernels
 from kernels.attention import scores
 from model.evaluate import evaluating
 from model.gpt import GPT
@@ -168,7 +168,7 @@ def watch(model: GPT, ids: Tensor) -> dict[str, dict[str, float]]:
         return attend
 
     kernels = model.kernels
-    watching = Kernels(kernels.functions | {"attention": watched(kernels.attention)}, kernels.names)
+    watching = replace(kernels, attention=watched(kernels.attention))
     hooks = [block.register_forward_hook(stream) for block in model.blocks]
     try:
         for block in model.blocks:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from kernels import KernelError, Kernels
+from kernels import Kernels
 from kernels.attention import choice, document_ranges
 from kernels.rope import rope_tables
 from runtime.config import ConfigError
@@ -414,8 +414,8 @@ class GPT(nn.Module):
         the bound attention does not have."""
         super().__init__()
         self.residual: torch.dtype | None = None
-        if config.dropout and kernels.names["attention"] == "triton":
-            raise KernelError("the triton kernel of attention has no dropout: take --kernels.attention=sdpa (or torch)")
+        if config.dropout:
+            kernels.require("attention", "dropout")
         self.config, self.kernels = config, kernels
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.dropout = nn.Dropout(config.dropout)

@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from kernels import TESTED
+from kernels import OPS
 
 launches = Counter()
 
@@ -103,7 +103,7 @@ def main() -> None:
     values = {"get_current_target": GPUTarget("cuda", 90, 32), "get_current_device": 0, "get_current_stream": 0}
     driver.set_active(SimpleNamespace(**{name: lambda *_, value=value: value for name, value in values.items()}))
     JITFunction._do_compile = compile_nothing
-    ops = [op for op in TESTED if "triton" in op.implementations and not op.mutates]
+    ops = [op for op in OPS.values() if "triton" in op.implementations and not op.mutates]
     print(json.dumps({op.name: {name: count(run) for name, run in passes(op).items()} for op in ops}))
 
 

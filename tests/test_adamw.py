@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from test_kernels import DEVICE, checked
+from parity import DEVICE, checked, interpreted
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import OPS, adamw
 from kernels.adamw import Chunk
-from kernels.interpreter import SanitizerError, sanitize
+from kernels.sanitizer import SanitizerError, sanitize
 
-interpreted = pytest.mark.skipif(DEVICE.type == "cuda", reason="asks the interpreter what was launched")
 IMPLEMENTATIONS = pytest.mark.parametrize("name", OPS["adamw"].implementations)
 SHAPES = [(1,), (7, 9), (64,), (3, 5, 11), (0,), (130,)]
 MUTATED = ("params", "exp_avgs", "exp_avg_sqs", "copies")

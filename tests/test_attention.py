@@ -7,7 +7,7 @@ from itertools import combinations, product
 
 import pytest
 import torch
-from test_kernels import DEVICE, assert_as_right_as_the_reference, call, checked, make_inputs
+from parity import DEVICE, assert_accurate, checked, draw, interpreted, results_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import attention
@@ -24,10 +24,9 @@ from kernels.attention import (
     document_ranges,
     visible,
 )  # fmt: skip
-from kernels.interpreter import sanitize
 from kernels.launch import IMPLEMENTATIONS
+from kernels.sanitizer import sanitize
 
-interpreted = pytest.mark.skipif(DEVICE.type == "cuda", reason="asks the interpreter what was computed")
 WITH_SINK = replace(OP, differentiable=("q", "k", "v", "sink"))
 AXES = {
     "lengths": [(1, 1), (37, 37), (130, 130), (150, 150), (1, 70), (30, 101), (50, 20)],
@@ -73,7 +72,7 @@ def ranges_of(b, s, seed=0):
 
 
 def inputs_of(t, s, h=4, kv=2, d=32, b=2, dtype=torch.float32, seed=0):
-    return make_inputs(OP, {"B": b, "T": t, "S": s, "H": h, "KV": kv, "D": d}, dtype, seed)
+    return draw(OP, {"B": b, "T": t, "S": s, "H": h, "KV": kv, "D": d}, dtype, seed)
 
 
 def launched(inputs, **options):
@@ -100,14 +99,14 @@ def test_parity_of_features_together(case, monkeypatch):
     inputs["documents"] = ranges_of(len(inputs["q"]), s) if case["documents"] else None
     inputs["sink"] = torch.linspace(-2, 2, h, device=DEVICE) if case["sink"] else None
     inputs["slopes"] = 2.0 ** -torch.arange(1, h + 1, device=DEVICE) if case["slopes"] else None
-    assert_as_right_as_the_reference(WITH_SINK if case["sink"] else OP, "triton", inputs, dtype)
+    assert_accurate(WITH_SINK if case["sink"] else OP, "triton", inputs)
 
 
 @pytest.mark.parametrize("softcap", [30.0, 50.0, 1000.0])
 def test_a_softcap_that_bends_little_loses_nothing(softcap):
     """Most of what its tanh is taken of is near 0."""
     inputs = inputs_of(37, 37) | {"softcap": softcap}
-    assert_as_right_as_the_reference(OP, "triton", inputs, torch.float32)
+    assert_accurate(OP, "triton", inputs)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -130,7 +129,7 @@ def test_saved_log_sum_exp(causal, packed):
 @pytest.mark.parametrize("name", OP.implementations)
 def test_a_query_that_sees_nothing_gives_zero_and_takes_no_gradient(name, dtype):
     """The first 13 of 20 queries over 7 keys."""
-    results = call(OP, name, inputs_of(20, 7, dtype=dtype), dtype)
+    results = results_of(OP, name, inputs_of(20, 7, dtype=dtype))
     for key in ("output 0", "gradient of q"):
         assert not results[key][:, :13].any() and results[key][:, 14:].all(-1).any(), key
     assert all(result.isfinite().all() for result in results.values())
@@ -147,13 +146,13 @@ def test_a_query_that_sees_nothing_has_a_finite_log_sum_exp():
 @pytest.mark.parametrize("window", [150, 151, 10**6])
 def test_a_window_over_everything_is_none_bit_for_bit(window):
     inputs = inputs_of(150, 150, dtype=torch.bfloat16, d=64)
-    plain, windowed = (call(OP, "triton", inputs, torch.bfloat16, window=w) for w in (0, window))
+    plain, windowed = (results_of(OP, "triton", inputs, window=w) for w in (0, window))
     assert all(torch.equal(plain[key], windowed[key]) for key in plain)
 
 
 def test_a_window_of_one_gives_the_value_itself():
     inputs = inputs_of(20, 50, h=2)
-    results = call(OP, "triton", inputs, torch.float32, window=1)
+    results = results_of(OP, "triton", inputs, window=1)
     assert torch.equal(results["output 0"], inputs["v"][:, 30:])
     assert not results["gradient of v"][:, :30].any()
 
@@ -175,7 +174,7 @@ def test_slopes_take_off_by_distance(name):
 def test_a_sink_without_weight_is_none_bit_for_bit():
     inputs = inputs_of(40, 40)
     sink = torch.full((4,), -torch.inf, device=DEVICE)
-    plain, sunk = (call(OP, "triton", inputs, torch.float32, sink=s) for s in (None, sink))
+    plain, sunk = (results_of(OP, "triton", inputs, sink=s) for s in (None, sink))
     assert all(torch.equal(plain[key], sunk[key]) for key in plain)
 
 
@@ -201,10 +200,10 @@ def test_documents_are_as_if_alone(causal):
     index = torch.arange(5).repeat_interleave(torch.tensor(lengths))
     packed = {"documents": document_ranges(index.expand(2, -1).to(DEVICE)), "causal": causal}
     inputs = inputs_of(150, 150, d=16)
-    whole = call(OP, "triton", inputs, torch.float32, **packed)
+    whole = results_of(OP, "triton", inputs, **packed)
     inside = (index == 2).to(DEVICE)
     changed = {key: torch.where(inside[:, None, None], -2 * x, x) for key, x in inputs.items()}
-    other = call(OP, "triton", changed, torch.float32, **packed)
+    other = results_of(OP, "triton", changed, **packed)
     for key in whole:
         assert torch.equal(whole[key][:, ~inside], other[key][:, ~inside])
         assert not torch.equal(whole[key][:, inside], other[key][:, inside])
@@ -229,7 +228,7 @@ def test_backward_repeats_bit_for_bit_whatever_the_order_of_programs():
     results = []
     for seed in range(2):
         with sanitize(shuffle=seed) if DEVICE.type == "cpu" else checked(""):
-            results.append(call(OP, "triton", inputs, torch.bfloat16, **options))
+            results.append(results_of(OP, "triton", inputs, **options))
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
 
 
@@ -267,7 +266,7 @@ def test_tiles_that_are_hidden_are_skipped(options):
 
 def allow_short(monkeypatch, allowed=True):
     """However few the heads, or not at all."""
-    monkeypatch.setattr(attention, "multiprocessors", lambda device: 1 if allowed else 10**9)
+    monkeypatch.setattr(attention, "n_sm", lambda device: 1 if allowed else 10**9)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -278,10 +277,10 @@ def test_short_sequences(shape, dtype, monkeypatch):
     b, t, h, kv, d = shape
     allow_short(monkeypatch)
     inputs = inputs_of(t, t, h, kv, d, b, dtype)
-    assert_as_right_as_the_reference(OP, "triton", inputs, dtype, scale=0.2)
-    results = [call(OP, "triton", inputs, dtype)]
+    assert_accurate(OP, "triton", inputs, scale=0.2)
+    results = [results_of(OP, "triton", inputs)]
     allow_short(monkeypatch, False)
-    results.append(call(OP, "triton", inputs, dtype))
+    results.append(results_of(OP, "triton", inputs))
     for key, short in results[0].items():
         torch.testing.assert_close(short, results[1][key], rtol=2e-2, atol=2e-2)
 
@@ -291,7 +290,7 @@ def test_short_sequences_take_nothing_from_keys_that_are_not_there(monkeypatch):
     allow_short(monkeypatch)
     inputs = inputs_of(100, 100, d=64, dtype=torch.bfloat16)
     inputs |= {"q": -inputs["q"].abs(), "k": 4 + inputs["k"].abs(), "scale": 0.75}
-    assert_as_right_as_the_reference(OP, "triton", inputs, torch.bfloat16)
+    assert_accurate(OP, "triton", inputs)
 
 
 SHORT, GENERAL = {"short_fwd", "short_bwd"}, {"fwd", "bwd_dq", "bwd_dkv"}
@@ -317,7 +316,7 @@ def test_which_kernels_serve(t, s, dtype, options, kernels):
 
 @interpreted
 def test_few_heads_are_no_programs_enough_for_the_short_kernels(monkeypatch):
-    monkeypatch.setattr(attention, "multiprocessors", lambda device: 3)
+    monkeypatch.setattr(attention, "n_sm", lambda device: 3)
     for b, kernels in ((1, GENERAL), (2, SHORT)):
         record = launched(inputs_of(20, 20, d=16, b=b, dtype=torch.bfloat16))
         assert set(record.kernels) == {f"_attention_{kernel}_kernel" for kernel in kernels}
@@ -333,8 +332,7 @@ def test_large_scores_lose_no_digits_in_float32(factor, offset):
         inputs[key] = (8 * factor * inputs[key]).round() / 8
         inputs[key][..., 0] = offset
     exact, ours = (
-        call(OP, name, inputs, dtype, scale=1.0)
-        for name, dtype in (("torch", torch.float64), ("triton", torch.float32))
+        results_of(OP, name, inputs, scale=1.0) for name, dtype in (("torch", torch.float64), ("triton", torch.float32))
     )
     roundoffs = {"output 0": 3, "gradient of v": 3} | dict.fromkeys(("gradient of q", "gradient of k"), 12 + factor**2)
     for key, truth in exact.items():
@@ -410,7 +408,7 @@ def test_dropout_keeps_the_mean(name):
 def test_every_candidate_passes_the_sanitizer(kernel, monkeypatch):
     """One and a part of its tiles of what stays in a program, whatever its warps and stages, which are a GPU's."""
     table, short = TABLES[kernel], kernel.startswith("short")
-    monkeypatch.setattr(attention, "multiprocessors", lambda device: 1 if short else 10**9)
+    monkeypatch.setattr(attention, "n_sm", lambda device: 1 if short else 10**9)
     distinct = {
         (size[1] if short else 0, tile.block_t, tile.block_s, tile.descriptors): tile
         for size in table.entries
@@ -443,7 +441,7 @@ def test_descriptors_load_what_pointers_load(monkeypatch):
         for descriptors in (False, True):
             for kernel in ("fwd", "dq", "dkv"):
                 monkeypatch.setitem(TABLES[kernel].entries[64, 128], "sm_90", Tile(32, 32, 4, 2, descriptors))
-            results.append(call(OP, "triton", inputs, torch.bfloat16, **options))
+            results.append(results_of(OP, "triton", inputs, **options))
         assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
         assert len(made) == expected
         made.clear()

@@ -23,12 +23,11 @@ from bench.cases import Case, checked_share, share_of_rows, small_share
 from bench.gpu import Part
 from bench.rivals import RIVALS
 from bench.timing import Call, relative_error
-from kernels import TESTED
+from kernels import OPS
 from kernels.attention import attention_torch
 from kernels.spec import Cost, Op
 
 ROOT = Path(__file__).parents[1]
-OPS = {op.name: op for op in TESTED}
 BLOCKS = {"B": 1, "T": 8, "S": 8, "H": 1, "KV": 1, "D": 8}
 
 
@@ -209,7 +208,7 @@ def test_calls_of_functions_are_counted():
 def test_an_op_of_triton_is_counted_without_launching():
     code = """
 from bench.host import *
-op = next(op for op in TESTED if op.name == "swiglu")
+op = OPS["swiglu"]
 print(json.dumps([count(op, name) for name in ("triton", "torch")]))
 """
     done = python(code)
@@ -221,7 +220,7 @@ print(json.dumps([count(op, name) for name in ("triton", "torch")]))
 
 @pytest.mark.parametrize(
     "op",
-    [op for op in TESTED if any(name.startswith("F.") for name in RIVALS.get(op.name, ()))],
+    [op for op in OPS.values() if any(name.startswith("F.") for name in RIVALS.get(op.name, ()))],
     ids=lambda op: op.name,
 )
 def test_torchs_own_functions_are_the_ops(op):
@@ -374,7 +373,7 @@ def test_a_case_draws_the_same_again_and_costs_both_passes():
 def test_bytes_are_counted_in_the_interpreter():
     code = """
 from bench.bytes_moved import *
-op = next(op for op in TESTED if op.name == "swiglu")
+op = OPS["swiglu"]
 print(json.dumps(count(op, {"rows": 3, "F": 200})))
 """
     done = python(code)

@@ -6,15 +6,15 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from test_kernels import BY_NAME, DEVICE, LOSS, call, checked, make_inputs
+from parity import DEVICE, LOSS, checked, draw, results_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import cross_entropy, linear_cross_entropy
+from kernels import OPS, cross_entropy, linear_cross_entropy
 from kernels.cross_entropy import IGNORE, cross_entropy_torch, cross_entropy_triton
 from kernels.launch import IMPLEMENTATIONS
 from kernels.linear_cross_entropy import linear_cross_entropy_torch, linear_cross_entropy_triton
 
-OPS = {"torch": linear_cross_entropy_torch, "triton": linear_cross_entropy_triton}
+LINEAR = {"torch": linear_cross_entropy_torch, "triton": linear_cross_entropy_triton}
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 BY_REDUCTION = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 
@@ -47,9 +47,9 @@ class Recorder(TorchDispatchMode):
 
 def test_a_chunk_of_logits_is_all_there_is(monkeypatch):
     """No tensor as large as the logits, in training or evaluation; the result is that of one chunk."""
-    op = BY_NAME["linear_cross_entropy"]
-    inputs = {k: v.detach() for k, v in make_inputs(op, {"N": 26, "D": 8, "V": 400}, torch.float32).items()}
-    whole = call(op, "triton", inputs, torch.float32)
+    op = OPS["linear_cross_entropy"]
+    inputs = {k: v.detach() for k, v in draw(op, {"N": 26, "D": 8, "V": 400}, torch.float32).items()}
+    whole = results_of(op, "triton", inputs)
     monkeypatch.setattr(linear_cross_entropy, "CHUNK_BYTES", 4 * 448 * 7)
     x, weight, targets = inputs.values()
     arguments = x, F.pad(weight, (0, 0, 0, 48)), targets, None, 400, 0.0, 0.0, 0.0, IGNORE
@@ -57,7 +57,7 @@ def test_a_chunk_of_logits_is_all_there_is(monkeypatch):
         for wanted in (True, False):
             IMPLEMENTATIONS["linear_cross_entropy"](*arguments, wanted, wanted)
     assert recorder.nbytes == 4 * 448 * 8 and {(7, 448), (5, 448)} <= recorder.shapes
-    chunked = call(op, "triton", inputs, torch.float32)
+    chunked = results_of(op, "triton", inputs)
     for key, value in whole.items():
         torch.testing.assert_close(chunked[key], value)
 
@@ -72,8 +72,8 @@ def test_chunks_are_whole_tiles_and_fit_their_bytes():
 @BY_REDUCTION
 def test_the_vocabulary_is_padded_in_the_products(reduction):
     """Every matrix as wide as the vocabulary is 128 wide where that has 101 classes; the gradient has 101."""
-    op = BY_NAME["linear_cross_entropy"]
-    inputs = make_inputs(op, {"N": 6, "D": 8, "V": 101}, torch.float32)
+    op = OPS["linear_cross_entropy"]
+    inputs = draw(op, {"N": 6, "D": 8, "V": 101}, torch.float32)
     leaves = {k: inputs[k].requires_grad_() for k in op.differentiable}
     with checked("triton"), Recorder() as recorder:
         linear_cross_entropy_triton(**inputs, reduction=reduction).sum().backward()
@@ -103,7 +103,7 @@ def test_gradient_in_place_of_padded_logits(v, width, weights, options):
 
 
 def test_the_reference_in_place_is_autograds():
-    logits, targets = make_inputs(cross_entropy.OP, {"N": 7, "V": 40}, torch.float64).values()
+    logits, targets = draw(cross_entropy.OP, {"N": 7, "V": 40}, torch.float64).values()
     leaf, weights = logits.clone().requires_grad_(), torch.randn(7, dtype=torch.float64, device=DEVICE)
     rows = cross_entropy_torch(leaf, targets, "none", **LOSS)
     (gradient,) = torch.autograd.grad(rows, leaf, weights)
@@ -126,8 +126,8 @@ def test_an_example_that_two_roundings_get_wrong():
 @BY_REDUCTION
 @pytest.mark.parametrize("inplace", [False, True])
 def test_the_gradient_of_logits_is_rounded_once(reduction, inplace, dtype):
-    op = BY_NAME["cross_entropy"]
-    logits, targets = make_inputs(op, {"N": 6, "V": 300}, dtype).values()
+    op = OPS["cross_entropy"]
+    logits, targets = draw(op, {"N": 6, "V": 300}, dtype).values()
     upstream = 1 + torch.rand(6 if reduction == "none" else (), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     ours, exact = logits.requires_grad_(), logits.detach().double().requires_grad_()
     with checked("triton"):
@@ -179,16 +179,16 @@ def test_float16_gradients_under_a_loss_scale_do_not_underflow(reduction):
     """Of 100 rows and 9,000 classes a mean's are about 1e-6, of which float16 holds no two digits."""
     shape, results = {"N": 100, "V": 9000}, {}
     for name in ("torch", "triton"):
-        inputs = make_inputs(BY_NAME["cross_entropy"], shape, torch.float16)
+        inputs = draw(OPS["cross_entropy"], shape, torch.float16)
         logits = inputs["logits"].requires_grad_()
-        loss = BY_NAME["cross_entropy"].implementations[name](logits, inputs["targets"], reduction)
+        loss = OPS["cross_entropy"].implementations[name](logits, inputs["targets"], reduction)
         results[name] = torch.autograd.grad(loss * (2**16 if reduction == "mean" else 1), logits)[0]
     torch.testing.assert_close(results["triton"], results["torch"], rtol=2e-2, atol=2e-5)
 
 
 def test_float16_gradients_of_the_linear_op_do_not_underflow():
     """A scale that would take the logits' gradients out of float16, if it were in them, and its inverse later on."""
-    inputs = make_inputs(BY_NAME["linear_cross_entropy"], {"N": 6, "D": 4, "V": 300}, torch.float16)
+    inputs = draw(OPS["linear_cross_entropy"], {"N": 6, "D": 4, "V": 300}, torch.float16)
     results, x = [], inputs.pop("x").requires_grad_()
     for scale in (1.0, 2.0**-20):
         loss = linear_cross_entropy_triton(x, **inputs, scale=torch.tensor(scale, device=DEVICE))
@@ -223,9 +223,7 @@ def test_a_cast_of_the_head_is_the_cast_inside(reduction, v, x_dtype):
 @pytest.mark.parametrize("rows", [101, 128])
 def test_the_reference_takes_a_cast_too(rows):
     """It multiplies by the copy, not the weight, whose gradient it is all the same."""
-    x, weight, targets = make_inputs(
-        BY_NAME["linear_cross_entropy"], {"N": 7, "D": 33, "V": 101}, torch.float64
-    ).values()
+    x, weight, targets = draw(OPS["linear_cross_entropy"], {"N": 7, "D": 33, "V": 101}, torch.float64).values()
     cast = torch.zeros(rows, 33, dtype=torch.float64, device=DEVICE)
     cast[:101] = 2 * weight
     expected = [x.clone().requires_grad_(), (2 * weight).requires_grad_()]
@@ -237,23 +235,23 @@ def test_the_reference_takes_a_cast_too(rows):
     torch.testing.assert_close(gradients[1][1], gradients[0][1].float(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", LINEAR)
 @pytest.mark.parametrize("shape", [(100, 33), (192, 33), (101, 32)])
 def test_a_cast_that_does_not_fit_is_refused(shape, name):
-    inputs = make_inputs(BY_NAME["linear_cross_entropy"], {"N": 7, "D": 33, "V": 101}, torch.float32)
+    inputs = draw(OPS["linear_cross_entropy"], {"N": 7, "D": 33, "V": 101}, torch.float32)
     with pytest.raises(ValueError, match=r"is neither \[101, 33\] nor \[128, 33\]"):
-        OPS[name](**inputs, head_cast=torch.zeros(shape, device=DEVICE))
+        LINEAR[name](**inputs, head_cast=torch.zeros(shape, device=DEVICE))
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", LINEAR)
 @BY_REDUCTION
 def test_a_scale_is_a_factor_of_the_loss(reduction, name):
-    op = BY_NAME["linear_cross_entropy"]
+    op = OPS["linear_cross_entropy"]
     scale, results = torch.tensor(0.3, device=DEVICE), []
     for inside in (True, False):
-        inputs = make_inputs(op, op.test_shapes[1], torch.float32)
+        inputs = draw(op, op.test_shapes[1], torch.float32)
         leaves = [inputs[key].requires_grad_() for key in op.differentiable]
-        loss = OPS[name](**inputs, reduction=reduction, scale=scale if inside else None)
+        loss = LINEAR[name](**inputs, reduction=reduction, scale=scale if inside else None)
         loss = loss if inside else loss * scale
         results.append((loss.detach(), *torch.autograd.grad(loss.sum(), leaves)))
     torch.testing.assert_close(results[0], results[1])
@@ -287,7 +285,7 @@ def test_target_out_of_range_is_nan_and_reads_nothing(target):
 @pytest.mark.parametrize("ignore_index", [-100, 7])
 def test_another_index_to_ignore(ignore_index):
     """A class may be it, too."""
-    logits, targets = make_inputs(BY_NAME["cross_entropy"], {"N": 9, "V": 40}, torch.float32).values()
+    logits, targets = draw(OPS["cross_entropy"], {"N": 9, "V": 40}, torch.float32).values()
     targets = targets.where(targets != IGNORE, ignore_index)
     ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     loss = cross_entropy_triton(ours, targets, ignore_index=ignore_index)
@@ -300,8 +298,8 @@ def test_another_index_to_ignore(ignore_index):
 
 @BY_REDUCTION
 def test_all_ignored_is_zero(reduction):
-    op = BY_NAME["linear_cross_entropy"]
-    inputs = make_inputs(op, op.test_shapes[1], torch.float32)
+    op = OPS["linear_cross_entropy"]
+    inputs = draw(op, op.test_shapes[1], torch.float32)
     inputs |= {key: inputs[key].requires_grad_() for key in op.differentiable}
     inputs["targets"].fill_(IGNORE)
     loss = linear_cross_entropy_triton(**inputs, reduction=reduction)
@@ -329,11 +327,11 @@ def test_rows_that_do_not_count_have_no_gradient_whatever_their_logits():
 
 def test_a_second_backward():
     """Of logits it is as good as the first. The linear op has scaled its gradient, and refuses."""
-    logits, targets = make_inputs(BY_NAME["cross_entropy"], {"N": 7, "V": 101}, torch.float32).values()
+    logits, targets = draw(OPS["cross_entropy"], {"N": 7, "V": 101}, torch.float32).values()
     loss = 2 * cross_entropy_triton(logits.requires_grad_(), targets)
     first, second = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
-    inputs = make_inputs(BY_NAME["linear_cross_entropy"], {"N": 7, "D": 33, "V": 101}, torch.float32)
+    inputs = draw(OPS["linear_cross_entropy"], {"N": 7, "D": 33, "V": 101}, torch.float32)
     inputs["head_weight"].requires_grad_()
     loss = 2 * linear_cross_entropy_triton(**inputs)
     loss.backward(retain_graph=True)
@@ -342,7 +340,7 @@ def test_a_second_backward():
 
 
 def test_gradient_in_place_of_the_logits():
-    logits, _ = make_inputs(BY_NAME["cross_entropy"], {"N": 7, "V": 101}, torch.float32).values()
+    logits, _ = draw(OPS["cross_entropy"], {"N": 7, "V": 101}, torch.float32).values()
     logits = logits.requires_grad_()
     intermediate = logits * 1
     targets = torch.arange(len(logits), device=DEVICE)

@@ -1,4 +1,4 @@
-"""The interpreter computes what a GPU does, and the sanitizer catches kernels with a bug, each named after its own."""
+"""Kernels in the interpreter compute what they do on a GPU."""
 
 import math
 import os
@@ -14,385 +14,17 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 import triton
 import triton.language as tl
-from triton.runtime.errors import InterpreterError
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.interpreter import Counts, SanitizerError, install, sanitize
+from kernels.sanitizer import Observer, install, observe, sanitize
 
 install()
 
 BLOCK = 16
+ROOT = Path(__file__).parents[1]
 
 
-# Kernels with a bug
-
-
-@triton.jit
-def load_off_by_one(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + offsets, mask=offsets <= n, other=0.0)
-    tl.store(out_ptr + offsets, x, mask=offsets < n)
-
-
-@triton.jit
-def store_off_by_one(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + offsets, mask=offsets < n, other=0.0)
-    tl.store(out_ptr + offsets, x, mask=offsets <= n)
-
-
-@triton.jit
-def unmasked_store(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out_ptr + offsets, tl.load(x_ptr + offsets, mask=offsets < n, other=0.0))
-
-
-@triton.jit
-def negative_offset(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out_ptr + offsets, tl.load(x_ptr + offsets - 1, mask=offsets < n, other=0.0), mask=offsets < n)
-
-
-@triton.jit
-def atomic_out_of_bounds(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    tl.atomic_add(out_ptr + tl.program_id(0) * n, 1.0)
-
-
-@triton.jit
-def compare_and_swap_out_of_bounds(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    tl.atomic_cas(out_ptr.to(tl.pointer_type(tl.int32)) + n, 0, 1)
-
-
-@triton.jit
-def accumulation_without_atomics(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + offsets, mask=offsets < n, other=0.0)
-    tl.store(out_ptr, tl.load(out_ptr) + tl.sum(x))
-
-
-@triton.jit
-def every_program_stores_one_element(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    tl.store(out_ptr, tl.program_id(0).to(tl.float32))
-
-
-@triton.jit
-def reads_the_output_of_the_previous_program(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    program = tl.program_id(0)
-    tl.store(out_ptr + program, 1.0 + tl.load(out_ptr + program - 1, mask=program > 0, other=0.0))
-
-
-@triton.jit
-def overwrites_what_the_previous_program_read(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    program = tl.program_id(0)
-    tl.store(x_ptr + program, tl.load(x_ptr + program + 1))
-
-
-@triton.jit
-def the_last_program_overwrites_what_all_read(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    x = tl.load(x_ptr)
-    if tl.program_id(0) == tl.num_programs(0) - 1:
-        tl.store(x_ptr, x + 1)
-
-
-@triton.jit
-def two_lanes_store_to_one_address(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    lane = tl.arange(0, BLOCK)
-    tl.store(out_ptr + lane // 2, lane.to(tl.float32))
-
-
-@triton.jit
-def offset_overflows_int32(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    row = tl.program_id(0)
-    tl.load(x_ptr + row * (n << 25), mask=row < 0)
-
-
-@triton.jit
-def device_assert_fails(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    tl.device_assert(tl.program_id(0) < 2, "too many programs")
-
-
-@pytest.mark.parametrize(
-    "kernel, message",
-    [
-        (load_off_by_one, r"program \(2, 0, 0\): load of 4 bytes at byte 160 of x_ptr, which has 160 \(1 lanes"),
-        (store_off_by_one, r"program \(2, 0, 0\): store of 4 bytes at byte 160 of out_ptr, which has 160 \(1 lanes"),
-        (unmasked_store, r"program \(2, 0, 0\): store of 4 bytes at byte 160 of out_ptr, which has 160 \(8 lanes"),
-        (negative_offset, r"program \(0, 0, 0\): load of 4 bytes at byte -4 of x_ptr"),
-        (atomic_out_of_bounds, r"program \(1, 0, 0\): atomic of 4 bytes at byte 160 of out_ptr"),
-        (compare_and_swap_out_of_bounds, r"program \(0, 0, 0\): atomic of 4 bytes at byte 160 of out_ptr"),
-        (accumulation_without_atomics, r"race: load at byte 0 of out_ptr, where program \(0, 0, 0\) did store"),
-        (every_program_stores_one_element, r"race: store at byte 0 of out_ptr, where program \(0, 0, 0\) did store"),
-        (reads_the_output_of_the_previous_program, r"race: load at byte 0 of out_ptr, where program \(0, 0, 0\) did"),
-        (overwrites_what_the_previous_program_read, r"race: store at byte 4 of x_ptr, where program \(0, 0, 0\) did l"),
-        (the_last_program_overwrites_what_all_read, r"race: store at byte 0 of x_ptr, where several programs did load"),
-        (two_lanes_store_to_one_address, r"race: store at byte 0 of out_ptr, where another lane of this program"),
-        (offset_overflows_int32, r"program \(2, 0, 0\): int32 overflow detected for operation mul"),
-        (device_assert_fails, r"program \(2, 0, 0\): too many programs"),
-    ],
-    ids=lambda value: getattr(value, "__name__", ""),
-)
-def test_sanitizer_catches(kernel, message):
-    with sanitize(), pytest.raises(SanitizerError, match=f"{kernel.__name__}, .*{message}"):
-        kernel[(3,)](torch.randn(40), torch.zeros(40), 40, BLOCK)
-
-
-def test_sanitizer_catches_overrun_into_another_argument():
-    """The next byte is the other argument's: the pointer, not the address, says which argument is meant."""
-    x, out = torch.zeros(80).split(40)
-    with sanitize(), pytest.raises(SanitizerError, match="byte 160 of x_ptr, which has 160"):
-        load_off_by_one[(3,)](x, out, 40, BLOCK)
-
-
-def test_sanitizer_catches_reads_of_an_empty_tensor():
-    with sanitize(), pytest.raises(SanitizerError, match="byte 0 of x_ptr, which has 0"):
-        copy_block[(1,)](torch.zeros(5, 0), torch.zeros(40), 1, BLOCK)
-
-
-@triton.jit
-def touch(ptr, KIND: tl.constexpr):
-    if KIND == "load":
-        tl.load(ptr)
-    elif KIND == "store":
-        tl.store(ptr, 1)
-    else:
-        tl.atomic_add(ptr, 1)
-
-
-@triton.jit
-def two_programs_meet(x_ptr, y_ptr, FIRST: tl.constexpr, SECOND: tl.constexpr):
-    if tl.program_id(0) == 0:
-        touch(x_ptr, FIRST)
-    else:
-        touch(y_ptr, SECOND)
-
-
-@pytest.mark.parametrize("first", ["load", "store", "atomic"])
-@pytest.mark.parametrize("second", ["load", "store", "atomic"])
-def test_two_programs_may_meet_to_load_or_both_by_atomics(first, second):
-    x = torch.zeros(1, dtype=torch.int32)
-    with sanitize():
-        two_programs_meet[(2,)](x, x.clone(), first, second)
-        if first == second != "store":
-            two_programs_meet[(2,)](x, x, first, second)
-        else:
-            with pytest.raises(SanitizerError, match=rf"race: {second} .* of y_ptr, where .* did {first}"):
-                two_programs_meet[(2,)](x, x, first, second)
-
-
-@pytest.mark.parametrize("narrow_first", [True, False])
-def test_sanitizer_catches_races_between_views_of_two_widths(narrow_first):
-    wide = torch.zeros(1, dtype=torch.int32)
-    views = (wide.view(torch.int16)[1:], wide)
-    with sanitize(), pytest.raises(SanitizerError, match="race"):
-        two_programs_meet[(2,)](*(views if narrow_first else views[::-1]), "store", "store")
-
-
-def test_sanitizer_catches_races_in_overlapping_views():
-    x = torch.zeros(40)
-    with sanitize(), pytest.raises(SanitizerError, match="race: load at byte 64 of x_ptr"):
-        copy_block[(2,)](x, x[1:], 32, BLOCK)  # the end of the first block is the start of the second
-    with sanitize():
-        copy_block[(1,)](x, x[1:], 16, BLOCK)
-
-
-@triton.jit
-def copy_block(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out_ptr + offsets, tl.load(x_ptr + offsets, mask=offsets < n, other=0.0), mask=offsets < n)
-
-
-def test_missing_other_reaches_the_output():
-    def run(dtype):
-        out = torch.zeros(1)
-        sum_without_other[(1,)](torch.ones(5, dtype=dtype), out, 5, BLOCK)
-        return out.item()
-
-    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
-        assert math.isnan(run(dtype)), dtype
-    assert abs(run(torch.int32)) > 1e9
-
-
-@triton.jit
-def sum_without_other(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    offsets = tl.arange(0, BLOCK)
-    tl.store(out_ptr, tl.sum(tl.load(x_ptr + offsets, mask=offsets < n).to(tl.float32)))
-
-
-def test_a_single_zero_is_an_other():
-    out = torch.ones(1)
-    load_one[(1,)](torch.ones(1), out, False)
-    assert out == 0
-
-
-@triton.jit
-def load_one(x_ptr, out_ptr, wanted):
-    tl.store(out_ptr, tl.load(x_ptr, mask=wanted, other=0.0))
-
-
-def test_order_of_programs_is_shuffled_by_the_seed():
-    def run(seed):
-        out = torch.zeros(32)
-        with sanitize(races=False, shuffle=seed):
-            reads_the_output_of_the_previous_program[(32,)](out, out, 32, BLOCK)
-        return out
-
-    assert torch.equal(run(None), torch.arange(1.0, 33))
-    assert not torch.equal(run(0), run(None))
-    assert torch.equal(run(0), run(0)) and not torch.equal(run(0), run(1))
-
-
-def test_checks_can_be_left_out():
-    with sanitize(races=False):
-        accumulation_without_atomics[(3,)](torch.ones(40), out := torch.zeros(40), 40, BLOCK)
-    assert out[0] == 40
-    with sanitize(overflow=False):
-        offset_overflows_int32[(3,)](torch.ones(40), out, 40, BLOCK)
-    with sanitize(bounds=False):
-        load_off_by_one[(3,)](torch.ones(48)[:40], out, 40, BLOCK)
-    accumulation_without_atomics[(3,)](torch.ones(40), torch.zeros(40), 40, BLOCK)
-
-
-# Kernels without one: all checks on, in a shuffled order
-
-
-@pytest.fixture
-def strict():
-    with sanitize(shuffle=0) as record:
-        yield record
-
-
-@triton.jit
-def add(x_ptr, y_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < n
-    x, y = tl.load(x_ptr + offsets, mask=mask), tl.load(y_ptr + offsets, mask=mask)
-    tl.store(out_ptr + offsets, x + y, mask=mask)
-
-
-def test_in_place_on_a_tensor_passed_three_times(strict):
-    x = torch.arange(40.0)
-    add[(3,)](x, x, x, 40, BLOCK)
-    assert torch.equal(x, 2 * torch.arange(40.0))
-    assert strict.kernels == {"add": Counts(launches=1, bytes_read=2 * 160, bytes_written=160)}
-
-
-@triton.jit
-def scale_rows(x_ptr, out_ptr, stride_row, stride_col, n, scale, BLOCK: tl.constexpr):
-    offsets = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + tl.program_id(0).to(tl.int64) * stride_row + offsets * stride_col, mask=offsets < n)
-    tl.store(out_ptr + tl.program_id(0) * n + offsets, x * scale, mask=offsets < n)
-
-
-def test_strided_view(strict):
-    x, out = torch.randn(7, 20)[::2, 1::2].T, torch.empty(10, 4)
-    scale_rows[(10,)](x, out, *x.stride(), 4, 2.0, BLOCK)
-    assert torch.equal(out, 2 * x)
-    with pytest.raises(SanitizerError, match=r"of x_ptr, which has 556 \(1 lanes"):  # x ends in the middle of its rows
-        scale_rows[(10,)](x, out, *x.stride(), 5, 2.0, BLOCK)
-
-
-@triton.jit
-def count_multiples(counts_ptr, BLOCK: tl.constexpr):
-    lane = tl.arange(0, BLOCK)
-    tl.atomic_add(counts_ptr + lane // 8, tl.where(lane % (tl.program_id(0) + 1) == 0, 1, 0).to(tl.float32))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_atomic_add_across_programs_and_lanes(strict, dtype):
-    counts = torch.zeros(2, dtype=dtype)
-    count_multiples[(3,)](counts, 16)
-    assert counts.tolist() == [8 + 4 + 3, 8 + 4 + 3]
-    size = 3 * 16 * dtype.itemsize
-    assert (strict.bytes_read, strict.bytes_written) == (size, size)
-
-
-@triton.jit
-def reverse_blocks(x_ptrs, out_ptr, absent_ptr, BLOCK: tl.constexpr, N: tl.constexpr):
-    lane = tl.arange(0, BLOCK)
-    blocks = ()
-    for i in tl.static_range(N):
-        blocks = (*blocks, tl.load(x_ptrs[i] + lane))
-    for i in tl.static_range(N):
-        tl.store(out_ptr + i * BLOCK + lane, blocks[N - 1 - i])
-
-
-def test_tuples_of_pointers_and_blocks(strict):
-    x, out = torch.randn(3, BLOCK), torch.empty(3, BLOCK)
-    reverse_blocks[(1,)](tuple(x), out, None, BLOCK, 3)
-    assert torch.equal(out, x.flip(0))
-    with pytest.raises(SanitizerError, match=r"of x_ptrs\[1\], which has 32"):
-        reverse_blocks[(1,)]((x[0], x[1, :8]), out, None, BLOCK, 2)
-
-
-@triton.jit
-def row_sums(x_ptr, starts_ptr, out_ptr, BLOCK: tl.constexpr):
-    row = tl.program_id(0)
-    start, end = tl.load(starts_ptr + row), tl.load(starts_ptr + row + 1)
-    total = tl.zeros([BLOCK], tl.float32)
-    for at in range(start, end, BLOCK):
-        offsets = at + tl.arange(0, BLOCK)
-        total += tl.load(x_ptr + offsets, mask=offsets < end, other=0.0)
-    tl.store(out_ptr + row, tl.sum(total))
-
-
-def test_accumulator_of_a_loop_with_bounds_in_tensors(strict):
-    x, starts, out = torch.ones(100), torch.tensor([0, 7, 7, 60, 100], dtype=torch.int32), torch.empty(4)
-    row_sums[(4,)](x, starts, out, BLOCK)
-    assert out.tolist() == [7, 0, 53, 40]
-    assert strict.bytes_read == 100 * 4 + 4 * 2 * 4
-
-
-@triton.jit
-def either(x_ptr, y_ptr, out_ptr, BLOCK: tl.constexpr):
-    lane = tl.arange(0, BLOCK)
-    tl.store(out_ptr + lane, tl.load(tl.where(lane % 2 == 0, x_ptr, y_ptr) + lane))
-
-
-def test_a_pointer_chosen_by_lane(strict):
-    x, y, out = torch.randn(3, BLOCK)
-    either[(1,)](x.clone(), y.clone(), out, BLOCK)
-    assert torch.equal(out, torch.where(torch.arange(BLOCK) % 2 == 0, x, y))
-    with pytest.raises(SanitizerError, match="out of bounds"):
-        either[(1,)](x.clone(), y[:15].clone(), out, BLOCK)
-
-
-@triton.jit
-def fill_first_bytes(x_ptr, BLOCK: tl.constexpr):
-    lane = tl.arange(0, BLOCK)
-    tl.store(x_ptr.to(tl.pointer_type(tl.int16)) + lane, lane.to(tl.int16))
-
-
-@pytest.mark.parametrize("given", [tl.int16, tl.int32, tl.int64], ids=str)
-def test_a_pointer_cast_to_another_type(strict, given):
-    x = torch.zeros(BLOCK // 2, dtype=torch.int64)
-    fill_first_bytes[(1,)](triton.reinterpret(x, given), BLOCK)
-    assert x.view(torch.int16)[:BLOCK].tolist() == list(range(BLOCK))
-    with pytest.raises(SanitizerError, match="store of 2 bytes at byte 64 of x_ptr, which has 64"):
-        fill_first_bytes[(1,)](triton.reinterpret(x, given), 4 * BLOCK)
-
-
-@triton.jit
-def two_launches(x_ptr, BLOCK: tl.constexpr):
-    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(x_ptr + offsets, tl.load(x_ptr + offsets) + 1)
-
-
-def test_launches_do_not_race_with_each_other(strict):
-    x = torch.zeros(64)
-    two_launches[(4,)](x, 16)
-    two_launches[(2,)](x, 32)
-    assert (x == 2).all()
-    assert strict.kernels["two_launches"].launches == 2
-    assert strict.bytes_read == strict.bytes_written == 2 * 256
-
-
-def test_bytes_of_a_masked_copy():
-    x = torch.randn(37).bfloat16()
-    with sanitize() as record:
-        copy_block[(3,)](x, torch.empty(37), 37, BLOCK)
-    assert (record.bytes_read, record.bytes_written, record.flops) == (37 * 2, 37 * 4, 0)
-
-
-# Exactness
+# Numbers
 
 
 @triton.jit
@@ -481,10 +113,16 @@ def test_arithmetic_is_torchs(dtype):
         assert_same(ours, theirs)
 
 
+@triton.jit
+def times(x_ptr, out_ptr, scale, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    tl.store(out_ptr + lane, tl.load(x_ptr + lane) * scale)
+
+
 def test_a_float_argument_is_float32():
     """As in compiled code: bf16 times a float argument is a product in float32."""
     x, out = torch.randn(1, BLOCK).bfloat16(), torch.empty(1, BLOCK)
-    scale_rows[(1,)](x, out, BLOCK, 1, BLOCK, 1 / 3, BLOCK)
+    times[(1,)](x, out, 1 / 3, BLOCK)
     assert torch.equal(out, x.float() * torch.tensor(1 / 3))
 
 
@@ -557,20 +195,161 @@ def reduce(x_ptr, out_ptr, HOW: tl.constexpr, BLOCK: tl.constexpr):
 @pytest.mark.parametrize("how, combine", [("sum", "_sum_combine"), ("scan", "plus")])
 def test_sums_of_bfloat16_are_refused(how, combine):
     x, out = torch.randn(BLOCK).bfloat16(), torch.empty(BLOCK)
-    with pytest.raises(InterpreterError, match=rf"{combine} over bf16 rounds .*: convert to float32 before"):
+    with pytest.raises(TypeError, match=rf"{combine} over bf16 rounds .*: convert to float32 before"):
         reduce[(1,)](x, out, how, BLOCK)
     reduce[(1,)](x, out, "max", BLOCK)
     assert out[0] == x.max()
 
 
+# Memory
+
+
+def test_missing_other_reaches_the_output():
+    def run(dtype):
+        out = torch.zeros(1)
+        sum_without_other[(1,)](torch.ones(5, dtype=dtype), out, 5, BLOCK)
+        return out.item()
+
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
+        assert math.isnan(run(dtype)), dtype
+    assert abs(run(torch.int32)) > 1e9
+
+
+@triton.jit
+def sum_without_other(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    tl.store(out_ptr, tl.sum(tl.load(x_ptr + offsets, mask=offsets < n).to(tl.float32)))
+
+
+def test_a_single_zero_is_an_other():
+    out = torch.ones(1)
+    load_one[(1,)](torch.ones(1), out, False)
+    assert out == 0
+
+
+@triton.jit
+def load_one(x_ptr, out_ptr, wanted):
+    tl.store(out_ptr, tl.load(x_ptr, mask=wanted, other=0.0))
+
+
+@triton.jit
+def copy_tile(x, out, row, column, offset_out):
+    out.store([offset_out, 0], x.load([row, column]))
+
+
+@triton.jit
+def copy_tile_by_pointers(x_ptr, out_ptr, M, N, row, column, offset_out, PADDING: tl.constexpr):
+    x = tl.make_tensor_descriptor(x_ptr, shape=[M, N], strides=[N, 1], block_shape=[4, 8], padding_option=PADDING)
+    out = tl.make_tensor_descriptor(out_ptr, shape=[4, 8], strides=[8, 1], block_shape=[4, 8])
+    copy_tile(x, out, row, column, offset_out)
+
+
+def tile_of(x, row, column, fill):
+    """What a descriptor loads: `[4, 8]` from `row` and `column`, `fill` outside of `x`."""
+    wide = torch.full((x.shape[0] + 16, x.shape[1] + 16), fill, dtype=x.dtype)
+    wide[8 : 8 + x.shape[0], 8 : 8 + x.shape[1]] = x
+    return wide[8 + row : 12 + row, 8 + column : 16 + column]
+
+
+EDGES = pytest.mark.parametrize("row, column", [(0, 0), (3, 8), (-2, 0), (4, -8), (-3, 16), (6, 0)])
+
+
+@EDGES
+@pytest.mark.parametrize("dtype", (*FLOATS[:2], torch.float32, torch.int32), ids=str)
+def test_a_descriptor_loads_zeros_beyond_its_shape(row, column, dtype):
+    x, out = torch.randn(6, 16).mul(100).to(dtype), torch.full((4, 8), 7).to(dtype)
+    with sanitize() as record:
+        copy_tile[(1,)](descriptor(x), descriptor(out), row, column, 0)
+    assert torch.equal(out, tile_of(x, row, column, 0))
+    inside = tile_of(torch.ones(6, 16), row, column, 0).sum().item()
+    assert record.bytes_read == inside * dtype.itemsize and record.bytes_written == 32 * dtype.itemsize
+
+
+def descriptor(x):
+    return TensorDescriptor.from_tensor(x, [4, 8])
+
+
+@EDGES
+@pytest.mark.parametrize("dtype", (*FLOATS[:2], torch.float32), ids=str)
+@pytest.mark.parametrize("padding, fill", [("zero", 0.0), ("nan", math.nan)])
+def test_a_descriptor_made_in_a_kernel_pads_as_it_was_told(row, column, dtype, padding, fill):
+    x, out = torch.randn(6, 16).to(dtype), torch.full((4, 8), 7, dtype=dtype)
+    with sanitize():
+        copy_tile_by_pointers[(1,)](x, out, 6, 16, row, column, 0, padding)
+    assert_same(out, tile_of(x, row, column, fill))
+
+
+@pytest.mark.parametrize("offset", [-1, 0, 2, 4])
+def test_a_descriptor_stores_nothing_beyond_its_shape(offset):
+    """Rows before and after the descriptor's are the same tensor's, and keep what they hold."""
+    x, out = torch.randn(4, 8), torch.full((8, 8), 7.0)
+    expected = out.clone()
+    for i in range(4):
+        if 0 <= i + offset < 4:
+            expected[2 + i + offset] = x[i]
+    with sanitize() as record:
+        copy_tile[(1,)](descriptor(x), descriptor(out[2:6]), 0, 0, offset)
+    assert torch.equal(out, expected)
+    assert record.bytes_written == (expected != 7).sum() * 4
+
+
+# Observers
+
+
+def test_an_observer_is_told_what_a_kernel_does():
+    class Log(Observer):
+        def __init__(self):
+            self.said = []
+
+        def launch(self, kernel):
+            self.said.append(kernel)
+
+        def argument(self, name, tensor, pointer):
+            self.said.append((name, tuple(tensor.shape)))
+
+        def grid(self, size):
+            self.said.append(size)
+
+        def program(self, index):
+            self.said.append(index)
+            return index
+
+        def access(self, kind, addresses, itemsize, pointer):
+            self.said.append((kind, len(addresses) * itemsize))
+
+    x, log = torch.randn(BLOCK), Log()
+    with observe(log):
+        times[(2,)](x, x, 2.0, BLOCK)
+    programs = [entry for i in range(2) for entry in ((i, 0, 0), ("load", 4 * BLOCK), ("store", 4 * BLOCK))]
+    assert log.said == ["times", ("x_ptr", (BLOCK,)), ("out_ptr", (BLOCK,)), (2, 1, 1), *programs]
+    times[(2,)](x, x, 2.0, BLOCK)
+    assert len(log.said) == 10
+
+
+@triton.jit
+def divide_by_zero():
+    return 1 // 0
+
+
+@triton.jit
+def call_one_that_fails():
+    divide_by_zero()
+
+
+def test_an_exception_in_a_kernel_is_raised_as_it_is():
+    with pytest.raises(ZeroDivisionError):
+        call_one_that_fails[(1,)]()
+
+
 def test_without_the_switch_it_says_so():
-    path = Path(__file__).parents[1] / "kernels" / "interpreter.py"
-    code = (
-        f"import runpy; module = runpy.run_path({str(path)!r})\n"
-        "for start in (module['install'], module['sanitize']().__enter__):\n"
-        "    try: start()\n"
-        "    except RuntimeError as error: print(error)\n"
-    )
+    code = """if True:
+        from kernels.sanitizer import install, sanitize
+        for start in (install, sanitize().__enter__):
+            try:
+                start()
+            except RuntimeError as error:
+                print(error)
+    """
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
-    assert said.count("set TRITON_INTERPRET=1 before triton is first imported") == 2
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.count("set TRITON_INTERPRET=1 before triton is first imported") == 2

@@ -1,28 +1,23 @@
-"""Every implementation of every op in the table against the mathematics, and the choice between them.
-
-On a GPU the Triton kernels run compiled; elsewhere in the interpreter, with every check of it on.
-"""
+"""Every implementation of every op in the table against the mathematics, and the choice between them."""
 
 import math
+import re
 import subprocess
 import sys
-from contextlib import nullcontext
+from dataclasses import fields, replace
+from typing import get_type_hints
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._pytree import tree_map_only
+from parity import DEVICE, LOSS, assert_accurate, checked, draw
 
 import kernels
-from kernels import OPS, TESTED, KernelChoice, KernelError, bind
-from kernels.accuracy import evaluate, truth
-from kernels.interpreter import sanitize
+from kernels import OPS, KernelChoice, KernelError, Kernels, bind
 from kernels.linear_cross_entropy import IGNORE
 from kernels.rope import rope_tables
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BY_NAME = {op.name: op for op in TESTED}
 
 
 def case(op, name, shape, **options):
@@ -30,17 +25,16 @@ def case(op, name, shape, **options):
     return pytest.param(op, name, shape, options, id="-".join(label))
 
 
-PURE = [op for op in TESTED if not op.mutates]  # an op that writes to its arguments has tests of its own
+PURE = [op for op in OPS.values() if not op.mutates]  # an op that writes to its arguments has tests of its own
 CASES = [case(op, name, shape) for op in PURE for name in op.implementations for shape in op.test_shapes]
 REFERENCES = [parameters for parameters in CASES if parameters.values[1] == "torch"]
 
 
 def options_of(op, *choices, shape=1):
     """Cases of the Triton implementation at one shape, with these arguments instead of the defaults."""
-    return [case(BY_NAME[op], "triton", BY_NAME[op].test_shapes[shape], **options) for options in choices]
+    return [case(OPS[op], "triton", OPS[op].test_shapes[shape], **options) for options in choices]
 
 
-LOSS = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 3.0}
 OPTIONS = [
     *options_of("rmsnorm", {"gain": None}, {"residual": None}, {"gain": None, "residual": None}, {"eps": 0.1}, shape=2),
     *options_of("rope", {"q_gain": None, "k_gain": None}, {"interleaved": True}, {"eps": 0.1}),
@@ -58,66 +52,29 @@ OPTIONS = [
 ]  # fmt: skip
 
 
-def make_inputs(op, shape, dtype, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    inputs = op.inputs(shape, lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype))
-    return tree_map_only(torch.Tensor, lambda x: x.to(DEVICE), inputs)
-
-
-def checked(name):
-    """The interpreter's checks, for an implementation that runs Triton kernels in it."""
-    return sanitize(shuffle=0) if name in ("triton", "auto") and DEVICE.type == "cpu" else nullcontext()
-
-
-def results_of(op, name, inputs, **options):
-    """Outputs and gradients of one implementation. Memory is handed out filled with NaN, so that what is not written
-    shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        with checked(name):
-            return evaluate(op, op.implementations[name], inputs | options)
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def assert_accurate(op, name, inputs, **options):
-    """By the rule in kernels/accuracy.py. `inplace` is no option of the reference."""
-    expected = truth(op, inputs | {k: v for k, v in options.items() if k != "inplace"})
-    result, ratio = expected.worst(results_of(op, name, inputs, **options))
-    assert ratio <= 1, f"{result}: {ratio:.2f} of the error that rounding explains"
-
-
-def call(op, name, inputs, dtype, **options):
-    return results_of(op, name, inputs, **options)
-
-
-def assert_as_right_as_the_reference(op, name, inputs, dtype, **options):
-    assert_accurate(op, name, inputs, **options)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op, name, shape, options", CASES)
 def test_parity(op, name, shape, options, dtype):
-    assert_accurate(op, name, make_inputs(op, shape, dtype))
+    assert_accurate(op, name, draw(op, shape, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op, name, shape, options", OPTIONS)
 def test_parity_with_options(op, name, shape, options, dtype):
-    assert_accurate(op, name, make_inputs(op, shape, dtype), **options)
+    assert_accurate(op, name, draw(op, shape, dtype), **options)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_parity_at_positions_that_restart(interleaved):
     op, shape = OPS["rope"], {"B": 2, "T": 7, "H": 4, "KV": 2, "D": 32}
     positions = torch.tensor([[0, 1, 2, 0, 1, 0, 6], [5, 6, 0, 0, 1, 2, 3]], device=DEVICE)
-    inputs = make_inputs(op, shape, torch.float32)
+    inputs = draw(op, shape, torch.float32)
     assert_accurate(op, "triton", inputs, positions=positions, interleaved=interleaved)
 
 
 @pytest.mark.parametrize("op, name, shape, options", REFERENCES)
 def test_reference_gradients(op, name, shape, options):
-    inputs = make_inputs(op, shape, torch.float64)
+    inputs = draw(op, shape, torch.float64)
     leaves = [inputs[key].detach().clone().requires_grad_() for key in op.differentiable]
     assert torch.autograd.gradcheck(
         lambda *values: op.implementations["torch"](**inputs | dict(zip(op.differentiable, values, strict=True))),
@@ -137,7 +94,7 @@ def strided_like(value, kind):
 @pytest.mark.parametrize("kind", ["columns", "rows"])
 @pytest.mark.parametrize("op, name, shape, options", CASES)
 def test_strided_inputs_give_the_same(op, name, shape, options, kind):
-    inputs = make_inputs(op, shape, torch.float32)
+    inputs = draw(op, shape, torch.float32)
     strided = {k: strided_like(v, kind) if torch.is_tensor(v) else v for k, v in inputs.items()}
     with checked(name):
         torch.testing.assert_close(op.implementations[name](**strided), op.implementations[name](**inputs))
@@ -217,11 +174,21 @@ def test_costs_count_a_call():
     assert cost.flops == 2 * 2 * 8 * 2 * (1 + 2 + 3 + 4)  # two products, by head and visible pair
 
 
+CHOSEN = [field.name for field in fields(KernelChoice)][1:]
+
+
+def test_choice_names_the_ops_and_their_implementations():
+    hints = get_type_hints(KernelChoice, include_extras=True)
+    for name in CHOSEN:
+        assert hints[name].__metadata__ == (" or ".join(OPS[name].implementations),)
+    assert [field.name for field in fields(Kernels)] == [*CHOSEN, "names"]
+
+
 def test_choice_by_op_and_for_every_op():
     bound = bind(KernelChoice(every="torch", attention="sdpa"))
-    assert bound.names == dict.fromkeys(OPS, "torch") | {"attention": "sdpa"}
+    assert bound.names == dict.fromkeys(CHOSEN, "torch") | {"attention": "sdpa"}
     assert bound.attention is OPS["attention"].implementations["sdpa"]
-    assert bind(KernelChoice()).names == dict.fromkeys(OPS, "torch")  # auto, on a CPU
+    assert bind(KernelChoice()).names == dict.fromkeys(CHOSEN, "torch")  # auto, on a CPU
 
 
 def test_choice_that_does_not_exist_names_those_that_do():
@@ -240,7 +207,38 @@ def test_triton_without_a_gpu_names_both_ways_out(monkeypatch):
 
 
 def test_automatic_choice_on_a_gpu():
-    assert bind(KernelChoice(), "cuda").names == dict.fromkeys(OPS, "triton") | {"attention": "auto"}
+    assert bind(KernelChoice(), "cuda").names == dict.fromkeys(CHOSEN, "triton") | {"attention": "auto"}
+
+
+def test_what_an_implementation_lacks_is_said_with_advice():
+    bound = replace(bind(KernelChoice()), names={"attention": "triton", "swiglu": "torch"})
+    with pytest.raises(KernelError, match=r"the triton kernel of attention has no dropout: take --kernels\.attention="):
+        bound.require("attention", "dropout")
+    bound.require("attention", "windows")
+    bound.require("swiglu", "dropout")
+
+
+def test_what_an_implementation_is_said_to_lack_it_refuses():
+    """And the others, which the advice names, have it."""
+    inputs = draw(OPS["attention"], {"B": 1, "T": 3, "S": 3, "H": 1, "KV": 1, "D": 16})
+    lacks = OPS["attention"].lacks
+    for name, function in OPS["attention"].implementations.items():
+        if "dropout" in lacks.get(name, {}):
+            with pytest.raises(ValueError, match=re.escape(lacks[name]["dropout"].split(" (")[0])):
+                function(**inputs, dropout=0.5)
+        else:
+            function(**inputs, dropout=0.5)
+
+
+def test_workspace_is_of_the_bound_implementation():
+    """A chunk of all seven rows and the padded copy of the head, of a vocabulary of 101; torch declares none."""
+    inputs = draw(OPS["linear_cross_entropy"], {"N": 7, "D": 33, "V": 101})
+    bound = bind(KernelChoice())
+    assert bound.workspace("linear_cross_entropy", **inputs) == 0
+    bound = replace(bound, names={"linear_cross_entropy": "triton"})
+    assert bound.workspace("linear_cross_entropy", **inputs) == (7 + 33) * 128 * 4
+    cast = torch.zeros(128, 33, dtype=torch.bfloat16, device=DEVICE)
+    assert bound.workspace("linear_cross_entropy", **inputs, head_cast=cast) == 7 * 128 * 2
 
 
 def test_a_system_without_triton_has_the_other_kernels():
@@ -257,4 +255,4 @@ def test_a_system_without_triton_has_the_other_kernels():
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=kernels.__path__[0] + "/.."
     )
-    assert done.stdout.count("torch") >= len(OPS) and "Triton is not installed" in done.stdout, done.stderr
+    assert done.stdout.count("torch") >= len(CHOSEN) and "Triton is not installed" in done.stdout, done.stderr

@@ -1,11 +1,12 @@
 """The model: its shapes, counts and first loss, what it may see, and what it generates."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from kernels import KernelChoice, KernelError, Kernels, bind
+from kernels import KernelChoice, KernelError, bind
 from kernels.attention import scores
 from kernels.launch import AVAILABLE
 from kernels.linear_cross_entropy import IGNORE
@@ -430,7 +431,7 @@ def test_dropout_falls_in_three_places():
 def test_dropout_takes_an_attention_that_has_it():
     config = ModelConfig(n_layer=1, n_head=2, d_model=16, dropout=0.1).resolved(11)
     with pytest.raises(KernelError, match=r"attention has no dropout: take --kernels\.attention=sdpa \(or torch\)"):
-        GPT(config, Kernels({}, {"attention": "triton"}))
+        GPT(config, replace(bind(KernelChoice()), names={"attention": "triton"}))
 
 
 def test_evaluation_counts_known_targets_and_their_bytes():

@@ -7,8 +7,9 @@ pytest.importorskip("hypothesis")
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels import BY_NAME, DEVICE, assert_accurate, checked
+from parity import DEVICE, assert_accurate, checked
 
+from kernels import OPS
 from kernels.attention import document_ranges
 from kernels.linear_cross_entropy import IGNORE
 from kernels.rope import rope_tables
@@ -30,14 +31,14 @@ def test_rmsnorm(rows, d, dtype, residual, seed):
     inputs = {"x": normal((rows, d), dtype, seed), "gain": normal(d, dtype, seed + 1)}
     inputs["residual"] = normal((rows, d), dtype, seed + 2)
     options = {} if residual else {"residual": None}
-    assert_accurate(BY_NAME["rmsnorm"], "triton", inputs, **options)
+    assert_accurate(OPS["rmsnorm"], "triton", inputs, **options)
 
 
 @drawn
 @given(sizes, st.integers(1, 600), dtypes, st.sampled_from(["silu", "gelu", "relu", "relu2"]), seeds)
 def test_swiglu(rows, f, dtype, activation, seed):
     inputs = {"x": normal((rows, 2 * f), dtype, seed)}
-    assert_accurate(BY_NAME["swiglu"], "triton", inputs, activation=activation)
+    assert_accurate(OPS["swiglu"], "triton", inputs, activation=activation)
 
 
 @drawn
@@ -51,7 +52,7 @@ def test_rope(b, t, kv, group, half, dtype, interleaved, seed):
         "q_gain": normal(2 * half, dtype, seed + 1), "k_gain": normal(2 * half, dtype, seed + 2),
         "positions": torch.randint(50, (b, t), generator=torch.Generator().manual_seed(seed)).to(DEVICE),
     }  # fmt: skip
-    assert_accurate(BY_NAME["rope"], "triton", inputs, interleaved=interleaved)
+    assert_accurate(OPS["rope"], "triton", inputs, interleaved=interleaved)
 
 
 @drawn
@@ -62,7 +63,7 @@ def test_cross_entropy(n, v, dtype, reduction, label_smoothing, seed):
     targets = torch.randint(IGNORE, v, (n,), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     inputs = {"logits": normal((n, v), dtype, seed), "targets": targets}
     options = {"reduction": reduction, "label_smoothing": label_smoothing}
-    assert_accurate(BY_NAME["cross_entropy"], "triton", inputs, **options)
+    assert_accurate(OPS["cross_entropy"], "triton", inputs, **options)
 
 
 @drawn
@@ -76,7 +77,7 @@ def test_attention(t, s, kv, group, d, dtype, causal, window, lengths, seed):
     inputs |= {name: normal((2, s, kv, d), dtype, seed + i) for i, name in enumerate("kv", 1)}
     documents = torch.searchsorted(torch.tensor(lengths).cumsum(0), torch.arange(s), right=True)
     options = {"causal": causal, "window": window, "documents": document_ranges(documents.repeat(2, 1).to(DEVICE))}
-    assert_accurate(BY_NAME["attention"], "triton", inputs, **options)
+    assert_accurate(OPS["attention"], "triton", inputs, **options)
 
 
 @drawn
@@ -84,7 +85,7 @@ def test_attention(t, s, kv, group, d, dtype, causal, window, lengths, seed):
 def test_any_strides(a, b, d, order, step, seed):
     """Permuted, stepped views of three dimensions give what their contiguous copies give."""
     x = normal((2 * a, 2 * b * step, 2 * d), torch.float32, seed)[:, ::step].permute(order)
-    swiglu, rmsnorm = (BY_NAME[name].implementations["triton"] for name in ("swiglu", "rmsnorm"))
+    swiglu, rmsnorm = (OPS[name].implementations["triton"] for name in ("swiglu", "rmsnorm"))
     with checked("triton"):
         torch.testing.assert_close(rmsnorm(x), rmsnorm(x.contiguous()), rtol=0, atol=0)
         torch.testing.assert_close(swiglu(x), swiglu(x.contiguous()), rtol=0, atol=0)

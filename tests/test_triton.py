@@ -5,25 +5,24 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from test_kernels import BY_NAME, DEVICE, call, checked, make_inputs
+from parity import DEVICE, checked, draw, interpreted, results_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from kernels import OPS, TESTED, KernelChoice, bind
+from kernels import OPS, KernelChoice, bind
 from kernels.attention import document_ranges
 from kernels.cross_entropy import IGNORE
-from kernels.interpreter import sanitize
 from kernels.launch import IMPLEMENTATIONS, _on_its_gpu
 from kernels.rope import rope_tables
+from kernels.sanitizer import sanitize
 from model.gpt import GPT, ModelConfig
 
-WITH_TRITON = [op for op in TESTED if "triton" in op.implementations and not op.mutates]
-interpreted = pytest.mark.skipif(DEVICE.type == "cuda", reason="asks the interpreter what was launched")
+WITH_TRITON = [op for op in OPS.values() if "triton" in op.implementations and not op.mutates]
 by_op = pytest.mark.parametrize("op", WITH_TRITON, ids=lambda op: op.name)
 
 
 def leaves_of(op, shape=1, seed=0):
-    inputs = make_inputs(op, op.test_shapes[shape], torch.float32, seed)
+    inputs = draw(op, op.test_shapes[shape], torch.float32, seed)
     return inputs | {key: inputs[key].requires_grad_() for key in op.differentiable}
 
 
@@ -60,8 +59,8 @@ def test_gradient_of_some_inputs_only(op):
     """A frozen input, as of an imported head, takes none and does not stop the others'."""
     for key in op.differentiable:
         ours, theirs = (
-            make_inputs(op, op.test_shapes[1], torch.float32),
-            make_inputs(op, op.test_shapes[1], torch.float32),
+            draw(op, op.test_shapes[1], torch.float32),
+            draw(op, op.test_shapes[1], torch.float32),
         )
         for inputs, name in ((ours, "triton"), (theirs, "torch")):
             inputs[key].requires_grad_()
@@ -72,18 +71,18 @@ def test_gradient_of_some_inputs_only(op):
 @by_op
 def test_repeats_bit_for_bit(op):
     """Whatever the order in which programs run."""
-    inputs = make_inputs(op, op.test_shapes[-2], torch.bfloat16)
+    inputs = draw(op, op.test_shapes[-2], torch.bfloat16)
     results = []
     for seed in range(2):
         with sanitize(shuffle=seed) if DEVICE.type == "cpu" else checked(""):
-            results.append(call(op, "triton", inputs, torch.bfloat16))
+            results.append(results_of(op, "triton", inputs))
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
 
 
 @by_op
 def test_empty_batch(op):
     shape = op.test_shapes[1] | {next(k for k in ("rows", "N", "B") if k in op.test_shapes[1]): 0}
-    inputs = make_inputs(op, shape, torch.float32)
+    inputs = draw(op, shape, torch.float32)
     inputs |= {key: inputs[key].requires_grad_() for key in op.differentiable}
     summed(op.implementations["triton"](**inputs)).backward()
     assert all(not inputs[key].grad.any() for key in op.differentiable)
@@ -152,7 +151,7 @@ def test_stream_used_alone():
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(op, change, message):
     with pytest.raises(ValueError, match=message):
-        BY_NAME[op].implementations["triton"](**leaves_of(BY_NAME[op]) | change)
+        OPS[op].implementations["triton"](**leaves_of(OPS[op]) | change)
 
 
 # Offsets.
@@ -176,7 +175,7 @@ def test_offsets_beyond_two_to_the_31(op):
             extra = {"targets": torch.tensor([1, 2, 63], device=DEVICE)} if op == "cross_entropy" else {}
             inputs = {"logits" if op == "cross_entropy" else "x": x, **extra}
         with checked("triton"), torch.no_grad():
-            results.append(BY_NAME[op].implementations["triton"](**inputs))
+            results.append(OPS[op].implementations["triton"](**inputs))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
@@ -218,11 +217,11 @@ def test_every_candidate_is_right(op, table, tile, monkeypatch):
     shape = {"rmsnorm": {"rows": 9, "D": 600}, "rope": {"B": 1, "T": 9, "H": 2, "KV": 1, "D": 64}}.get(
         op.name, {"rows": 5, "F": 1200}
     )
-    inputs = make_inputs(op, shape, torch.float32)
-    expected = call(op, "torch", inputs, torch.float32)
+    inputs = draw(op, shape, torch.float32)
+    expected = results_of(op, "torch", inputs)
     for size in table.entries:
         monkeypatch.setitem(table.entries, size, {"": tile})
-    torch.testing.assert_close(call(op, "triton", inputs, torch.float32), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(results_of(op, "triton", inputs), expected, rtol=1e-5, atol=1e-5)
 
 
 # As torch.library ops, and compiled.
@@ -268,7 +267,7 @@ def test_the_host_function_is_called_unless_something_looks_on():
 
 def library_calls():
     """Arguments of every op of the library, from the ops that it serves."""
-    inputs = {op.name: make_inputs(op, op.test_shapes[1], torch.float32) for op in WITH_TRITON}
+    inputs = {op.name: draw(op, op.test_shapes[1], torch.float32) for op in WITH_TRITON}
     x, gain, residual = (inputs["rmsnorm"][k] for k in ("x", "gain", "residual"))
     rstd = torch.rand(len(x), device=DEVICE)
     packed = inputs["swiglu"]["x"]
@@ -354,7 +353,7 @@ def test_whole_model_compiles_as_one_graph(autocast):
 
 
 @interpreted
-@pytest.mark.parametrize("op", [op.name for op in WITH_TRITON if op.name in OPS])
+@pytest.mark.parametrize("op", [op.name for op in WITH_TRITON if hasattr(KernelChoice, op.name)])
 def test_a_flag_swaps_its_op_and_no_other(op):
     model = small_gpt(KernelChoice(**{"every": "torch", op: "triton"}))
     with sanitize() as record:

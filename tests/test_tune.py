@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from bench import tune
-from kernels import TESTED
+from kernels import OPS
 from kernels.spec import Cost, LaunchTable, Op
 
 pytest.importorskip("triton", reason="triton is not published for this system")
 
 ROOT = Path(__file__).parents[1]
-TABLES = [pytest.param(op, table, id=f"{op.name}-{table.kernel}") for op in TESTED for table in op.launches]
+TABLES = [pytest.param(op, table, id=f"{op.name}-{table.kernel}") for op in OPS.values() for table in op.launches]
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def double(x):
     return 2 * x
 
 test_tune.DOUBLE.implementations["triton"] = double
-tune.TESTED = (test_tune.DOUBLE,)
+tune.OPS = {"double": test_tune.DOUBLE}
 tune.compile_all = lambda job, size, variants: dict.fromkeys(variants, ())
 tune.TURNS_S = 0
 sys.exit(tune.main(sys.argv[1:]))
@@ -229,7 +229,7 @@ def test_the_most_telling_kernels_come_first(monkeypatch):
     ops = [
         SimpleNamespace(name=name, launches=(SimpleNamespace(kernel="k"),)) for name in ("rope", "rmsnorm", "attention")
     ]
-    monkeypatch.setattr(tune, "TESTED", ops)
+    monkeypatch.setattr(tune, "OPS", {op.name: op for op in ops})
     assert [job.name for job in tune.jobs()] == ["attention:k", "rmsnorm:k", "rope:k"]
     assert [job.name for job in tune.jobs("rms")] == ["rmsnorm:k"]
 

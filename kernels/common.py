@@ -1,0 +1,78 @@
+"""What the host code of several ops needs before a launch: the GPU, sizes of blocks, layouts of tensors; and tanh."""
+
+from functools import cache, partial
+
+import torch
+
+from kernels.launch import tl, triton
+
+
+@cache
+def n_sm(device: torch.device) -> int:
+    """Number of SMs of a GPU.
+
+    1 on the CPU, where the interpreter runs programs one after the other: a 132nd of the rows then gives each program
+    the work that it has on an H100. 132 on the meta device, which kernels are compiled from.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 132 if device.type == "meta" else 1
+
+
+def card(device: torch.device) -> str:
+    """What Triton compiles for, such as `sm_90` or `gfx942`; `sm_90` on the CPU, for the interpreter."""
+    if device.type == "cpu":
+        return "sm_90"
+    return _card_of_gpu(device) if device.type == "cuda" else _card_of_driver()
+
+
+def _card_of_driver() -> str:
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else target.arch
+
+
+@cache
+def _card_of_gpu(device: torch.device) -> str:
+    with torch.cuda.device(device):
+        return _card_of_driver()
+
+
+def cdiv(a: int, b: int) -> int:
+    """`a / b` rounded up. `triton.cdiv` is for kernels, too, and takes seven Python calls on the host."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is `n` or more; likewise in place of `triton.next_power_of_2`."""
+    return 1 << (n - 1).bit_length() if n > 1 else 1
+
+
+# Contiguous whatever the strides of the original, in a third of the time of `torch.empty` with shape, dtype and device.
+empty_like = partial(torch.empty_like, memory_format=torch.contiguous_format)
+
+
+def adjacent(x: torch.Tensor) -> torch.Tensor:
+    """`x` with the values of its last dimension adjacent: itself where its strides allow, else a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def heads_of(x: torch.Tensor) -> torch.Tensor:
+    """`x` `[B, T, H, D]` with adjacent values, and heads apart by what 32 bits hold: itself or a copy."""
+    return adjacent(x) if x.shape[2] * x.stride(2) < 2**31 else x.contiguous()
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """`x` as `[rows, columns]` with adjacent columns: a view where its strides allow, else a copy."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else adjacent(x)
+
+
+@triton.jit
+def tanh(x, HALF: tl.constexpr):
+    """The hyperbolic tangent of a float32. The closed form is off by a roundoff of 1, more than small values have to
+    lose, which take the series: unless x comes of values in `HALF` precision, whose own rounding is coarser."""
+    y = 2 * tl.sigmoid(2 * x) - 1
+    if not HALF:
+        square = x * x
+        y = tl.where(square < 0.04, x * (1 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315)))), y)
+    return y

@@ -1,0 +1,320 @@
+"""A Triton interpreter that computes what a GPU does.
+
+Under TRITON_INTERPRET=1 a kernel runs on the CPU, each `tl` operation in numpy. As shipped the results are not a GPU's:
+bf16 is stored as uint16 and multiplied as integers, casts truncate, masked lanes read as 0, a float argument makes no
+promotion. `install` puts that right: a kernel then computes what it would on an NVIDIA GPU, up to the order of sums,
+the contraction of a*b + c, and the last bits of functions that the GPU approximates, such as `exp`. An exception in a
+kernel is raised as it is, not wrapped in one `InterpreterError` per device function.
+
+`observe` reports every launch, program, memory access and dot product to an `Observer`.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import math
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.language.semantic import TritonSemantic
+from triton.runtime import interpreter as upstream
+from triton.runtime.interpreter import TensorHandle
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+Access = Literal["load", "store", "atomic"]
+Index = tuple[int, int, int]
+
+
+class Observer:
+    """What the interpreter reports to. These methods do nothing: override those of interest."""
+
+    def launch(self, kernel: str) -> None:
+        """A launch of `kernel` begins; its tensor arguments follow, then its grid."""
+
+    def argument(self, name: str, tensor: torch.Tensor, pointer: tl.dtype) -> None:
+        """A tensor argument. Pointers derived from it have this very object `pointer` as their type."""
+
+    def grid(self, size: Index) -> None:
+        """The number of programs along each axis."""
+
+    def program(self, index: Index) -> Index:
+        """A program begins. The program that is returned runs in its place."""
+        return index
+
+    def access(self, kind: Access, addresses: np.ndarray, itemsize: int, pointer: tl.dtype) -> None:
+        """A load, store or atomic, before it happens: uint64 addresses of its unmasked lanes, `itemsize` bytes each."""
+
+    def dot(self, flops: int) -> None:
+        """A `tl.dot`; a multiply-add is 2 FLOPs."""
+
+    def assertion_failed(self, message: str) -> None:
+        """A `tl.device_assert` that fails, or an integer overflow. On return an `AssertionError` is raised."""
+
+
+def install() -> None:
+    """Make this process's interpreter exact; a second call does nothing.
+
+    Raises `RuntimeError` unless TRITON_INTERPRET=1 was set before Triton was imported.
+    """
+    if not isinstance(tl.sum, upstream.InterpretedFunction):
+        raise RuntimeError("Triton's interpreter is off: set TRITON_INTERPRET=1 before triton is first imported")
+    builder = upstream.interpreter_builder
+    if isinstance(builder, ExactBuilder):
+        return
+    builder.__class__ = ExactBuilder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    upstream.GridExecutor = _GridExecutor
+    upstream._implicit_cvt = _convert_argument
+    upstream.ReduceOps.apply_impl = _reduce
+    upstream.ScanOps.apply_impl = _scan
+    TritonSemantic.load = _load
+    # Upstream patches `tl` anew at each launch and each call of a device function, which is most of a kernel's time.
+    upstream._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    upstream._patch_lang = lambda fn: upstream._LangPatchScope()
+    # numpy >= 2.4 refuses Triton 3.6's int(array of one element), and with it a loop bound held in a tensor.
+    tl.core.tensor.__index__ = lambda self: self.handle.data.item()
+
+
+@contextlib.contextmanager
+def observe(observer: Observer, **options: Any) -> Iterator[None]:
+    """Report the launches within the block to `observer`, and run them with these `options` of Triton's interpreter,
+    such as `debug=True`, which turns `tl.device_assert` on."""
+    install()
+    builder = upstream.interpreter_builder
+    before = builder.observer, builder.options
+    builder.observer, builder.options = observer, dataclasses.replace(builder.options, **options)
+    try:
+        yield
+    finally:
+        builder.observer, builder.options = before
+
+
+# Numbers that numpy has no type for: upstream keeps their bits in integers.
+
+_PACKED = {"bf16": torch.bfloat16, "fp8e4nv": torch.float8_e4m3fn, "fp8e5": torch.float8_e5m2}
+
+
+def _is_packed(dtype):
+    return dtype.scalar.name in _PACKED
+
+
+def _unpack(handle) -> np.ndarray:
+    """The numbers a handle holds, packed ones as float32."""
+    if not _is_packed(handle.dtype):
+        return handle.data
+    return torch.from_numpy(np.array(handle.data)).view(_PACKED[handle.dtype.scalar.name]).float().numpy()
+
+
+def _pack(values: np.ndarray, dtype: tl.dtype) -> TensorHandle:
+    """Numbers in `dtype`, rounded to nearest even; fp8 saturates, as `cvt.satfinite` does."""
+    dtype = dtype.scalar
+    if not _is_packed(dtype):
+        return TensorHandle(values.astype(upstream._get_np_dtype(dtype)), dtype)
+    torch_dtype = _PACKED[dtype.name]
+    wide = torch.from_numpy(np.array(values, dtype=np.float32))
+    if torch_dtype.itemsize == 1:
+        largest = torch.finfo(torch_dtype).max
+        wide = wide.clamp(-largest, largest)
+    bits = wide.to(torch_dtype).view(torch.uint8 if torch_dtype.itemsize == 1 else torch.uint16)
+    return TensorHandle(bits.numpy(), dtype)
+
+
+def _poison(dtype: tl.dtype, shape: tuple[int, ...]) -> TensorHandle:
+    """What a lane that loaded nothing holds: NaN, or a large integer."""
+    np_dtype = upstream._get_np_dtype(dtype)
+    if dtype.is_floating() and (_is_packed(dtype) or np_dtype.kind == "f"):
+        return _pack(np.full(shape, np.nan), dtype)
+    return TensorHandle(np.full(shape, np.iinfo(np_dtype).max // 3 * 2, np_dtype), dtype)
+
+
+class ExactBuilder(upstream.InterpreterBuilder):
+    """The operations that upstream gets wrong, and the reports to an observer."""
+
+    observer: Observer | None = None
+    names: dict[int, str]  # of the launch's tensors, by id
+
+    # memory
+
+    def _report(self, kind, ptrs, mask=True):
+        if self.observer:
+            itemsize = upstream._get_np_dtype(ptrs.get_element_ty()).itemsize
+            addresses = ptrs.data[np.broadcast_to(np.asarray(mask, bool), ptrs.data.shape)]
+            self.observer.access(kind, addresses, itemsize, ptrs.dtype.scalar)
+
+    def create_masked_load(self, ptrs, mask, other, *args, **kwargs):
+        self._report("load", ptrs, mask.data)
+        if other is None and not np.all(np.asarray(mask.data)):
+            other = _poison(ptrs.get_element_ty(), ptrs.data.shape)
+        return super().create_masked_load(ptrs, mask, other, *args, **kwargs)
+
+    def create_masked_store(self, ptrs, value, mask, *args, **kwargs):
+        self._report("store", ptrs, mask.data)
+        return super().create_masked_store(ptrs, value, mask, *args, **kwargs)
+
+    def create_descriptor_load(self, desc, indices, *args, **kwargs):
+        loaded = super().create_descriptor_load(desc, indices, *args, **kwargs)
+        if desc.padding == upstream._ir.PADDING_OPTION.PAD_NAN:  # upstream casts NaN to the integers that hold bf16
+            _, mask = desc.materialize_pointers(indices)
+            loaded.data[~mask] = _poison(loaded.dtype, ()).data
+        return loaded
+
+    def create_atomic_cas(self, ptr, cmp, val, sem, scope):
+        self._report("atomic", ptr)
+        return super().create_atomic_cas(ptr, cmp, val, sem, scope)
+
+    def create_atomic_rmw(self, op, ptr, val, mask, sem, scope):
+        self._report("atomic", ptr, mask.data)
+        if not _is_packed(val.dtype):
+            return super().create_atomic_rmw(op, ptr, val, mask, sem, scope)
+        # bf16: Triton has no atomic for it but addition. Lane by lane, since two lanes may share an address.
+        addresses, terms = ptr.data.ravel(), val.data.ravel()
+        old, one = np.zeros_like(terms), np.ones(1, bool)
+        for lane in np.flatnonzero(np.broadcast_to(mask.data, ptr.data.shape)):
+            here = slice(lane, lane + 1)
+            old[here] = upstream._interpreter.load(addresses[here], one, terms[here], terms.dtype)
+            total = self.create_fadd(TensorHandle(old[here], val.dtype), TensorHandle(terms[here], val.dtype))
+            upstream._interpreter.store(addresses[here], total.data, one)
+        return TensorHandle(old.reshape(ptr.data.shape), val.dtype.scalar)
+
+    def create_select(self, cond, lhs, rhs):
+        result = super().create_select(cond, lhs, rhs)
+        if result.dtype.is_ptr() and lhs.dtype.scalar is not rhs.dtype.scalar:
+            result.dtype = copy.copy(result.dtype)  # came from two arguments, so is held to neither
+        return result
+
+    # arithmetic
+
+    def get_bf16(self, value):
+        return _pack(np.array([value]), tl.bfloat16)
+
+    def cast_impl(self, src, dst_type):
+        return _pack(_unpack(src), dst_type)
+
+    def create_fp_to_fp(self, src, dst_type, rounding_mode):
+        if rounding_mode in (None, upstream._ir.ROUNDING_MODE.RTNE):
+            return self.cast_impl(src, dst_type)
+        return super().create_fp_to_fp(src, dst_type, rounding_mode)
+
+    def binary_op(self, lhs, rhs, op):
+        if not _is_packed(lhs.dtype):
+            return super().binary_op(lhs, rhs, op)
+        result = op(_unpack(lhs), _unpack(rhs))
+        return TensorHandle(result, tl.int1) if result.dtype == bool else _pack(result, lhs.dtype)
+
+    def unary_op(self, arg, op):
+        return _pack(op(_unpack(arg)), arg.dtype) if _is_packed(arg.dtype) else super().unary_op(arg, op)
+
+    def create_minnumf(self, lhs, rhs):
+        return self.binary_op(lhs, rhs, np.fmin)
+
+    def create_maxnumf(self, lhs, rhs):
+        return self.binary_op(lhs, rhs, np.fmax)
+
+    def create_clampf(self, arg, lo, hi, propagate_nans):
+        quiet = propagate_nans == upstream._ir.PROPAGATE_NAN.NONE
+        smaller, larger = (np.fmin, np.fmax) if quiet else (np.minimum, np.maximum)
+        return self.binary_op(self.binary_op(arg, lo, larger), hi, smaller)
+
+    def create_fma(self, x, y, z):
+        product = np.multiply(_unpack(x), _unpack(y), dtype=np.float64)
+        return _pack(product + _unpack(z), z.dtype)
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        lhs, rhs, acc = _unpack(a), _unpack(b), _unpack(d)
+        if self.observer:
+            self.observer.dot(flops=2 * math.prod(lhs.shape) * rhs.shape[-1])
+        if lhs.dtype == np.float32 and input_precision == upstream._ir.INPUT_PRECISION.TF32:
+            # Triton hands float32 to the tensor cores as it is, and they ignore the low 13 bits.
+            lhs, rhs = ((x.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32) for x in (lhs, rhs))
+        return _pack(np.matmul(lhs, rhs, dtype=acc.dtype) + acc, d.dtype)
+
+    # launches
+
+    def set_grid_dim(self, nx, ny, nz):
+        super().set_grid_dim(nx, ny, nz)
+        if self.observer:
+            self.observer.grid((nx, ny, nz))
+
+    def set_grid_idx(self, x, y, z):
+        super().set_grid_idx(*(self.observer.program((x, y, z)) if self.observer else (x, y, z)))
+
+    def create_assert(self, condition, message):
+        if self.observer and not condition:
+            self.observer.assertion_failed(message)
+        super().create_assert(condition, message)
+
+
+class _GridExecutor(upstream.GridExecutor):
+    def _init_args_hst(self, args_dev, kwargs):
+        args, kwargs = super()._init_args_hst(args_dev, kwargs)
+        builder = upstream.interpreter_builder
+        if builder.observer:
+            builder.observer.launch(self.fn.__name__)
+            given = [*zip(self.arg_names, args, strict=False), *kwargs.items()]
+            builder.names = {id(tensor): name for item in given for name, tensor in _tensors(*item)}
+        return args, kwargs
+
+    def __call__(self, *args, **kwargs):
+        try:
+            with np.errstate(all="ignore"):  # a GPU raises no floating-point exceptions
+                super().__call__(*args, **kwargs)
+        except upstream.InterpreterError as error:
+            cause = error
+            while isinstance(cause, upstream.InterpreterError) and cause.__cause__ is not None:
+                cause = cause.__cause__
+            raise cause from None
+
+
+def _tensors(name, value):
+    """Every tensor in an argument, with the name to call it by."""
+    if isinstance(value, tuple):
+        for i, item in enumerate(value):
+            yield from _tensors(f"{name}[{i}]", item)
+    elif isinstance(value, TensorDescriptor):
+        yield name, value.base
+    elif hasattr(value, "data_ptr"):
+        yield name, value
+
+
+_upstream_convert = upstream._implicit_cvt
+
+
+def _convert_argument(arg):
+    if isinstance(arg, bool | float):  # compiled code takes scalars, which promote as tensors do
+        return upstream.interpreter_semantic.to_tensor(arg)
+    converted = _upstream_convert(arg)
+    builder = upstream.interpreter_builder
+    if builder.observer and hasattr(arg, "data_ptr"):
+        builder.observer.argument(builder.names[id(arg)], upstream._unwrap_tensor(arg), converted.dtype)
+    return converted
+
+
+_upstream_load = TritonSemantic.load
+
+
+def _load(self, ptr, mask, other, *args):
+    loaded = _upstream_load(self, ptr, mask, other, *args)
+    if other is not None and loaded.numel.value == 1:
+        # Upstream tests `if other`, which is false for a single zero.
+        return self.where(mask, loaded, self.cast(other, loaded.dtype))
+    return loaded
+
+
+def _on_exact_numbers(apply_impl):
+    def apply(self, inputs):
+        if any(_is_packed(x.dtype) for x in inputs):
+            raise TypeError(
+                f"{self.combine_fn.__name__} over {inputs[0].dtype} rounds at every step, in an order that the "
+                "compiler chooses: convert to float32 before the reduction"
+            )
+        return apply_impl(self, inputs)
+
+    return apply
+
+
+_reduce = _on_exact_numbers(upstream.ReduceOps.apply_impl)
+_scan = _on_exact_numbers(upstream.ScanOps.apply_impl)
