@@ -19,8 +19,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("op", help="its name in kernels.OPS")
     args, options = parser.parse_known_args(argv)  # other options are pytest's
     with tempfile.TemporaryDirectory() as folder:
-        kernel = f"--kernel={args.op}", f"--results={folder}"
-        return pytest.main([str(ROOT / "bench/bench_kernels.py"), *kernel, "-q", *options])
+        always = f"--kernel={args.op}", f"--results={folder}", "--benchmark-quiet", "-q", "-p", "no:warnings"
+        return pytest.main([str(ROOT / "bench/bench_kernels.py"), *always, *options])
 
 
 if __name__ == "__main__":

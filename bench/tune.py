@@ -2,30 +2,30 @@
 
     python -m bench.tune --kernel attention    kernels by a part of the name of their op or their own
 
-The candidates of a size take the place of the table's entry in turn. All are compiled side by side, checked against
-float64, then timed by CUDA-graph replay in turns, in bf16; a kernel of a backward within forward and backward. A
-candidate that raises, is wrong, or spills where the table's own does not, is listed with the reason. At the end are the
-entries for the tables: it is for you to write them there.
+The candidates of a size take the place of the table's entry in turn. All are compiled, checked against float64, then
+timed by CUDA-graph replay in turns, in bf16; a kernel of a backward within forward and backward. A candidate that
+raises or is wrong is listed with the reason. At the end are the entries for the tables: it is for you to write them
+there, and for `python -m bench.compile` to say whether they spill.
 
 Each size of a kernel has a process of its own, since an illegal access ends a process. It is begun again without the
 candidate that was running. Some processes work side by side: while one is alone on the card, the others compile.
 """
 
 import argparse
+import contextlib
 import faulthandler
 import json
 import math
 import os
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from operator import truediv
+from itertools import product
+from operator import itemgetter, truediv
 from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
@@ -34,7 +34,7 @@ from unittest.mock import patch
 import torch
 
 from bench import processes, records
-from bench.harness import DEVICE, DTYPE, PASSES, Case, Checker, on_meta, timed
+from bench.harness import DEVICE, DTYPE, META, PASSES, Case, Checker, on_meta, timed
 from bench.processes import card_held
 from bench.report import written
 from bench.timing import Call, synchronize
@@ -47,7 +47,7 @@ CHILD = [sys.executable, "-m", "bench.tune"]
 # Sizes of an op that are begun while another op begins one, after its part of a 124M model's training step.
 WEIGHTS = {"attention": 4, "linear_cross_entropy": 3, "cross_entropy": 3, "rmsnorm": 2}
 TURNS_S, GAIN = 0.05, 0.01  # some ten samples of each candidate at each shape; the smallest gain that is not noise
-HANGS_S, RESTARTS = 30, 8
+HANGS_S, RESTARTS = 60, 8
 BEGUN = 0.75  # of the seconds there are: after that no size is begun
 
 
@@ -67,21 +67,23 @@ class Job:
     def step(self) -> str:
         return PASSES[self.table.backward]
 
-    def with_entry(self, entry: Any | None) -> AbstractContextManager:
+    def with_entry(self, entry: Any | None) -> contextlib.AbstractContextManager:
         """While it is entered, `entry` is the table's for this card; None leaves the table as it is."""
-        return nullcontext() if entry is None else patch.dict(self.table.entries[self.size], {card(DEVICE): entry})
+        return (
+            contextlib.nullcontext()
+            if entry is None
+            else patch.dict(self.table.entries[self.size], {card(DEVICE): entry})
+        )
 
 
 def jobs(part: str = "") -> list[Job]:
     """All whose name has `part` in it: by turns, those with the largest weight more often."""
-    found = [
-        (i, Job(op, table, size))
-        for op in OPS.values()
-        for table in op.launches
-        for i, size in enumerate(table.entries)
-    ]
-    found.sort(key=lambda each: (each[0] + 1) / WEIGHTS.get(each[1].op.name, 1))
-    return [job for _, job in found if part in job.name]
+    found = []
+    for op in OPS.values():
+        for table in op.launches:
+            for i, size in enumerate(table.entries, 1):
+                found.append((i / WEIGHTS.get(op.name, 1), Job(op, table, size)))
+    return [job for _, job in sorted(found, key=itemgetter(0)) if part in job.name]
 
 
 # In the process of one job.
@@ -92,32 +94,20 @@ def say(event: dict) -> None:
     print(json.dumps(event), flush=True)
 
 
-def compile_all(job: Job, variants: Mapping[str, Any]) -> dict[str, list]:
-    """The kernels that each variant launches on meta tensors, compiled side by side and not run. One that does not
-    compile raises its error when it is launched."""
-    found, run = {name: [] for name in variants}, triton.JITFunction.run
+def compile_all(job: Job, variants: Mapping[str, Any]) -> list:
+    """Compile the kernels that the variants launch, on meta tensors, while another process may hold the card. Returns
+    them; one that does not compile raises its error when it is launched."""
+    kernels, run = [], triton.JITFunction.run
 
     def compile_only(*args, warmup, **options):
-        found[name].append(run(*args, warmup=True, **options))
+        kernels.append(run(*args, warmup=True, **options))
 
-    with (
-        on_meta(),
-        patch.object(triton.JITFunction, "run", compile_only),
-        ThreadPoolExecutor() as pool,
-        triton.AsyncCompileMode(pool, ignore_errors=True),
-    ):
-        for shape in job.table.shapes(job.size):
-            call = Case(job.op, shape, DTYPE, torch.device("meta")).call(job.op.implementations["triton"], job.step)
-            for name, entry in variants.items():
-                with job.with_entry(entry):
-                    call.run()
-    return found
-
-
-def spilled(kernels: list) -> int:
-    """Bytes a thread of the one that spills most; it is known once a kernel has been loaded."""
-    done = (kernel.result() if hasattr(kernel, "result") else kernel for kernel in kernels)
-    return 4 * max((getattr(kernel, "n_spills", 0) for kernel in done), default=0)
+    with on_meta(), patch.object(triton.JITFunction, "run", compile_only):
+        for shape, entry in product(job.table.shapes(job.size), variants.values()):
+            call = Case(job.op, shape, DTYPE, META).call(job.op.implementations["triton"], job.step)
+            with job.with_entry(entry), contextlib.suppress(Exception):
+                call.run()
+    return kernels
 
 
 def check(job: Job, shape: Mapping[str, int], variants: Mapping[str, Any]) -> dict[str, str]:
@@ -153,14 +143,11 @@ def tune(job: Job, most: int, lock: Path, known: Mapping[str, str]) -> dict:
     entries = list(dict.fromkeys([own, *job.table.candidates(job.size)]))[: most + 1]
     failed = {repr(entry): known[repr(entry)] for entry in entries if repr(entry) in known}
     variants = {repr(entry): entry for entry in entries if repr(entry) not in failed}
-    compiled, seconds = compile_all(job, variants), {name: [] for name in variants}
+    seconds = {name: [] for name in variants}
+    compile_all(job, variants)
     with card_held(lock):
         for shape in shapes:
             wrong = check(job, shape, variants)
-            allowed = spilled(compiled.get(repr(own), []))
-            for name in variants.keys() - wrong.keys():
-                if not allowed and (spills := spilled(compiled[name])):
-                    wrong[name] = f"spills {spills} bytes a thread"
             variants = {name: entry for name, entry in variants.items() if name not in wrong}
             case = Case(job.op, shape, DTYPE, DEVICE)
             inputs = [case.call(job.op.implementations["triton"], job.step) for _ in range(case.input_sets())]
@@ -197,7 +184,6 @@ class Tuner:
         self.begin_until, self.deadline = (time.monotonic() + part * seconds for part in (BEGUN, 1))
         self.rows: list[dict] = []
         self.untried: list[str] = []
-        self.printing = threading.Lock()
 
     def run(self, wanted: list[Job], workers: int) -> None:
         with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
@@ -213,8 +199,8 @@ class Tuner:
             if row:
                 self.rows.append(row)
                 records.append(self.results, "tune", row)
-                return self.say(table(row))
-            self.say(f"{job.name} {trying}: ended its process: {why}")
+                return print(table(row), flush=True)
+            print(f"{job.name} {trying}: ended its process: {why}", flush=True)
             if not trying:
                 break
             known[trying] = why
@@ -233,10 +219,6 @@ class Tuner:
         ended = processes.run(command, self.deadline - time.monotonic(), on_line=hear)
         return events.get("row"), events["trying"], ended.failure
 
-    def say(self, text: str) -> None:
-        with self.printing:
-            print(text, flush=True)
-
 
 def table(row: dict) -> str:
     """The candidates by time, then those that were not timed."""
@@ -245,7 +227,8 @@ def table(row: dict) -> str:
     width = max(len(result["entry"]) for result in row["results"])
     for result in row["results"]:
         times = "".join(f" {1e6 * seconds:10,.1f}" for seconds in result.get("seconds", ()))
-        lines.append(f"  {result['entry']:{width}s} {result.get('failed') or f'{result["ratio"]:.3f}'}{times}")
+        outcome = result.get("failed") or f"{result['ratio']:.3f}"
+        lines.append(f"  {result['entry']:{width}s} {outcome}{times}")
     return "\n".join(lines)
 
 
