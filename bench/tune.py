@@ -12,7 +12,6 @@ candidate that was running. Some processes work side by side: while one is alone
 """
 
 import argparse
-import contextlib
 import faulthandler
 import json
 import math
@@ -22,9 +21,9 @@ import tempfile
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from operator import itemgetter, truediv
 from pathlib import Path
 from statistics import geometric_mean, median
@@ -67,13 +66,10 @@ class Job:
     def step(self) -> str:
         return PASSES[self.table.backward]
 
-    def with_entry(self, entry: Any | None) -> contextlib.AbstractContextManager:
+    def with_entry(self, entry: Any | None) -> AbstractContextManager:
         """While it is entered, `entry` is the table's for this card; None leaves the table as it is."""
-        return (
-            contextlib.nullcontext()
-            if entry is None
-            else patch.dict(self.table.entries[self.size], {card(DEVICE): entry})
-        )
+        by_card = self.table.entries[self.size]
+        return nullcontext() if entry is None else patch.dict(by_card, {card(DEVICE): entry})
 
 
 def jobs(part: str = "") -> list[Job]:
@@ -95,17 +91,22 @@ def say(event: dict) -> None:
 
 
 def compile_all(job: Job, variants: Mapping[str, Any]) -> list:
-    """Compile the kernels that the variants launch, on meta tensors, while another process may hold the card. Returns
+    """Compile the kernels that the variants launch, side by side, and run none of them. Returns them, or futures of
     them; one that does not compile raises its error when it is launched."""
-    kernels, run = [], triton.JITFunction.run
+    kernels, run, shapes = [], triton.JITFunction.run, job.table.shapes(job.size)
+    calls = [Case(job.op, shape, DTYPE, META).call(job.op.implementations["triton"], job.step) for shape in shapes]
 
     def compile_only(*args, warmup, **options):
         kernels.append(run(*args, warmup=True, **options))
 
-    with on_meta(), patch.object(triton.JITFunction, "run", compile_only):
-        for shape, entry in product(job.table.shapes(job.size), variants.values()):
-            call = Case(job.op, shape, DTYPE, META).call(job.op.implementations["triton"], job.step)
-            with job.with_entry(entry), contextlib.suppress(Exception):
+    with (
+        on_meta(),
+        patch.object(triton.JITFunction, "run", compile_only),
+        ThreadPoolExecutor() as pool,
+        triton.AsyncCompileMode(pool, ignore_errors=True),
+    ):
+        for entry in variants.values():
+            for call in placed(job, entry, calls):
                 call.run()
     return kernels
 
