@@ -15,9 +15,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -32,13 +30,7 @@ TESTS = [f"tests/test_{subject}.py" for subject in SUBJECTS]
 NEEDED = "not (test_strided_inputs and attention-triton and not 2x17x17)"
 
 
-@dataclass(frozen=True)
-class Part:
-    """Commands that run side by side, one thread each if there are several, with a time limit in seconds."""
-
-    name: str
-    commands: Sequence[Sequence[str]]
-    limit: float
+Part = tuple[str, float, list[list[str]]]  # its name, time limit in seconds, and commands, which run side by side
 
 
 def parts(results: Path, cores: int) -> list[Part]:
@@ -47,43 +39,40 @@ def parts(results: Path, cores: int) -> list[Part]:
     pytest = [*python, "pytest", "-q", "-p", "no:cacheprovider"]
     tests = [*pytest, *TESTS, "-k", NEEDED, "-p", "bench.gpu"]
     return [
-        Part("tests", [[*tests, f"--shard={i}/{cores}"] for i in range(cores)], 90),
-        Part("steps", [[*python, "bench.steps", to, "--seconds=80"]], 85),
-        Part("kernels", [[*pytest, "bench/bench_kernels.py", to, "--within=38"]], 50),
-        Part("attention", [[*pytest, "bench/bench_attention.py", to, "--within=17"]], 25),
-        Part("tune", [[*python, "bench.tune", to, "--seconds=45"]], 50),
+        ("tests", 90, [[*tests, f"--shard={i}/{cores}"] for i in range(cores)]),
+        ("steps", 85, [[*python, "bench.steps", to, "--seconds=80"]]),
+        ("kernels", 50, [[*pytest, "bench/bench_kernels.py", to, "--within=38"]]),
+        ("attention", 25, [[*pytest, "bench/bench_attention.py", to, "--within=17"]]),
+        ("tune", 50, [[*python, "bench.tune", to, "--seconds=45"]]),
     ]
 
 
-def run_part(part: Part) -> dict:
+def run_part(name: str, limit: float, commands: list[list[str]]) -> dict:
     """Run the commands of a part, their output passing through. Returns the row to record, with the last line of a
     command that failed, and the lines that say FAILED."""
     begin = time.monotonic()
-    print(f"\n=== {part.name}: {' '.join(part.commands[0])}", flush=True)
-    environment = {"OMP_NUM_THREADS": "1"} if len(part.commands) > 1 else {}
-    run = partial(processes.run, limit=part.limit, environment=environment, on_line=partial(print, flush=True))
-    with ThreadPoolExecutor(len(part.commands)) as pool:
-        done = list(pool.map(run, part.commands))
+    print(f"\n=== {name}: {' '.join(commands[0])}", flush=True)
+    threads = {"OMP_NUM_THREADS": "1"} if len(commands) > 1 else {}
+    run = partial(processes.run, limit=limit, environment=threads, on_line=partial(print, flush=True))
+    with ThreadPoolExecutor(len(commands)) as pool:
+        done = list(pool.map(run, commands))
     telling = next((each for each in done if each.status != "passed"), done[-1])
-    lines = [line for each in done for line in each.lines]
     print(*telling.errors, sep="\n", file=sys.stderr)
-    return {
-        "part": part.name, "seconds": time.monotonic() - begin, "status": telling.status,
-        "last": (telling.lines or telling.errors or [""])[-1],
-        "failures": [line for line in lines if line.startswith("FAILED")],
-    }  # fmt: skip
+    failures = [line for each in done for line in each.lines if line.startswith("FAILED")]
+    row = {"part": name, "seconds": time.monotonic() - begin, "status": telling.status, "failures": failures}
+    return row | {"last": (telling.lines or telling.errors or [""])[-1]}
 
 
-def run_all(parts: Sequence[Part], results: Path) -> int:
+def run_all(parts: list[Part], results: Path) -> int:
     """Run part after part; record each, and print a table. Returns the exit code."""
     rows = []
     for part in parts:
-        rows.append(run_part(part))
+        rows.append(run_part(*part))
         records.append(results, "gpu", rows[-1])
-    print(f"\n{'part':12s} {'':14s} {'seconds':>7s}")
     for row in rows:
-        print(f"{row['part']:12s} {row['status']:14s} {row['seconds']:7.0f}  {row['last']}")
-    print("\n".join(line for row in rows for line in row["failures"]))
+        print(
+            f"{row['part']:12s} {row['status']:14s} {row['seconds']:5.0f} s  {row['last']}", *row["failures"], sep="\n"
+        )
     return int(any(row["status"] != "passed" for row in rows))
 
 
@@ -100,7 +89,7 @@ def pytest_collection_modifyitems(config, items):
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 when all passed, 1 otherwise and without a GPU."""
-    names = [part.name for part in parts(Path(), 1)]
+    names = [name for name, *_ in parts(Path(), 1)]
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.partition("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(names)} (all)")
     parser.add_argument("--results", type=Path, default=records.RESULTS, help="folder of the record (bench/results)")
@@ -111,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         print("make gpu: torch finds no GPU here; make test checks the kernels without one", file=sys.stderr)
         return 1
     everything = parts(args.results.absolute(), os.cpu_count() or 1)
-    return run_all([part for part in everything if part.name in (args.parts or names)], args.results)
+    return run_all([part for part in everything if part[0] in (args.parts or names)], args.results)
 
 
 if __name__ == "__main__":

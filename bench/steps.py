@@ -100,8 +100,7 @@ def measure(trainer: Trainer, lock: Path) -> dict:
         "precision": trainer.precision, "first_s": first, "ms": 1e3 * taken, "tok_s": speed,
         "mfu": speed * trainer.flops / trainer.peak if trainer.peak else None, "host_ms": 1e3 * host,
         "memory": torch.cuda.max_memory_allocated() if gpu else None, "flops_per_token": trainer.flops,
-        "first_loss": first_loss, "loss": loss.item(), "busy_ms": sum(ms for ms, _, _ in kernels),
-        "kernels": kernels[:40],
+        "first_loss": first_loss, "loss": loss.item(), "kernels": kernels[:40],
     }  # fmt: skip
 
 
@@ -134,10 +133,10 @@ def line(row: dict) -> str:
     start = f"{row['shape']:5s} {row['variant']:14s}"
     if "failed" in row:
         return f"{start} {row['failed']}"
-    mfu = f"{row['mfu']:6.1%}" if row["mfu"] else "-"
-    memory = f"{row['memory'] / 2**30:5.1f}" if row["memory"] else "-"
-    text = f"{start} {row['ms']:7.1f} ms {row['tok_s']:11,.0f} tok/s {mfu} MFU {memory} GiB"
-    text += f" {row['host_ms']:6.1f} ms of the host, first {row['first_s']:.1f} s, loss {row['loss']:.3f}"
+    text = f"{start} {row['ms']:7.1f} ms {row['tok_s']:11,.0f} tok/s {row['mfu'] or 0:6.1%} MFU "
+    text += (
+        f"{(row['memory'] or 0) / 2**30:5.1f} GiB {row['host_ms']:6.1f} ms of the host, first {row['first_s']:.1f} s"
+    )
     return "\n".join([text, *(f"      {ms:7.3f} ms {count:5.0f} {name}" for ms, count, name in row["kernels"][:12])])
 
 

@@ -47,7 +47,6 @@ CHILD = [sys.executable, "-m", "bench.tune"]
 WEIGHTS = {"attention": 4, "linear_cross_entropy": 3, "cross_entropy": 3, "rmsnorm": 2}
 TURNS_S, GAIN = 0.05, 0.01  # some ten samples of each candidate at each shape; the smallest gain that is not noise
 HANGS_S, RESTARTS = 60, 8
-BEGUN = 0.75  # of the seconds there are: after that no size is begun
 
 
 @dataclass(frozen=True)
@@ -178,13 +177,12 @@ def tune(job: Job, most: int, lock: Path, known: Mapping[str, str]) -> dict:
 
 
 class Tuner:
-    """Tunes jobs within some seconds: prints and records the row of each. `untried` are those without one."""
+    """Tunes jobs, and prints and records the row of each. No job begins when 0.75 of the seconds are over, and all are
+    killed at their end. `untried` are the jobs without a row."""
 
     def __init__(self, results: Path, seconds: float, most: int):
-        self.results, self.most = results, most
-        self.begin_until, self.deadline = (time.monotonic() + part * seconds for part in (BEGUN, 1))
-        self.rows: list[dict] = []
-        self.untried: list[str] = []
+        self.results, self.most, self.rows, self.untried = results, most, [], []
+        self.last_start, self.deadline = (time.monotonic() + part * seconds for part in (0.75, 1))
 
     def run(self, wanted: list[Job], workers: int) -> None:
         with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
@@ -193,32 +191,25 @@ class Tuner:
     def tune(self, job: Job, lock: Path) -> None:
         """One job, begun again after each candidate that ends its process."""
         known: dict[str, str] = {}
-        for _ in range(RESTARTS):
-            if time.monotonic() >= self.begin_until:
-                break
-            row, trying, why = self.attempt(job, lock, known)
-            if row:
+        while time.monotonic() < self.last_start and len(known) < RESTARTS:
+            events = {"trying": ""}
+
+            def hear(line: str, events=events) -> None:
+                if line.startswith("{"):
+                    events.update(json.loads(line))
+
+            options = {"job": job.name, "candidates": self.most, "lock": lock, "known": json.dumps(known)}
+            command = [*CHILD, *(f"--{key}={value}" for key, value in options.items())]
+            ended = processes.run(command, self.deadline - time.monotonic(), on_line=hear)
+            if row := events.get("row"):
                 self.rows.append(row)
                 records.append(self.results, "tune", row)
                 return print(table(row), flush=True)
-            print(f"{job.name} {trying}: ended its process: {why}", flush=True)
-            if not trying:
+            print(f"{job.name} {events['trying']}: ended its process: {ended.failure}", flush=True)
+            if not events["trying"]:
                 break
-            known[trying] = why
+            known[events["trying"]] = ended.failure
         self.untried.append(job.name)
-
-    def attempt(self, job: Job, lock: Path, known: dict) -> tuple[dict | None, str, str | None]:
-        """The row; or None, the candidate that was running when the process ended, and why it did."""
-        events = {"trying": ""}
-
-        def hear(line: str) -> None:
-            if line.startswith("{"):
-                events.update(json.loads(line))
-
-        options = {"job": job.name, "candidates": self.most, "lock": lock, "known": json.dumps(known)}
-        command = [*CHILD, *(f"--{key}={value}" for key, value in options.items())]
-        ended = processes.run(command, self.deadline - time.monotonic(), on_line=hear)
-        return events.get("row"), events["trying"], ended.failure
 
 
 def table(row: dict) -> str:
