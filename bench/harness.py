@@ -1,7 +1,7 @@
 """An op timed by all that do it, in one process and in turns, once each was checked against float64."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bench.rivals import RIVALS
-from bench.timing import Call, measure, reason
+from bench.timing import Call, measure, reason, synchronize
 from kernels.accuracy import Truth, evaluate, truth
 from kernels.launch import IMPLEMENTATIONS
 from kernels.spec import Cost, Op
@@ -207,10 +207,13 @@ class Checker:
 
 
 def check(op: Op, shape: Mapping[str, int], functions: Mapping[str, Callable], name: str) -> dict[str, dict]:
-    """The error of each function; `failed`, the reason, where it is not to be timed."""
-    checker = Checker(op, shape, name)
-    allowed = {who: 1.0 if who in op.implementations else RIVALS_ERROR for who in functions}
-    return {who: checker.error(function, allowed[who]) for who, function in functions.items()}
+    """The error of each function; `failed`, the reason, where it is not to be timed. Raises where one of them has left
+    the card unable to work for this process: all that follow would fail too."""
+    checker, rivals, results = Checker(op, shape, name), {"torch.compile", *RIVALS.get(op.name, ())}, {}
+    for who, function in functions.items():
+        results[who] = checker.error(function, RIVALS_ERROR if who in rivals else 1.0)
+        synchronize()
+    return results
 
 
 def doubt(measured: dict, least: float) -> str | None:
@@ -224,14 +227,6 @@ def doubt(measured: dict, least: float) -> str | None:
     return None
 
 
-def timed(case: Case, name: str, calls: Mapping[str, Callable[[], Sequence[Call]]], budget: float) -> dict[str, dict]:
-    """`measure`, where what is not believed has `failed` instead."""
-    least = case.least_seconds(name, device_name(DEVICE))
-    results = measure(calls, budget)
-    doubts = {who: doubt(each, least) for who, each in results.items() if "failed" not in each}
-    return results | {who: {"failed": why} for who, why in doubts.items() if why}
-
-
 def contest(
     op: Op, shape: Mapping[str, int], name: str, functions: Mapping[str, Callable], ceiling: Mapping[str, float]
 ) -> tuple[dict, dict[str, list[float]]]:
@@ -239,8 +234,10 @@ def contest(
     results, case = check(op, shape, functions, name), Case(op, shape, DTYPE, DEVICE)
     right = {who: f for who, f in functions.items() if "failed" not in results[who]}
     calls = {who: lambda f=f: [case.call(f, name) for _ in range(case.input_sets())] for who, f in right.items()}
-    samples = {}
-    for who, measured in timed(case, name, calls, TURNS_S).items():
+    samples, least = {}, case.least_seconds(name, device_name(DEVICE))
+    for who, measured in measure(calls, TURNS_S).items():
+        if "failed" not in measured and (why := doubt(measured, least)):
+            measured = {"failed": why}
         samples[who] = measured.get("cold", measured.get("warm"))
         medians = {key: median(measured[key]) for key in ("cold", "warm") if key in measured}
         results[who] |= measured | medians

@@ -19,24 +19,23 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from operator import itemgetter, truediv
 from pathlib import Path
-from statistics import geometric_mean, median
+from statistics import geometric_mean
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
 from bench import processes, records
-from bench.harness import DEVICE, DTYPE, META, PASSES, Case, Checker, on_meta, timed
+from bench.harness import DEVICE, DTYPE, META, PASSES, Case, contest, on_meta
 from bench.processes import card_held
 from bench.report import written
-from bench.timing import Call, synchronize
 from kernels import OPS
 from kernels.common import card
 from kernels.launch import triton
@@ -45,7 +44,7 @@ from kernels.spec import LaunchTable, Op
 CHILD = [sys.executable, "-m", "bench.tune"]
 # Sizes of an op that are begun while another op begins one, after its part of a 124M model's training step.
 WEIGHTS = {"attention": 4, "linear_cross_entropy": 3, "cross_entropy": 3, "rmsnorm": 2}
-TURNS_S, GAIN = 0.05, 0.01  # some ten samples of each candidate at each shape; the smallest gain that is not noise
+GAIN = 0.01  # the smallest that is not noise
 HANGS_S, RESTARTS = 60, 8
 
 
@@ -65,10 +64,17 @@ class Job:
     def step(self) -> str:
         return PASSES[self.table.backward]
 
-    def with_entry(self, entry: Any | None) -> AbstractContextManager:
-        """While it is entered, `entry` is the table's for this card; None leaves the table as it is."""
-        by_card = self.table.entries[self.size]
-        return nullcontext() if entry is None else patch.dict(by_card, {card(DEVICE): entry})
+    def variant(self, entry: Any | None) -> Callable:
+        """The op by `entry`, None for the table as it is. It stays in the table for the backward."""
+
+        def function(**inputs):
+            by_card = self.table.entries[self.size]
+            by_card.pop(card(DEVICE), None)
+            if entry is not None:
+                by_card[card(DEVICE)] = entry
+            return self.op.implementations["triton"](**inputs)
+
+        return function
 
 
 def jobs(part: str = "") -> list[Job]:
@@ -89,11 +95,24 @@ def say(event: dict) -> None:
     print(json.dumps(event), flush=True)
 
 
-def compile_all(job: Job, variants: Mapping[str, Any]) -> list:
-    """Compile the kernels that the variants launch, side by side, and run none of them. Returns them, or futures of
+def watched(name: str, function: Callable) -> Callable:
+    """Says that a candidate is tried before its first call, and ends the process if the next is not tried in time."""
+    called = []
+
+    def watching(**inputs):
+        if not called:
+            called.append(name)
+            say({"trying": name})
+            faulthandler.dump_traceback_later(HANGS_S, exit=True)
+        return function(**inputs)
+
+    return watching
+
+
+def compile_all(job: Job, functions: Iterable[Callable]) -> list:
+    """Compile the kernels that the functions launch, side by side, and run none of them. Returns them, or futures of
     them; one that does not compile raises its error when it is launched."""
-    kernels, run, shapes = [], triton.JITFunction.run, job.table.shapes(job.size)
-    calls = [Case(job.op, shape, DTYPE, META).call(job.op.implementations["triton"], job.step) for shape in shapes]
+    kernels, run = [], triton.JITFunction.run
 
     def compile_only(*args, warmup, **options):
         kernels.append(run(*args, warmup=True, **options))
@@ -104,62 +123,32 @@ def compile_all(job: Job, variants: Mapping[str, Any]) -> list:
         ThreadPoolExecutor() as pool,
         triton.AsyncCompileMode(pool, ignore_errors=True),
     ):
-        for entry in variants.values():
-            for call in placed(job, entry, calls):
-                call.run()
+        for shape, function in product(job.table.shapes(job.size), functions):
+            Case(job.op, shape, DTYPE, META).call(function, job.step).run()
     return kernels
-
-
-def check(job: Job, shape: Mapping[str, int], variants: Mapping[str, Any]) -> dict[str, str]:
-    """The reason why a variant raises or is wrong. Raises when the card fails: all that follows would fail too."""
-    checker, failed = Checker(job.op, shape, job.step), {}
-    for name, entry in variants.items():
-        say({"trying": name})
-        faulthandler.dump_traceback_later(HANGS_S, exit=True)
-        with job.with_entry(entry):
-            result = checker.error(job.op.implementations["triton"])
-        synchronize()
-        faulthandler.cancel_dump_traceback_later()
-        failed |= {name: result["failed"]} if "failed" in result else {}
-    say({"trying": ""})
-    return failed
-
-
-def placed(job: Job, entry: Any | None, calls: list[Call]) -> list[Call]:
-    """The calls with an entry in place of the table's."""
-
-    def run(call: Call):
-        with job.with_entry(entry):
-            return call.run()
-
-    return [Call(partial(run, call), call.restore) for call in calls]
 
 
 def tune(job: Job, most: int, lock: Path, known: Mapping[str, str]) -> dict:
     """Try up to `most` candidates; `known` are those not to be tried, and why. Returns the row to record: the table's
     `own` entry, None where this card does not run the kernel, and the `results`, best first, each with seconds by shape
-    and their mean ratio to those of `own` (or the first that could be timed), or `failed`."""
+    and their mean ratio to those of `own` (or the first that could be timed), or `failed`. It changes the table."""
     own, shapes = job.table.pick(job.size, card(DEVICE)), job.table.shapes(job.size)
     entries = list(dict.fromkeys([own, *job.table.candidates(job.size)]))[: most + 1]
     failed = {repr(entry): known[repr(entry)] for entry in entries if repr(entry) in known}
-    variants = {repr(entry): entry for entry in entries if repr(entry) not in failed}
+    variants = {repr(entry): job.variant(entry) for entry in entries if repr(entry) not in failed}
     seconds = {name: [] for name in variants}
-    compile_all(job, variants)
-    with card_held(lock):
-        for shape in shapes:
-            wrong = check(job, shape, variants)
-            variants = {name: entry for name, entry in variants.items() if name not in wrong}
-            case = Case(job.op, shape, DTYPE, DEVICE)
-            inputs = [case.call(job.op.implementations["triton"], job.step) for _ in range(case.input_sets())]
-            calls = {name: partial(placed, job, entry, inputs) for name, entry in variants.items()}
-            for name, result in timed(case, job.step, calls, TURNS_S * len(calls)).items():
-                if "failed" in result:
-                    wrong[name] = result["failed"]
-                else:
-                    seconds[name].append(median(result.get("cold", result["warm"])))
-            synchronize()
-            variants = {name: entry for name, entry in variants.items() if name not in wrong}
-            failed |= wrong
+    compile_all(job, variants.values())
+    variants = {name: watched(name, function) for name, function in variants.items()}
+    for shape in shapes:
+        with card_held(lock):
+            row, _ = contest(job.op, shape, job.step, variants, {})
+        faulthandler.cancel_dump_traceback_later()
+        for name, result in row["results"].items():
+            if "failed" in result:
+                failed[name] = result["failed"]
+                del variants[name]
+            else:
+                seconds[name].append(result.get("cold", result["warm"]))
     results = [{"entry": name, "failed": why} for name, why in failed.items()]
     base = repr(own) if repr(own) in variants else next(iter(variants), None)
     for name in variants:
