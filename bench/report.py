@@ -122,7 +122,7 @@ def kernels_table(rows: list[dict]) -> str:
     """The kernels on a GPU: speed; without one: bytes and calls, and the speed of torch."""
     timed = newest(rows, "speed", "cuda")
     counted = [newest(rows, "bytes moved"), newest(rows, "speed", "cpu"), newest(rows, "host calls")]
-    return "\n\n".join([gpu_table(timed)] * bool(timed) + [cpu_table(*counted)] * any(counted))
+    return "\n\n".join(([gpu_table(timed)] if timed else []) + ([cpu_table(*counted)] if any(counted) else []))
 
 
 def gpu_table(rows: list[dict]) -> str:
@@ -166,7 +166,7 @@ def cpu_table(moved: list[dict], speed: list[dict], called: list[dict]) -> str:
 def attention_table(rows: list[dict]) -> str:
     """Attention on a GPU: speed; without one: the products that its kernels make."""
     timed, counted = newest(rows, "speed", "cuda"), newest(rows, "work done")
-    return "\n\n".join([rivals_table(timed)] * bool(timed) + [work_table(counted)] * bool(counted))
+    return "\n\n".join(([rivals_table(timed)] if timed else []) + ([work_table(counted)] if counted else []))
 
 
 def rivals_table(rows: list[dict]) -> str:

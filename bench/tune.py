@@ -95,18 +95,18 @@ def say(event: dict) -> None:
     print(json.dumps(event), flush=True)
 
 
-def watched(name: str, function: Callable) -> Callable:
-    """Says that a candidate is tried before its first call, and ends the process if the next is not tried in time."""
-    called = []
+def watched(functions: Mapping[str, Callable]) -> dict[str, Callable]:
+    """The functions, which say when another one of them is tried, and end the process if that one hangs."""
+    trying = [""]
 
-    def watching(**inputs):
-        if not called:
-            called.append(name)
+    def call(name: str, **inputs):
+        if trying != [name]:
+            trying[:] = [name]
             say({"trying": name})
             faulthandler.dump_traceback_later(HANGS_S, exit=True)
-        return function(**inputs)
+        return functions[name](**inputs)
 
-    return watching
+    return {name: partial(call, name) for name in functions}
 
 
 def compile_all(job: Job, functions: Iterable[Callable]) -> list:
@@ -138,7 +138,7 @@ def tune(job: Job, most: int, lock: Path, known: Mapping[str, str]) -> dict:
     variants = {repr(entry): job.variant(entry) for entry in entries if repr(entry) not in failed}
     seconds = {name: [] for name in variants}
     compile_all(job, variants.values())
-    variants = {name: watched(name, function) for name, function in variants.items()}
+    variants = watched(variants)
     for shape in shapes:
         with card_held(lock):
             row, _ = contest(job.op, shape, job.step, variants, {})
