@@ -161,7 +161,7 @@ def double(x):
     return 2 * x
 
 test_tune.DOUBLE.implementations["triton"] = double
-tune.OPS = {"double": test_tune.DOUBLE}
+tune.OPS = dict(double=test_tune.DOUBLE)
 tune.compile_all = lambda *_: None
 harness.TURNS_S = 0
 sys.exit(tune.main(sys.argv[1:]))
