@@ -159,7 +159,7 @@ class ExactBuilder(upstream.InterpreterBuilder):
         loaded = super().create_descriptor_load(desc, indices, *args, **kwargs)
         if desc.padding == upstream._ir.PADDING_OPTION.PAD_NAN:  # upstream casts NaN to the integers that hold bf16
             _, mask = desc.materialize_pointers(indices)
-            loaded.data[~mask] = _poison(loaded.dtype, ()).data
+            loaded.data[~np.asarray(mask.data)] = _poison(loaded.dtype, ()).data
         return loaded
 
     def create_atomic_cas(self, ptr, cmp, val, sem, scope):
