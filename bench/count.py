@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import torch
 
-from bench.harness import Case, fewer_rows, shrink
+from bench.harness import N_SM, Case, fewer_rows, shrink
 from bench.processes import ROOT
 from kernels import OPS
 from kernels.common import tanh
@@ -44,7 +44,7 @@ def work(op: Op, shape: Mapping[str, int]) -> dict[str, dict[str, tuple[int, int
 
 def bytes_moved(op: Op) -> list[dict]:
     """A row for each of the op's bench shapes, with fewer rows."""
-    shapes = (shrink(fewer_rows(shape, 132), lambda s: op.cost(s, 2).bytes <= LARGE) for shape in op.bench_shapes)
+    shapes = (shrink(fewer_rows(shape, N_SM), lambda s: op.cost(s, 2).bytes <= LARGE) for shape in op.bench_shapes)
     distinct = {tuple(shape.values()): shape for shape in shapes}.values()
     return [{"bench": "bytes moved", "op": op.name, "shape": s} | work(op, s)["bytes"] for s in distinct]
 

@@ -150,9 +150,11 @@ def on_meta() -> Iterator[None]:
     library = torch.library.Library("nanofuse", "IMPL")
     for name, function in IMPLEMENTATIONS.items():  # in place of the fake, which launches nothing
         library.impl(name, function, "Meta", allow_override=True)
-    with patch.object(torch, "is_autocast_enabled", lambda device: False):  # torch has none for meta, and raises
-        yield
-    library._destroy()
+    try:
+        with patch.object(torch, "is_autocast_enabled", lambda device: False):  # torch has none for meta, and raises
+            yield
+    finally:
+        library._destroy()
 
 
 def contenders(op: Op) -> tuple[dict[str, Callable], dict[str, str]]:
@@ -186,32 +188,25 @@ def truth_of_written(op: Op, inputs: dict) -> Truth:
     return Truth(exact, {key: torch.finfo(dtypes[key]).eps * x.abs() for key, x in exact.items()}, dtypes)
 
 
-class Checker:
-    """Compares functions with an op in float64 by the rule in kernels/accuracy.py, in a pass, at a part of a shape."""
-
-    def __init__(self, op: Op, shape: Mapping[str, int], name: str):
-        self.op = op if name == PASSES[1] else replace(op, differentiable=())
-        self.inputs, _ = Case(self.op, checked_shape(op, shape), DTYPE, DEVICE).draw()
-        self.truth = (truth_of_written if op.mutates else truth)(self.op, self.inputs)
-
-    def error(self, function: Callable, allowed: float = 1.0) -> dict:
-        """The largest `error` of a result over what rounding explains; over `allowed`, or raised, it has `failed` too.
-        Results may be in another dtype than the reference's."""
-        try:
-            results = evaluate(self.op, function, self.inputs)
-        except Exception as error:  # whatever a rival raises, the others are checked
-            return {"failed": reason(error)}
-        result, ratio = self.truth.worst({key: x.to(self.truth.dtypes[key]) for key, x in results.items()})
-        wrong = {"failed": f"wrong: {result} is off by {ratio:.1f} times what rounding explains"}
-        return {"error": ratio} | ({} if ratio <= allowed else wrong)
-
-
 def check(op: Op, shape: Mapping[str, int], functions: Mapping[str, Callable], name: str) -> dict[str, dict]:
-    """The error of each function; `failed`, the reason, where it is not to be timed. Raises where one of them has left
-    the card unable to work for this process: all that follow would fail too."""
-    checker, rivals, results = Checker(op, shape, name), {"torch.compile", *RIVALS.get(op.name, ())}, {}
+    """Compare functions in a pass with float64, by the rule in kernels/accuracy.py, at a part of the shape.
+
+    Returns the largest `error` of each, over what rounding explains; and `failed`, the reason, where it is wrong or
+    raised. Results may be in another dtype than the reference's. Raises where a function has left the card unable to
+    work: all that follow would fail too."""
+    op = op if name == PASSES[1] else replace(op, differentiable=())
+    inputs, _ = Case(op, checked_shape(op, shape), DTYPE, DEVICE).draw()
+    exact = (truth_of_written if op.mutates else truth)(op, inputs)
+    rivals, results = {"torch.compile", *RIVALS.get(op.name, ())}, {}
     for who, function in functions.items():
-        results[who] = checker.error(function, RIVALS_ERROR if who in rivals else 1.0)
+        try:
+            found = evaluate(op, function, inputs)
+            worst, ratio = exact.worst({key: x.to(exact.dtypes[key]) for key, x in found.items()})
+            results[who] = {"error": ratio}
+            if ratio > (RIVALS_ERROR if who in rivals else 1.0):
+                results[who]["failed"] = f"wrong: {worst} is off by {ratio:.1f} times what rounding explains"
+        except Exception as error:  # whatever a rival raises, the others are checked
+            results[who] = {"failed": reason(error)}
         synchronize()
     return results
 

@@ -182,8 +182,9 @@ def measure(contenders: Mapping[str, Callable[[], Sequence[Call]]], budget: floa
 
 
 def reason(error: Exception) -> str:
-    """The type and the first line of an error."""
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    """The type and the first line of an error, or two where that ends in a colon."""
+    first, *more = filter(None, str(error).split("\n")) if str(error) else [""]
+    return f"{type(error).__name__}: {first}" + (f" {more[0]}" if more and first.endswith(":") else "")
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
