@@ -24,6 +24,12 @@ def draw(op: Op, shape: dict[str, int], dtype: torch.dtype = torch.float32, seed
     return op.draw(shape, dtype, DEVICE, seed)
 
 
+def draw_leaves(op: Op, shape: dict[str, int]) -> dict[str, Any]:
+    """Inputs in float32, those that the op is differentiable in requiring a gradient."""
+    inputs = draw(op, shape)
+    return inputs | {key: inputs[key].requires_grad_() for key in op.differentiable}
+
+
 def checked(name: str) -> AbstractContextManager:
     """The sanitizer, for an implementation that runs Triton kernels in the interpreter."""
     return sanitize(shuffle=0) if name in ("triton", "auto") and DEVICE.type == "cpu" else nullcontext()

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import DEVICE, LOSS, checked, draw, results_of
+from parity import DEVICE, LOSS, checked, draw, draw_leaves, results_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import OPS, cross_entropy, linear_cross_entropy
@@ -48,7 +48,7 @@ class Recorder(TorchDispatchMode):
 def test_a_chunk_of_logits_is_all_there_is(monkeypatch):
     """No tensor as large as the logits, in training or evaluation; the result is that of one chunk."""
     op = OPS["linear_cross_entropy"]
-    inputs = {k: v.detach() for k, v in draw(op, {"N": 26, "D": 8, "V": 400}, torch.float32).items()}
+    inputs = {k: v.detach() for k, v in draw(op, {"N": 26, "D": 8, "V": 400}).items()}
     whole = results_of(op, "triton", inputs)
     monkeypatch.setattr(linear_cross_entropy, "CHUNK_BYTES", 4 * 448 * 7)
     x, weight, targets = inputs.values()
@@ -73,12 +73,11 @@ def test_chunks_are_whole_tiles_and_fit_their_bytes():
 def test_the_vocabulary_is_padded_in_the_products(reduction):
     """Every matrix as wide as the vocabulary is 128 wide where that has 101 classes; the gradient has 101."""
     op = OPS["linear_cross_entropy"]
-    inputs = draw(op, {"N": 6, "D": 8, "V": 101}, torch.float32)
-    leaves = {k: inputs[k].requires_grad_() for k in op.differentiable}
+    inputs = draw_leaves(op, {"N": 6, "D": 8, "V": 101})
     with checked("triton"), Recorder() as recorder:
         linear_cross_entropy_triton(**inputs, reduction=reduction).sum().backward()
     assert {size for shape in recorder.shapes for size in shape} == {6, 8, 128}
-    assert leaves["head_weight"].grad.shape == (101, 8)
+    assert inputs["head_weight"].grad.shape == (101, 8)
 
 
 @pytest.mark.parametrize("options", [{}, LOSS], ids=["plain", "options"])
@@ -238,7 +237,7 @@ def test_the_reference_takes_a_cast_too(rows):
 @pytest.mark.parametrize("name", LINEAR)
 @pytest.mark.parametrize("shape", [(100, 33), (192, 33), (101, 32)])
 def test_a_cast_that_does_not_fit_is_refused(shape, name):
-    inputs = draw(OPS["linear_cross_entropy"], {"N": 7, "D": 33, "V": 101}, torch.float32)
+    inputs = draw(OPS["linear_cross_entropy"], {"N": 7, "D": 33, "V": 101})
     with pytest.raises(ValueError, match=r"is neither \[101, 33\] nor \[128, 33\]"):
         LINEAR[name](**inputs, head_cast=torch.zeros(shape, device=DEVICE))
 
@@ -249,8 +248,8 @@ def test_a_scale_is_a_factor_of_the_loss(reduction, name):
     op = OPS["linear_cross_entropy"]
     scale, results = torch.tensor(0.3, device=DEVICE), []
     for inside in (True, False):
-        inputs = draw(op, op.test_shapes[1], torch.float32)
-        leaves = [inputs[key].requires_grad_() for key in op.differentiable]
+        inputs = draw_leaves(op, op.test_shapes[1])
+        leaves = [inputs[key] for key in op.differentiable]
         loss = LINEAR[name](**inputs, reduction=reduction, scale=scale if inside else None)
         loss = loss if inside else loss * scale
         results.append((loss.detach(), *torch.autograd.grad(loss.sum(), leaves)))
@@ -285,7 +284,7 @@ def test_target_out_of_range_is_nan_and_reads_nothing(target):
 @pytest.mark.parametrize("ignore_index", [-100, 7])
 def test_another_index_to_ignore(ignore_index):
     """A class may be it, too."""
-    logits, targets = draw(OPS["cross_entropy"], {"N": 9, "V": 40}, torch.float32).values()
+    logits, targets = draw(OPS["cross_entropy"], {"N": 9, "V": 40}).values()
     targets = targets.where(targets != IGNORE, ignore_index)
     ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     loss = cross_entropy_triton(ours, targets, ignore_index=ignore_index)
@@ -299,8 +298,7 @@ def test_another_index_to_ignore(ignore_index):
 @BY_REDUCTION
 def test_all_ignored_is_zero(reduction):
     op = OPS["linear_cross_entropy"]
-    inputs = draw(op, op.test_shapes[1], torch.float32)
-    inputs |= {key: inputs[key].requires_grad_() for key in op.differentiable}
+    inputs = draw_leaves(op, op.test_shapes[1])
     inputs["targets"].fill_(IGNORE)
     loss = linear_cross_entropy_triton(**inputs, reduction=reduction)
     loss.sum().backward()
@@ -327,11 +325,11 @@ def test_rows_that_do_not_count_have_no_gradient_whatever_their_logits():
 
 def test_a_second_backward():
     """Of logits it is as good as the first. The linear op has scaled its gradient, and refuses."""
-    logits, targets = draw(OPS["cross_entropy"], {"N": 7, "V": 101}, torch.float32).values()
+    logits, targets = draw(OPS["cross_entropy"], {"N": 7, "V": 101}).values()
     loss = 2 * cross_entropy_triton(logits.requires_grad_(), targets)
     first, second = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
-    inputs = draw(OPS["linear_cross_entropy"], {"N": 7, "D": 33, "V": 101}, torch.float32)
+    inputs = draw(OPS["linear_cross_entropy"], {"N": 7, "D": 33, "V": 101})
     inputs["head_weight"].requires_grad_()
     loss = 2 * linear_cross_entropy_triton(**inputs)
     loss.backward(retain_graph=True)
@@ -340,7 +338,7 @@ def test_a_second_backward():
 
 
 def test_gradient_in_place_of_the_logits():
-    logits, _ = draw(OPS["cross_entropy"], {"N": 7, "V": 101}, torch.float32).values()
+    logits, _ = draw(OPS["cross_entropy"], {"N": 7, "V": 101}).values()
     logits = logits.requires_grad_()
     intermediate = logits * 1
     targets = torch.arange(len(logits), device=DEVICE)

@@ -68,7 +68,7 @@ def test_parity_with_options(op, name, shape, options, dtype):
 def test_parity_at_positions_that_restart(interleaved):
     op, shape = OPS["rope"], {"B": 2, "T": 7, "H": 4, "KV": 2, "D": 32}
     positions = torch.tensor([[0, 1, 2, 0, 1, 0, 6], [5, 6, 0, 0, 1, 2, 3]], device=DEVICE)
-    inputs = draw(op, shape, torch.float32)
+    inputs = draw(op, shape)
     assert_accurate(op, "triton", inputs, positions=positions, interleaved=interleaved)
 
 
@@ -94,7 +94,7 @@ def strided_like(value, kind):
 @pytest.mark.parametrize("kind", ["columns", "rows"])
 @pytest.mark.parametrize("op, name, shape, options", CASES)
 def test_strided_inputs_give_the_same(op, name, shape, options, kind):
-    inputs = draw(op, shape, torch.float32)
+    inputs = draw(op, shape)
     strided = {k: strided_like(v, kind) if torch.is_tensor(v) else v for k, v in inputs.items()}
     with checked(name):
         torch.testing.assert_close(op.implementations[name](**strided), op.implementations[name](**inputs))

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import DEVICE, checked, draw, interpreted, results_of
+from parity import DEVICE, checked, draw, draw_leaves, interpreted, results_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -21,11 +21,6 @@ WITH_TRITON = [op for op in OPS.values() if "triton" in op.implementations and n
 by_op = pytest.mark.parametrize("op", WITH_TRITON, ids=lambda op: op.name)
 
 
-def leaves_of(op, shape=1, seed=0):
-    inputs = draw(op, op.test_shapes[shape], torch.float32, seed)
-    return inputs | {key: inputs[key].requires_grad_() for key in op.differentiable}
-
-
 def summed(outputs):
     """A scalar that depends differently on every element."""
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -34,7 +29,7 @@ def summed(outputs):
 
 @by_op
 def test_without_gradients(op):
-    inputs = leaves_of(op)
+    inputs = draw_leaves(op, op.test_shapes[1])
     expected = op.implementations["triton"](**inputs)
     with torch.no_grad():
         torch.testing.assert_close(op.implementations["triton"](**inputs), expected)
@@ -45,7 +40,7 @@ def test_without_gradients(op):
 @by_op
 def test_accumulated_checkpointed_and_used_twice(op):
     """Twice through a checkpoint, the output used twice, the gradients of both added up: twice the plain ones."""
-    plain, twice = leaves_of(op), leaves_of(op)
+    plain, twice = draw_leaves(op, op.test_shapes[1]), draw_leaves(op, op.test_shapes[1])
     summed(op.implementations["torch"](**plain)).backward()
     for _ in range(2):
         outputs = checkpoint(lambda: op.implementations["triton"](**twice), use_reentrant=False)
@@ -58,10 +53,7 @@ def test_accumulated_checkpointed_and_used_twice(op):
 def test_gradient_of_some_inputs_only(op):
     """A frozen input, as of an imported head, takes none and does not stop the others'."""
     for key in op.differentiable:
-        ours, theirs = (
-            draw(op, op.test_shapes[1], torch.float32),
-            draw(op, op.test_shapes[1], torch.float32),
-        )
+        ours, theirs = (draw(op, op.test_shapes[1]) for _ in range(2))
         for inputs, name in ((ours, "triton"), (theirs, "torch")):
             inputs[key].requires_grad_()
             summed(op.implementations[name](**inputs)).backward()
@@ -82,8 +74,7 @@ def test_repeats_bit_for_bit(op):
 @by_op
 def test_empty_batch(op):
     shape = op.test_shapes[1] | {next(k for k in ("rows", "N", "B") if k in op.test_shapes[1]): 0}
-    inputs = draw(op, shape, torch.float32)
-    inputs |= {key: inputs[key].requires_grad_() for key in op.differentiable}
+    inputs = draw_leaves(op, shape)
     summed(op.implementations["triton"](**inputs)).backward()
     assert all(not inputs[key].grad.any() for key in op.differentiable)
 
@@ -91,7 +82,7 @@ def test_empty_batch(op):
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="there is no device to wait for")
 @by_op
 def test_the_host_never_waits(op):
-    inputs = leaves_of(op)
+    inputs = draw_leaves(op, op.test_shapes[1])
     summed(op.implementations["triton"](**inputs)).backward()  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -102,7 +93,7 @@ def test_the_host_never_waits(op):
 
 def test_inputs_are_left_alone():
     for op in WITH_TRITON:
-        inputs = leaves_of(op)
+        inputs = draw_leaves(op, op.test_shapes[1])
         copies = {k: v.clone() for k, v in inputs.items() if torch.is_tensor(v)}
         summed(op.implementations["triton"](**inputs)).backward()
         assert all(torch.equal(inputs[k], v) for k, v in copies.items()), op.name
@@ -126,7 +117,7 @@ def test_norm_under_autocast_keeps_the_stream_wide():
 
 def test_stream_used_alone():
     """A layer whose normalised value is dropped still passes the stream's gradient through."""
-    inputs = leaves_of(OPS["rmsnorm"])
+    inputs = draw_leaves(OPS["rmsnorm"], OPS["rmsnorm"].test_shapes[1])
     OPS["rmsnorm"].implementations["triton"](**inputs)[1].sum().backward()
     assert torch.equal(inputs["x"].grad, torch.ones_like(inputs["x"])) and not inputs["gain"].grad.any()
 
@@ -151,7 +142,7 @@ def test_stream_used_alone():
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(op, change, message):
     with pytest.raises(ValueError, match=message):
-        OPS[op].implementations["triton"](**leaves_of(OPS[op]) | change)
+        OPS[op].implementations["triton"](**draw_leaves(OPS[op], OPS[op].test_shapes[1]) | change)
 
 
 # Offsets.
@@ -217,7 +208,7 @@ def test_every_candidate_is_right(op, table, tile, monkeypatch):
     shape = {"rmsnorm": {"rows": 9, "D": 600}, "rope": {"B": 1, "T": 9, "H": 2, "KV": 1, "D": 64}}.get(
         op.name, {"rows": 5, "F": 1200}
     )
-    inputs = draw(op, shape, torch.float32)
+    inputs = draw(op, shape)
     expected = results_of(op, "torch", inputs)
     for size in table.entries:
         monkeypatch.setitem(table.entries, size, {"": tile})
@@ -267,7 +258,7 @@ def test_the_host_function_is_called_unless_something_looks_on():
 
 def library_calls():
     """Arguments of every op of the library, from the ops that it serves."""
-    inputs = {op.name: draw(op, op.test_shapes[1], torch.float32) for op in WITH_TRITON}
+    inputs = {op.name: draw(op, op.test_shapes[1]) for op in WITH_TRITON}
     x, gain, residual = (inputs["rmsnorm"][k] for k in ("x", "gain", "residual"))
     rstd = torch.rand(len(x), device=DEVICE)
     packed = inputs["swiglu"]["x"]
