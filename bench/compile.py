@@ -14,8 +14,6 @@ worse than there: it spills more, has lost a 128-bit load or store, or takes ove
 On sm_90 no kernel of heads up to 128 may spill, whatever the baseline says. Versions of Triton differ by 15% in
 registers, so each has a baseline of its own in bench/baselines; under one that has none, any spill fails and the rest
 is not compared. `make gate` goes through the versions that have one.
-
-The column "est." is an estimate of speed, by `bench.estimate`, and no measurement; nothing fails by it.
 """
 
 import argparse
@@ -39,17 +37,15 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 import triton
-from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
-from bench.estimate import INSTRUCTION, is_serialized, tensor_tflops
+from bench.harness import META, Case, on_meta
+from bench.report import written
 from kernels import OPS, KernelChoice, bind
-from kernels.launch import IMPLEMENTATIONS
-from kernels.spec import Op
 from model.gpt import GPT, ModelConfig
 from runtime.config import build, flatten, read_file
 from train import ROOT, Config
@@ -57,11 +53,11 @@ from train import ROOT, Config
 BASELINES = Path(__file__).with_name("baselines")
 MEASURED = ("registers", "spill", "wide_loads", "wide_stores")
 COLUMNS = [
-    "kernel", "variant", "card", "regs", "spill", "shared", "used", "blocks", "occ", "matrix", "est.", "ld128", "st128",
+    "kernel", "variant", "card", "regs", "spill", "shared", "used", "blocks", "occ", "matrix", "ld128", "st128",
     "sec", "launched by",
 ]  # fmt: skip
-LINE = "{} {} {:6} {:>4} {:>5} {:>7} {:>4} {:>6} {:>4} {:>10} {:>4} {:>6} {:>6} {:>5}  {}".format
-LEGEND = "est.: TFLOP/s of the tensor cores on an H100 SXM, estimated from the machine code, not measured"
+LINE = "{} {} {:6} {:>4} {:>5} {:>7} {:>4} {:>6} {:>4} {:>10} {:>6} {:>6} {:>5}  {}".format
+INSTRUCTION = r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)"  # a line of nvdisasm's, and the name in it
 
 
 @dataclass(frozen=True)
@@ -176,11 +172,6 @@ class Row:
         head_dim = {names[path[0]]: value for path, value in self.launch.constants.items()}.get("D", 0)
         return self.launch.card != "sm_90" or head_dim > 128
 
-    @property
-    def estimate(self) -> float:
-        """TFLOP/s of an H100's tensor cores; 0 on other cards than sm_90, and without a loop that multiplies."""
-        return tensor_tflops(self.code)
-
     def line(self, widths: tuple[int, int]) -> str:
         """The row of the table, its first two columns padded to `widths`."""
         launch, card = self.launch, CARDS[self.launch.card]
@@ -188,7 +179,7 @@ class Row:
         resident = card.resident(self.registers, self.shared, self.warps)
         numbers = (
             self.registers, self.spill, self.shared, f"{self.shared / card.shared:.0%}",
-            resident, f"{resident * self.warps / card.warps:.0%}", self.matrix or "-", round(self.estimate) or "-",
+            resident, f"{resident * self.warps / card.warps:.0%}", self.matrix or "-",
             f"{self.wide_loads}/{self.loads}", f"{self.wide_stores}/{self.stores}", f"{self.seconds:.1f}",
         )  # fmt: skip
         names = launch.name.ljust(widths[0]), launch.variant.ljust(widths[1]), launch.card
@@ -196,27 +187,15 @@ class Row:
 
 
 @contextmanager
-def autocast(enabled: bool) -> Iterator[None]:
-    """`torch.autocast(..., torch.bfloat16, enabled)` on the meta device, where torch has none and may not be asked."""
+def autocast() -> Iterator[None]:
+    """`torch.autocast(..., torch.bfloat16)` on the meta device, where torch has none and may not be asked."""
     linear = F.linear
     with (
-        patch.object(torch, "is_autocast_enabled", lambda device: enabled),
+        patch.object(torch, "is_autocast_enabled", lambda device: True),
         patch.object(torch, "get_autocast_dtype", lambda device: torch.bfloat16),
-        patch.object(F, "linear", (lambda x, w, bias: linear(x.bfloat16(), w.bfloat16(), bias)) if enabled else linear),
+        patch.object(F, "linear", lambda x, w, bias: linear(x.bfloat16(), w.bfloat16(), bias)),
     ):
         yield
-
-
-def run_op(op: Op, shape: dict[str, int]) -> None:
-    """The Triton implementation of an op, forward and backward where it has one, in bf16."""
-    inputs = op.inputs(shape, lambda *size: torch.empty(size, dtype=torch.bfloat16, device="meta"))
-    for name in op.differentiable:
-        inputs[name].requires_grad_()
-    with autocast(False):
-        outputs = tree_leaves(op.implementations["triton"](**inputs))
-        if op.differentiable:
-            outputs = [out for out in outputs if out.requires_grad]
-            torch.autograd.backward(outputs, [torch.empty_like(out) for out in outputs])
 
 
 def run_model(config: ModelConfig, sequences: int) -> None:
@@ -224,7 +203,7 @@ def run_model(config: ModelConfig, sequences: int) -> None:
     with torch.device("meta"):
         model = GPT(config, bind(KernelChoice(every="triton"), "cuda"))
         ids = torch.empty(sequences, config.seq_len, dtype=torch.int64)
-    with autocast(True):
+    with autocast():
         with torch.no_grad():
             model(ids, ids, "sum")
         loss = model(ids, ids, "sum")
@@ -235,7 +214,8 @@ def workloads() -> Iterator[tuple[str, Callable[[], None]]]:
     """What launches kernels: a name, and a function to call."""
     for op in OPS.values():
         for shape in (*op.bench_shapes, *op.compiled_shapes) if "triton" in op.implementations else ():
-            yield f"{op.name} " + " ".join(f"{k}={v}" for k, v in shape.items()), partial(run_op, op, shape)
+            case = Case(op, shape, torch.bfloat16, META)
+            yield f"{op.name} {written(shape)}", case.call(op.implementations["triton"], case.passes[-1]).run
     gpt2 = build(Config, flatten(Config, read_file("gpt2_124m.py", ROOT / "configs")))
     yield "gpt2_124m", partial(run_model, gpt2.model.resolved(gpt2.data.expected_vocab_size), gpt2.micro_batch)
     llama = ModelConfig(n_layer=16, n_head=16, n_kv_head=8, d_model=2048, seq_len=4096, tied=False, qk_norm=False)
@@ -250,12 +230,9 @@ def record(card: str, sources: Iterable[tuple[str, Callable[[], None]]]) -> list
         """Stands in for compiling; Triton launches nothing when it is given no compiled kernel."""
         asked.append(((kernel, key), Launch(kernel, card, signature, constants, attributes, options)))
 
-    library = torch.library.Library("nanofuse", "IMPL")
-    for op, host_function in IMPLEMENTATIONS.items():  # in place of the fake, which launches nothing
-        library.impl(op, host_function, "Meta", allow_override=True)
     device = {"get_current_target": CARDS[card].target, "get_current_device": card, "get_current_stream": 0}
     driver.set_active(SimpleNamespace(**{name: lambda *_, value=value: value for name, value in device.items()}))
-    with patch.object(JITFunction, "_do_compile", note):
+    with on_meta(), patch.object(JITFunction, "_do_compile", note):
         for name, run in sources:
             asked.clear()
             run()
@@ -317,6 +294,24 @@ def _facts(registers, spill, matrix, loads, stores, wide, code) -> dict:
         "loads": len(loads), "wide_loads": sum(bool(re.search(wide, name)) for name in loads),
         "stores": len(stores), "wide_stores": sum(bool(re.search(wide, name)) for name in stores),
     }  # fmt: skip
+
+
+def is_serialized(code: str) -> bool:
+    """Whether a kernel waits for its HGMMAs one by one, as ptxas makes it where registers do not suffice.
+
+    Products into the same registers are the steps of one `tl.dot`, to be issued back to back with a wait at their end.
+    """
+    chained = waiting = 0
+    into, waits = None, False
+    for name, operands in re.findall(rf"{INSTRUCTION}(.*)", code, re.MULTILINE):
+        if name.startswith("WARPGROUP.DEPBAR"):
+            waits = True
+        elif name.startswith("HGMMA"):
+            target = operands.split(",")[0].strip()
+            chained += target == into
+            waiting += target == into and waits
+            into, waits = target, False
+    return waiting > chained / 2
 
 
 def compile_all(launches: list[Launch]) -> Iterator[Row]:
@@ -402,7 +397,6 @@ def main(argv: list[str] | None = None) -> int:
     for row in compile_all(launches):
         rows.append(row)
         print(row.line(widths), *[row.code] * args.sass, sep="\n", flush=True)
-    print(LEGEND)
     print(*dict.fromkeys(row.error for row in rows if row.error), sep="\n\n")
 
     baseline = read_baseline(version)

@@ -1,86 +1,103 @@
-"""Options of the benches, the record that they append to, and what they leave out."""
+"""Options of the benches, and the record that they append to."""
 
+import os
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import contest as contests
-from bench import records
-from bench.report import bound, written
+# Kernels are counted in the interpreter where there is no GPU: read when Triton is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from bench import harness, records
+from bench.report import bound, line, written
 from bench.timing import ceilings
 
 BEGIN = time.monotonic()
-LEFT_OUT = pytest.StashKey[dict[str, set[str]]]()
+
+
+class Tape:
+    """A timer for pytest-benchmark that plays back samples taken before."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+TAPE = Tape()
 
 
 def pytest_addoption(parser):
     parser.addoption("--seconds", type=float, help="train small.py and the baseline for so long each, in bench_train")
-    parser.addoption("--kernel", help="the one op to time in bench_kernels")
-    parser.addoption("--grid", choices=("first", "short", "all"), default="short", help="shapes of bench_attention")
-    parser.addoption(
-        "--within", type=float, help="seconds after which no more cases are begun; those left out are said"
-    )
-    parser.addoption(
-        "--results", type=Path, default=records.RESULTS, help="folder of the record (default bench/results)"
-    )
+    parser.addoption("--kernel", help="the one op of bench_kernels")
+    parser.addoption("--grid", choices=("short", "all"), default="short", help="shapes of bench_attention")
+    parser.addoption("--within", type=float, help="seconds after which no case begins; the rest are skipped")
+    parser.addoption("--results", type=Path, default=records.RESULTS, help="folder of the record (bench/results)")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "contest" in item.fixturenames:
+            item.add_marker(pytest.mark.benchmark(timer=TAPE))
 
 
 def pytest_runtest_setup(item):
     within = item.config.getoption("within")
     if within is not None and time.monotonic() - BEGIN > within:
-        why = f"the {within:g} s of --within were over"
-        item.config.stash.setdefault(LEFT_OUT, defaultdict(set))[why].add(item.name)
-        pytest.skip(why)
+        pytest.skip(f"the {within:g} s of --within were over")
 
 
 @pytest.fixture(scope="session")
 def record(pytestconfig):
     """Append a row to `<name>.jsonl` of the results, from which `python -m bench.report` makes the README's tables."""
-    records.machine()  # as it is before a bench changes the number of threads
+    records.machine()  # before a bench changes the number of threads
     return partial(records.append, pytestconfig.getoption("results"))
 
 
-@pytest.fixture(scope="session")
-def left_out(pytestconfig) -> dict[str, set[str]]:
-    """What is not timed on this machine, by the reason: said once, at the end."""
-    return pytestconfig.stash.setdefault(LEFT_OUT, defaultdict(set))
+@pytest.fixture
+def show(capsys):
+    """Print lines whatever pytest captures."""
+
+    def shown(*lines: str) -> None:
+        with capsys.disabled():
+            print("", *lines, sep="\n", end="")
+
+    return shown
 
 
 @pytest.fixture(scope="module")
-def ceiling() -> Iterator[dict[str, float]]:
-    """What the machine does at most; a CPU on one thread: to share out such small work takes longer than to do it."""
+def ceiling():
+    """The machine's best rates; a CPU's on one thread, since sharing out such small work takes longer than doing it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield ceilings(contests.DEVICE)
+    yield ceilings(harness.DEVICE)
     torch.set_num_threads(threads)
 
 
 @pytest.fixture
-def contest(benchmark, record, ceiling, capsys) -> Callable:
-    """Hold a contest: print it, record it under the name of a table, and show pytest-benchmark our samples. The first
-    of the functions is ours, and must be right. `measure` says what a row is measured in: `bound`, what takes the time.
-    """
+def contest(benchmark, record, ceiling, show):
+    """Check and time an op in a pass by its contenders, but not those `without`; print and record the row, and give
+    pytest-benchmark the samples of the first, which must be right. `measure` chooses what rates are of."""
 
-    def held(table, op, shape, name, functions, measure=bound) -> None:
-        row, samples = contests.hold(op, shape, name, functions, ceiling)
+    def held(table, op, shape, name, without=(), measure=bound) -> None:
+        functions, absent = harness.contenders(op)
+        functions = {who: f for who, f in functions.items() if who not in without}
+        row, samples = harness.contest(op, shape, name, functions, ceiling)
         record(table, row)
-        with capsys.disabled():
-            print(f"\n{op.name} {written(shape)} {row['dtype']}, {name}")
-            print("\n".join(contests.line(who, result, *measure(row)) for who, result in row["results"].items()))
+        missing = {who: {"failed": f"left out: {why}"} for who, why in absent.items()}
+        lines = (line(who, result, *measure(row)) for who, result in (row["results"] | missing).items())
+        show(f"{op.name} {written(shape)} {row['dtype']}, {name}", *lines)
         ours = next(iter(functions))
         assert "failed" not in row["results"][ours], row["results"][ours]["failed"]
         benchmark.extra_info = row
         taken = samples[ours]
-        benchmark.pedantic(contests.TAPE.advance, setup=lambda: ((taken.pop(),), {}), rounds=len(taken))
+        benchmark.pedantic(TAPE.advance, setup=lambda: ((taken.pop(),), {}), rounds=len(taken))
 
     return held
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    for reason, names in config.stash.get(LEFT_OUT, {}).items():
-        terminalreporter.write_line(f"left out: {', '.join(sorted(names))}: {reason}")

@@ -22,23 +22,17 @@ def driver() -> str | None:
     if not shutil.which("nvidia-smi"):
         return None
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-    return lines[0] if lines else None
+    return next(iter(subprocess.run(command, capture_output=True, text=True).stdout.splitlines()), None)
 
 
 @cache
 def machine() -> dict:
-    """What a result is worth nothing without: where and with what it was measured."""
+    """Where and with what a row was measured."""
     return {
-        "date": time.strftime("%F"),
-        "commit": commit(),
-        "device": device_name(pick_device("auto")),
-        "driver": driver(),
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": getattr(triton, "__version__", None),
-    }
+        "date": time.strftime("%F"), "commit": commit(), "device": device_name(pick_device("auto")),
+        "driver": driver(), "cuda": torch.version.cuda, "python": platform.python_version(),
+        "torch": torch.__version__, "triton": getattr(triton, "__version__", None),
+    }  # fmt: skip
 
 
 def append(folder: Path, name: str, row: dict) -> None:

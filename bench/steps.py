@@ -3,17 +3,14 @@
     python -m bench.steps --shape 124M --variant captured    one of them
 
 Four models, each with the Triton kernels, captured in CUDA graphs and eager, and with the references and SDPA under
-torch.compile: milliseconds and tokens a second, the share of the card's rated FLOP/s (MFU), memory, what the host takes
-to launch a step, and the card's time by kernel. Each is a process of its own. Some work side by side, the largest
-first: they build and compile together, and have the card for themselves while they are timed.
+torch.compile: milliseconds and tokens a second, the share of the card's rated FLOP/s (MFU), memory, the host's time to
+launch a step, and the card's time by kernel. Each is a process of its own. Some work side by side, the largest first:
+they build and compile together, and each is alone on the card while it is timed.
 """
 
 import argparse
 import json
 import math
-import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,9 +22,10 @@ from statistics import median
 
 import torch
 
-from bench import records
-from bench.timing import card_held, synchronize
-from train import ROOT, Trainer, configure
+from bench import processes, records
+from bench.processes import card_held
+from bench.timing import synchronize
+from train import Trainer, configure
 
 Knobs = dict[str, object]
 SHAPES: dict[str, Knobs] = {
@@ -62,7 +60,7 @@ def trainer_of(knobs: Knobs, folder: Path) -> Trainer:
     """A trainer with these knobs and the defaults of train.py, whose run and corpus are in `folder`."""
     (folder / "defaults.py").touch()
     text = folder / "text.txt"
-    text.write_text("What is trained on here are random tokens: this is so that there is a corpus.\n" * 2000)
+    text.write_text("Steps are timed on random tokens; a trainer has a corpus all the same.\n" * 2000)
     always = {
         "config": folder / "defaults.py", "out": folder / "out", "data.corpus": text, "data.cache": folder / "cache",
         "data.tokenizer": "bytes", "optimizer": "adamw", "steps": 1000, "eval_tokens": 4096,
@@ -97,12 +95,13 @@ def measure(trainer: Trainer, lock: Path) -> dict:
         host = time.perf_counter() - begin
         kernels = by_kernel(step) if gpu else []
     speed = inputs.numel() / taken
-    row = {"batch": batch, "seq_len": shape.seq_len, "optimizer": trainer.config.optimizer}
-    row |= {"precision": trainer.precision, "first_s": first, "ms": 1e3 * taken, "tok_s": speed}
-    row |= {"mfu": speed * trainer.flops / trainer.peak if trainer.peak else None, "host_ms": 1e3 * host}
-    row |= {"memory": torch.cuda.max_memory_allocated() if gpu else None, "flops_per_token": trainer.flops}
-    row |= {"first_loss": first_loss, "loss": loss.item(), "busy_ms": sum(ms for ms, _, _ in kernels)}
-    return row | {"kernels": kernels[:40]}
+    return {
+        "batch": batch, "seq_len": shape.seq_len, "optimizer": trainer.config.optimizer,
+        "precision": trainer.precision, "first_s": first, "ms": 1e3 * taken, "tok_s": speed,
+        "mfu": speed * trainer.flops / trainer.peak if trainer.peak else None, "host_ms": 1e3 * host,
+        "memory": torch.cuda.max_memory_allocated() if gpu else None, "flops_per_token": trainer.flops,
+        "first_loss": first_loss, "loss": loss.item(), "kernels": kernels[:40],
+    }  # fmt: skip
 
 
 def by_kernel(step) -> list[tuple[float, float, str]]:
@@ -121,35 +120,23 @@ def by_kernel(step) -> list[tuple[float, float, str]]:
 
 
 def run(shape: str, variant: str, lock: Path, deadline: float) -> dict:
-    """The row of a process that measures a shape and variant; `failed` in it where there is none."""
+    """The row of a process that measures a shape and variant; `failed`, the reason, in it where there is none."""
     row = {"bench": "steps", "shape": shape, "variant": variant}
     if (left := deadline - time.monotonic()) <= 0:
         return row | {"failed": "not begun: the time was up"}
     command = [sys.executable, "-m", "bench.steps", f"--shape={shape}", f"--variant={variant}", f"--lock={lock}"]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        out, errors = process.communicate(timeout=left)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # with the processes that compile for it, which hold the pipes
-        process.communicate()
-        return row | {"failed": "the time was up"}
-    if process.returncode:
-        lines = [line for line in errors.splitlines() if line.strip()]
-        return row | {"failed": lines[-1] if lines else f"exit code {process.returncode}"}
-    return row | json.loads(out.splitlines()[-1])
+    ended = processes.run(command, left)
+    return row | ({"failed": ended.failure} if ended.failure else json.loads(ended.lines[-1]))
 
 
 def line(row: dict) -> str:
     start = f"{row['shape']:5s} {row['variant']:14s}"
     if "failed" in row:
         return f"{start} {row['failed']}"
-    mfu, memory = (f"{row[key] * scale:{form}}" if row[key] else "-" for key, scale, form in (
-        ("mfu", 100, "5.1f"), ("memory", 2**-30, "5.1f"),
-    ))  # fmt: skip
-    text = f"{start} {row['ms']:7.1f} ms {row['tok_s']:11,.0f} tok/s {mfu} % MFU {memory} GiB"
-    text += f" {row['host_ms']:6.1f} ms of the host, first {row['first_s']:.1f} s, loss {row['loss']:.3f}"
+    text = f"{start} {row['ms']:7.1f} ms {row['tok_s']:11,.0f} tok/s {row['mfu'] or 0:6.1%} MFU "
+    text += (
+        f"{(row['memory'] or 0) / 2**30:5.1f} GiB {row['host_ms']:6.1f} ms of the host, first {row['first_s']:.1f} s"
+    )
     return "\n".join([text, *(f"      {ms:7.3f} ms {count:5.0f} {name}" for ms, count, name in row["kernels"][:12])])
 
 
@@ -167,16 +154,15 @@ def main(argv: list[str] | None = None) -> int:
             trainer = trainer_of(SHAPES[args.shape] | VARIANTS[args.variant], Path(folder))
             print("\n" + json.dumps(measure(trainer, args.lock)), flush=True)
             return 0
-        shapes = [args.shape] if args.shape else SHAPES
-        wanted = list(product(shapes, [args.variant] if args.variant else VARIANTS))
-        options = {"lock": Path(folder, "lock"), "deadline": time.monotonic() + args.seconds}
-        rows = []
+        shapes, variants = [args.shape] if args.shape else SHAPES, [args.variant] if args.variant else VARIANTS
+        one = partial(run, lock=Path(folder, "lock"), deadline=time.monotonic() + args.seconds)
+        failed = False
         with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-            for row in pool.map(lambda each: run(*each, **options), wanted):
+            for row in pool.map(lambda each: one(*each), product(shapes, variants)):
                 records.append(args.results, "steps", row)
                 print(line(row), flush=True)
-                rows.append(row)
-    return int(any("failed" in row for row in rows))
+                failed |= "failed" in row
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,26 @@
 """How long a call takes, and how much memory.
 
-A GPU's time is that of a CUDA graph of several calls, so that launching is not in it. Cold, the calls go round enough
-sets of inputs that none is in the L2 cache when its turn comes; warm, there is one set. What a host spends on an eager
-call is timed apart, without waiting for the device. On a CPU there are no graphs, and only warm calls.
+On a GPU a sample is one replay of a CUDA graph of several calls, so that it holds no time of the host. Cold, the calls
+go round enough sets of inputs that none is in L2 when its turn comes; warm, there is one set. The host's time for an
+eager call is taken apart, without waiting for the device. On a CPU calls are eager and warm.
 
-A graph reads and writes fixed addresses, whoever owns them by then. So a captured loop keeps the inputs of its calls
-alive, and what it computes is compared once all is timed with what it computed before.
+A graph reads and writes fixed addresses, whoever owns them by then. So a captured loop keeps its inputs alive, and its
+results are compared after all timing with those before.
 """
 
-import fcntl
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
-from pathlib import Path
 from statistics import median
 
 import torch
 from torch import Tensor
 
-SAMPLE_S = 4e-3  # a sample is at least so long: launching its graph, some 10 us, is then nothing
+SAMPLE_S = 4e-3  # the least time of a sample: launching its graph takes some 10 us
 Results = tuple[Tensor, ...]
-
-
-def nothing() -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -35,18 +28,7 @@ class Call:
     """A function on inputs of its own, and `restore`, which puts back those that it has written to."""
 
     run: Callable[[], Results]
-    restore: Callable[[], None] = nothing
-
-
-Calls = Sequence[Call]
-
-
-@contextmanager
-def card_held(lock: Path, alone: bool = True) -> Iterator[None]:
-    """Among processes that name the same file, one that holds the card `alone` keeps all others from it meanwhile."""
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-        yield
+    restore: Callable[[], object] = tuple
 
 
 def synchronize() -> None:
@@ -68,7 +50,7 @@ def stopwatch(run: Callable[[], object]) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def repeated(calls: Calls, n: int) -> Callable[[], Results]:
+def repeated(calls: Sequence[Call], n: int) -> Callable[[], Results]:
     """`n` calls, going round `calls`; returns the last one's results. The last results of each stay until the end, so
     that it writes to memory of its own."""
 
@@ -82,11 +64,7 @@ def repeated(calls: Calls, n: int) -> Callable[[], Results]:
 
 
 class Captured:
-    """`run` as one CUDA graph, on the current stream. Called, it replays, and returns the results that it overwrites.
-
-    It keeps `run`, and with it the inputs: the graph goes on reading their addresses when they are freed and given to
-    others. Graphs share the memory of `pool`, where each writes what it reads, but for results, which are kept.
-    """
+    """`run` as a CUDA graph. It keeps `run`, and with it the inputs, whose addresses every replay reads."""
 
     def __init__(self, run: Callable[[], Results], pool: tuple[int, int]):
         self.run, self.graph = run, torch.cuda.CUDAGraph()
@@ -100,7 +78,7 @@ class Captured:
 
 
 def synchronizes(call: Callable[[], object]) -> bool:
-    """Whether the host waits for the device within a call, which keeps it out of a graph."""
+    """Whether the host waits for the device within a call, which then cannot be captured."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         call()
@@ -114,7 +92,7 @@ def synchronizes(call: Callable[[], object]) -> bool:
 
 
 def host_seconds(call: Callable[[], object], n: int) -> float:
-    """Seconds for the host to enqueue a call: the median of several runs of `n`."""
+    """Seconds for the host to enqueue a call: the median of seven runs of `n`."""
     spent = []
     for _ in range(7):
         synchronize()
@@ -133,8 +111,8 @@ def peak_bytes(call: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def take_turns(runs: Mapping[str, Callable[[], object]], budget: float) -> dict[str, list[float]]:
-    """Samples of each run for `budget` seconds in all, one of each after the other: what drifts, drifts for all."""
+def take_turns(runs: Mapping[object, Callable[[], object]], budget: float) -> dict[object, list[float]]:
+    """Samples of each run for `budget` seconds in all, one of each after the other: drift of the clock hits all."""
     samples = {key: [] for key in runs}
     begin, turns = time.perf_counter(), 0
     while turns < 3 or time.perf_counter() - begin < budget:
@@ -153,89 +131,68 @@ def relative_error(results: Results, truth: Results) -> float:
     return torch.stack(errors).max().item() if errors else 0.0
 
 
-def copies(results: Iterable[Tensor]) -> Results:
-    return tuple(x.detach().clone() for x in results)
+class Contender:
+    """A function's calls, one on each set of inputs, as loops of `n` calls that are ready to be timed."""
 
-
-@dataclass
-class Loops:
-    """A contender's calls in a row, ready to be timed, and what the warm ones gave before."""
-
-    warm: Callable[[], Results]
-    cold: Callable[[], Results] | None
-    n: int
-    restore: Callable[[], None]
-    before: Results = ()
-
-    def runs(self) -> dict[str, Callable[[], Results]]:
-        return {"warm": self.warm} | ({"cold": self.cold} if self.cold else {})
+    def __init__(self, calls: Sequence[Call], pool: tuple[int, int] | None):
+        for call in calls:  # compile, load
+            call.run()
+        run, self.restore = calls[0].run, calls[0].restore
+        self.n, self.facts = max(len(calls), math.ceil(SAMPLE_S / stopwatch(run))), {}
+        self.loops = {"warm": repeated(calls[:1], self.n)}
+        if pool is not None:
+            if len(calls) > 1:
+                self.loops["cold"] = repeated(calls, self.n)
+            graph = not synchronizes(run)
+            self.facts = {"graph": graph, "memory": peak_bytes(run), "host": host_seconds(run, min(self.n, 10))}
+            if graph:
+                self.restore()
+                self.loops = {kind: Captured(loop, pool) for kind, loop in self.loops.items()}
+        self.before = self.results()
 
     def results(self) -> Results:
-        """What the warm loop gives from its inputs as they were drawn."""
+        """Results of the warm loop from its inputs as they were drawn."""
         self.restore()
-        return copies(self.warm())
+        return tuple(x.detach().clone() for x in self.loops["warm"]())
 
 
-def prepare(calls: Calls, pool: tuple[int, int] | None) -> tuple[Loops, dict]:
-    """The loops of a contender, each call run once before, and what is known of it without turns."""
-    for call in calls:  # compiles, loads
-        call.run()
-    first = calls[0]
-    n = max(len(calls), math.ceil(SAMPLE_S / stopwatch(first.run)))
-    warm, cold, found = repeated(calls[:1], n), repeated(calls, n) if pool and len(calls) > 1 else None, {}
-    if pool is not None:
-        graph = not synchronizes(first.run)
-        found = {"graph": graph, "memory": peak_bytes(first.run), "host": host_seconds(first.run, min(n, 10))}
-        if graph:
-            first.restore()
-            warm, cold = Captured(warm, pool), cold and Captured(cold, pool)
-    loops = Loops(warm, cold, n, first.restore)
-    loops.before = loops.results()
-    return loops, found
-
-
-def measure(contenders: Mapping[str, Callable[[], Calls]], budget: float) -> dict[str, dict]:
-    """What each contender takes, in seconds and bytes a call; it makes its `Calls`, one on each set of inputs.
+def measure(contenders: Mapping[str, Callable[[], Sequence[Call]]], budget: float) -> dict[str, dict]:
+    """Seconds and bytes a call of each contender, which makes its calls, one on each set of inputs.
 
     `warm` and, on a GPU, `cold` are samples; `host`, `memory` and `graph` (False: the host waits within a call, so that
     eager calls were timed) are of a GPU only. `drift` is the relative error of the results after all turns to those
     before them. A contender that raises has only `failed`, the reason.
     """
     pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
-    results, loops = {}, {}
+    ready, results = {}, {}
     for name, make in contenders.items():
         try:
-            loops[name], results[name] = prepare(make(), pool)
+            ready[name] = Contender(make(), pool)
+            results[name] = ready[name].facts
         except Exception as error:  # whatever a rival raises, the others are timed
             results[name] = {"failed": reason(error)}
-    runs = {(name, kind): run for name, own in loops.items() for kind, run in own.runs().items()}
+    runs = {(name, kind): loop for name, own in ready.items() for kind, loop in own.loops.items()}
     for (name, kind), samples in take_turns(runs, budget).items():
-        results[name][kind] = [seconds / loops[name].n for seconds in samples]
-    for name, own in loops.items():
+        results[name][kind] = [seconds / ready[name].n for seconds in samples]
+    for name, own in ready.items():
         results[name]["drift"] = relative_error(own.results(), own.before)
-        if pool is not None and own.cold is None:
-            results[name]["cold"] = results[name]["warm"]  # one set of inputs is more than L2 holds
+        if pool is not None:  # one set of inputs is more than L2 holds
+            results[name].setdefault("cold", results[name]["warm"])
     return results
 
 
 def reason(error: Exception) -> str:
-    """The type and the first line of an error."""
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-
-
-def best(run: Callable[[], object]) -> float:
-    """Seconds of `run`, at its best of ten."""
-    return min(stopwatch(run) for _ in range(10))
+    """The type and the first line of an error, or two where that ends in a colon."""
+    first, *more = filter(None, str(error).split("\n")) if str(error) else [""]
+    return f"{type(error).__name__}: {first}" + (f" {more[0]}" if more and first.endswith(":") else "")
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """What this machine does at most: bytes a second, read and written, of a large copy, and FLOP/s of a product."""
+    """The best of this machine: bytes a second, read and written, of a large copy, and FLOP/s of a matrix product."""
     gpu = device.type == "cuda"
     source = torch.randn(2**28 if gpu else 2**24, device=device)
     target = torch.empty_like(source)
     size, dtype = (8192, torch.bfloat16) if gpu else (1024, torch.float32)
     a, b = torch.randn(2, size, size, device=device).to(dtype)
-    return {
-        "copy": 2 * source.nbytes / best(lambda: target.copy_(source)),
-        "matmul": 2 * size**3 / best(lambda: a @ b),
-    }
+    copy, product = (min(stopwatch(run) for _ in range(10)) for run in (lambda: target.copy_(source), lambda: a @ b))
+    return {"copy": 2 * source.nbytes / copy, "matmul": 2 * size**3 / product}

@@ -1,15 +1,14 @@
-"""Other launch parameters for every kernel on this card, timed beside those of its table: `python -m bench.tune`.
+"""Time other launch parameters of every kernel on this card beside its table's: `python -m bench.tune`.
 
     python -m bench.tune --kernel attention    kernels by a part of the name of their op or their own
 
-The candidates of a size take the place of the table's entry in turn. All are compiled side by side, held against
-float64, then timed by CUDA-graph replay in turns, in bf16; a kernel of a backward within forward and backward. What is
-not timed is listed with the reason: it raises, is wrong, or spills where the table's own does not. At the end are the
-entries for the tables: it is for you to write them there.
+The candidates of a size take the place of the table's entry in turn. All are compiled, checked against float64, then
+timed by CUDA-graph replay in turns, in bf16; a kernel of a backward within forward and backward. A candidate that
+raises or is wrong is listed with the reason. At the end are the entries for the tables: it is for you to write them
+there, and for `python -m bench.compile` to say whether they spill.
 
-Each kernel has a process of its own, since an illegal access ends a process. It is begun again without the candidate
-that was running. Some processes work side by side, the kernels with the largest share of a training step first: while
-one has the card for itself, the others compile.
+Each size of a kernel has a process of its own, since an illegal access ends a process. It is begun again without the
+candidate that was running. Some processes work side by side: while one is alone on the card, the others compile.
 """
 
 import argparse
@@ -17,298 +16,209 @@ import faulthandler
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from operator import truediv
+from itertools import product
+from operator import itemgetter, truediv
 from pathlib import Path
-from statistics import geometric_mean, median
+from statistics import geometric_mean
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
-from bench import records
-from bench.cases import PASSES, Case
-from bench.contest import DEVICE, DTYPE, Checker, doubt, input_sets, least_seconds
-from bench.timing import Call, card_held, measure, reason, synchronize
+from bench import processes, records
+from bench.harness import DEVICE, DTYPE, META, PASSES, Case, contest, on_meta
+from bench.processes import card_held
+from bench.report import written
 from kernels import OPS
 from kernels.common import card
-from kernels.launch import IMPLEMENTATIONS, triton
+from kernels.launch import triton
 from kernels.spec import LaunchTable, Op
-from runtime.hardware import device_name
 
 CHILD = [sys.executable, "-m", "bench.tune"]
-# An op's share of the seconds, after its share of a 124M model's training step; its kernels share it out.
+# Sizes of an op that are begun while another op begins one, after its part of a 124M model's training step.
 WEIGHTS = {"attention": 4, "linear_cross_entropy": 3, "cross_entropy": 3, "rmsnorm": 2}
-TURNS_S, GAIN = 0.05, 0.01  # some ten samples of each candidate at each shape; a gain that is more than noise
-HANGS_S, RESTARTS = 30, 8
-BEGUN = 0.75  # of the seconds there are: after that no size is begun
+GAIN = 0.01  # the smallest that is not noise
+HANGS_S, RESTARTS = 60, 8
 
 
 @dataclass(frozen=True)
 class Job:
-    """The kernel of an op, whose table is gone over by one process."""
+    """A size in the table of a kernel, tuned by one process."""
 
     op: Op
     table: LaunchTable
+    size: Any
 
     @property
     def name(self) -> str:
-        return f"{self.op.name}:{self.table.kernel}"
+        return f"{self.op.name} {self.table.kernel} {self.size!r}"
 
     @property
     def step(self) -> str:
         return PASSES[self.table.backward]
 
+    def variant(self, entry: Any | None) -> Callable:
+        """The op by `entry`, None for the table as it is. It stays in the table for the backward."""
+
+        def function(**inputs):
+            by_card = self.table.entries[self.size]
+            by_card.pop(card(DEVICE), None)
+            if entry is not None:
+                by_card[card(DEVICE)] = entry
+            return self.op.implementations["triton"](**inputs)
+
+        return function
+
 
 def jobs(part: str = "") -> list[Job]:
-    """All whose name has `part` in it, the most telling first."""
-    found = [Job(op, table) for op in OPS.values() for table in op.launches]
-    found.sort(key=lambda job: -WEIGHTS.get(job.op.name, 1))
-    return [job for job in found if part in job.name]
+    """All whose name has `part` in it: by turns, those with the largest weight more often."""
+    found = []
+    for op in OPS.values():
+        for table in op.launches:
+            for i, size in enumerate(table.entries, 1):
+                found.append((i / WEIGHTS.get(op.name, 1), Job(op, table, size)))
+    return [job for _, job in sorted(found, key=itemgetter(0)) if part in job.name]
 
 
-# In the process of one kernel.
+# In the process of one job.
 
 
 def say(event: dict) -> None:
-    """To the process that started this one: `trying` what, a `row`, or what is `left` at the end."""
+    """To the process that started this one: the candidate that it is `trying`, or the `row` at the end."""
     print(json.dumps(event), flush=True)
 
 
-def in_place(table: LaunchTable, size: Any, entry: Any | None) -> AbstractContextManager:
-    """While it is entered, `entry` is the table's for this card; None leaves the table as it is."""
-    return nullcontext() if entry is None else patch.dict(table.entries[size], {card(DEVICE): entry})
+def watched(functions: Mapping[str, Callable]) -> dict[str, Callable]:
+    """The functions, which say when another one of them is tried, and end the process if that one hangs."""
+    trying = [""]
+
+    def call(name: str, **inputs):
+        if trying != [name]:
+            trying[:] = [name]
+            say({"trying": name})
+            faulthandler.dump_traceback_later(HANGS_S, exit=True)
+        return functions[name](**inputs)
+
+    return {name: partial(call, name) for name in functions}
 
 
-@contextmanager
-def on_meta() -> Iterator[list]:
-    """Host functions run on meta tensors, and what they launch is compiled, not run: the list of it."""
-    library, launched = torch.library.Library("nanofuse", "IMPL"), []
-    for name, function in IMPLEMENTATIONS.items():
-        library.impl(name, function, "Meta", allow_override=True)
-    run = triton.JITFunction.run
+def compile_all(job: Job, functions: Iterable[Callable]) -> list:
+    """Compile the kernels that the functions launch, side by side, and run none of them. Returns them, or futures of
+    them; one that does not compile raises its error when it is launched."""
+    kernels, run = [], triton.JITFunction.run
 
     def compile_only(*args, warmup, **options):
-        launched.append(run(*args, warmup=True, **options))
+        kernels.append(run(*args, warmup=True, **options))
 
     with (
+        on_meta(),
         patch.object(triton.JITFunction, "run", compile_only),
-        patch.object(torch, "is_autocast_enabled", lambda device: False),  # torch has none for meta, and raises
+        ThreadPoolExecutor() as pool,
+        triton.AsyncCompileMode(pool, ignore_errors=True),
     ):
-        yield launched
-    library._destroy()
+        for shape, function in product(job.table.shapes(job.size), functions):
+            Case(job.op, shape, DTYPE, META).call(function, job.step).run()
+    return kernels
 
 
-def compile_all(job: Job, size: Any, variants: dict[str, Any]) -> dict[str, list]:
-    """The kernels that each variant launches, compiled side by side. One that does not compile raises its error when it
-    is launched."""
-    found = {name: [] for name in variants}
-    with on_meta() as launched, ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
-        for shape in job.table.shapes(size):
-            call = Case(job.op, shape, DTYPE, torch.device("meta")).call(job.op.implementations["triton"], job.step)
-            for name, entry in variants.items():
-                launched.clear()
-                with in_place(job.table, size, entry):
-                    call.run()
-                found[name] += launched
-    return found
-
-
-def spilled(kernels: list) -> int:
-    """Bytes a thread of the one that spills most; it is known once a kernel has been loaded."""
-    done = (kernel.result() if hasattr(kernel, "result") else kernel for kernel in kernels)
-    return 4 * max((getattr(kernel, "n_spills", 0) for kernel in done), default=0)
-
-
-def check(
-    job: Job, size: Any, shape: dict[str, int], variants: dict[str, Any], compiled: dict[str, list], own: str
-) -> dict[str, str]:
-    """Why a variant is not to be timed; it may spill where the table's `own` does. Raises when the card fails."""
-    checker, failed = Checker(job.op, shape, job.step), {}
-    for name, entry in variants.items():
-        say({"trying": [repr(size), name]})
-        faulthandler.dump_traceback_later(HANGS_S, exit=True)
-        try:
-            with in_place(job.table, size, entry):
-                _, wrong = checker.error(job.op.implementations["triton"])
-            if wrong:
-                failed[name] = wrong
-            elif spilled(compiled[name]) and not spilled(compiled.get(own, [])):
-                failed[name] = f"spills {spilled(compiled[name])} bytes a thread"
-        except Exception as error:  # whatever one raises, the others are timed
-            synchronize()  # raises where the card takes no more work from this process
-            failed[name] = reason(error)
-        finally:
-            faulthandler.cancel_dump_traceback_later()
-    say({"trying": None})
-    return failed
-
-
-def calls_of(job: Job, size: Any, entry: Any | None, calls: list[Call]) -> list[Call]:
-    """The calls with an entry in place; all variants share their inputs."""
-
-    def placed(run: Callable) -> Callable:
-        def placed_run():
-            with in_place(job.table, size, entry):
-                return run()
-
-        return placed_run
-
-    return [Call(placed(call.run), call.restore) for call in calls]
-
-
-def tune(job: Job, size: Any, most: int, lock: Path, known: dict[str, str]) -> dict:
-    """Try up to `most` candidates for a size; `known` are those not to be tried, and why. Returns the row to record:
-    the table's `own` entry, None where this card does not run the kernel, and the `results`, best first, each with
-    seconds by shape and their mean ratio to those of `own` (or the first that could be timed), or `failed`."""
-    own = job.table.pick(size, card(DEVICE))
-    variants = {repr(own): own}
-    for entry in job.table.candidates(size):
-        if len(variants) <= most:
-            variants.setdefault(repr(entry), entry)
-    failed = {name: why for name, why in known.items() if name in variants}
-    left = {name: entry for name, entry in variants.items() if name not in failed}
-    compiled = compile_all(job, size, left)
+def tune(job: Job, most: int, lock: Path, known: Mapping[str, str]) -> dict:
+    """Try up to `most` candidates; `known` are those not to be tried, and why. Returns the row to record: the table's
+    `own` entry, None where this card does not run the kernel, and the `results`, best first, each with seconds by shape
+    and their mean ratio to those of `own` (or the first that could be timed), or `failed`. It changes the table."""
+    own, shapes = job.table.pick(job.size, card(DEVICE)), job.table.shapes(job.size)
+    entries = list(dict.fromkeys([own, *job.table.candidates(job.size)]))[: most + 1]
+    failed = {repr(entry): known[repr(entry)] for entry in entries if repr(entry) in known}
+    variants = {repr(entry): job.variant(entry) for entry in entries if repr(entry) not in failed}
     seconds = {name: [] for name in variants}
-    with card_held(lock):
-        for shape in job.table.shapes(size):
-            failed |= check(job, size, shape, left, compiled, repr(own))
-            left = {name: entry for name, entry in left.items() if name not in failed}
-            case = Case(job.op, shape, DTYPE, DEVICE)
-            sets = [case.call(job.op.implementations["triton"], job.step) for _ in range(input_sets(case))]
-            timed = {name: partial(calls_of, job, size, entry, sets) for name, entry in left.items()}
-            least = least_seconds(case, job.step, device_name(DEVICE))
-            say({"trying": [repr(size), ""]})
-            for name, result in measure(timed, TURNS_S * len(left)).items():
-                if why := result.get("failed") or doubt(result, least):
-                    failed[name] = why
-                else:
-                    seconds[name].append(median(result.get("cold", result["warm"])))
-            synchronize()
-            left = {name: entry for name, entry in left.items() if name not in failed}
-            say({"trying": None})
+    compile_all(job, variants.values())
+    variants = watched(variants)
+    for shape in shapes:
+        with card_held(lock):
+            row, _ = contest(job.op, shape, job.step, variants, {})
+        faulthandler.cancel_dump_traceback_later()
+        for name, result in row["results"].items():
+            if "failed" in result:
+                failed[name] = result["failed"]
+                del variants[name]
+            else:
+                seconds[name].append(result.get("cold", result["warm"]))
     results = [{"entry": name, "failed": why} for name, why in failed.items()]
-    base = repr(own) if repr(own) in left else next(iter(left), None)
-    for name in left:
+    base = repr(own) if repr(own) in variants else next(iter(variants), None)
+    for name in variants:
         ratio = geometric_mean(map(truediv, seconds[name], seconds[base]))
         results.append({"entry": name, "seconds": seconds[name], "ratio": ratio})
     results.sort(key=lambda result: result.get("ratio", math.inf))
-    row = {"bench": "tune", "op": job.op.name, "kernel": job.table.kernel, "size": repr(size), "card": card(DEVICE)}
-    row |= {"dtype": str(DTYPE).removeprefix("torch."), "pass": job.step, "shapes": list(job.table.shapes(size))}
-    return row | {"own": repr(own), "results": results}
-
-
-def run_job(job: Job, most: int, seconds: float, lock: Path, known: dict[str, dict[str, str]]) -> None:
-    """Go over the sizes of a table for so many seconds; one with `known[size][""]` is left out."""
-    begin, left = time.monotonic(), [size for size in job.table.entries if "" not in known.get(repr(size), ())]
-    while left and time.monotonic() - begin < seconds:
-        size = left.pop(0)
-        say({"row": tune(job, size, most, lock, known.get(repr(size), {}))})
-    say({"left": list(map(repr, left))})
+    return {
+        "bench": "tune", "op": job.op.name, "kernel": job.table.kernel, "size": repr(job.size), "card": card(DEVICE),
+        "dtype": str(DTYPE).removeprefix("torch."), "pass": job.step, "shapes": list(shapes), "own": repr(own),
+        "results": results,
+    }  # fmt: skip
 
 
 # In the process that starts the others.
 
 
 class Tuner:
-    """Goes over jobs within some seconds: prints and records what comes of each."""
+    """Tunes jobs, and prints and records the row of each. No job begins when 0.75 of the seconds are over, and all are
+    killed at their end. `untried` are the jobs without a row."""
 
-    def __init__(self, results: Path, seconds: float, most: int, workers: int):
-        self.results, self.most, self.workers = results, most, workers
-        self.until, self.deadline = (time.monotonic() + share * seconds for share in (BEGUN, 1))
-        self.rows: list[dict] = []
-        self.untried: list[str] = []
-        self.printing = threading.Lock()
+    def __init__(self, results: Path, seconds: float, most: int):
+        self.results, self.most, self.rows, self.untried = results, most, [], []
+        self.last_start, self.deadline = (time.monotonic() + part * seconds for part in (0.75, 1))
 
-    def run(self, wanted: list[Job]) -> None:
-        kernels = Counter(job.op.name for job in wanted)
-        weights = [WEIGHTS.get(job.op.name, 1) / kernels[job.op.name] for job in wanted]
-        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(self.workers) as pool:
-            shares = [self.workers * weight / sum(weights[i:]) for i, weight in enumerate(weights)]
-            list(pool.map(self.tune, wanted, shares, [Path(folder, "lock")] * len(wanted)))
+    def run(self, wanted: list[Job], workers: int) -> None:
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
+            list(pool.map(partial(self.tune, lock=Path(folder, "lock")), wanted))
 
-    def tune(self, job: Job, share: float, lock: Path) -> None:
+    def tune(self, job: Job, lock: Path) -> None:
         """One job, begun again after each candidate that ends its process."""
-        known: dict[str, dict[str, str]] = {}
-        for _ in range(RESTARTS):
-            seconds = min(1.0, share) * (self.until - time.monotonic())
-            if seconds <= 0:
-                self.untried.append(job.name)
-                return
-            trying, why = self.attempt(job, seconds, lock, known)
-            if why is None:
-                return
-            size, name = trying or (None, "")
-            self.say(f"{job.name} {size or ''} {name}: ended its process: {why}")
-            if size is None:
-                return
-            known.setdefault(size, {})[name] = why
+        known: dict[str, str] = {}
+        while time.monotonic() < self.last_start and len(known) < RESTARTS:
+            events = {"trying": ""}
 
-    def attempt(self, job: Job, seconds: float, lock: Path, known: dict) -> tuple[list[str] | None, str | None]:
-        """What ran when the process ended, and why it did: None where it came to its end."""
-        options = {"job": job.name, "seconds": seconds, "candidates": self.most, "lock": lock}
-        command = [*CHILD, *(f"--{key}={value}" for key, value in options.items()), f"--known={json.dumps(known)}"]
-        trying, ended = None, False
-        with tempfile.TemporaryFile("w+", errors="replace") as errors:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-            over = threading.Timer(self.deadline - time.monotonic(), process.kill)
-            over.start()
-            for line in process.stdout:
-                if not line.startswith("{"):
-                    continue
-                said = json.loads(line)
-                trying, ended = said.get("trying", trying), "left" in said
-                if "row" in said:
-                    self.rows.append(said["row"])
-                    records.append(self.results, "tune", said["row"])
-                    known.setdefault(said["row"]["size"], {})[""] = "done"
-                    self.say(table(said["row"]))
-                self.untried += [f"{job.name} {size}" for size in said.get("left", ())]
-            process.wait()
-            over.cancel()
-            if ended:
-                return None, None
-            errors.seek(0)
-            lines = [line.strip() for line in errors if line.strip()] or [f"exit code {process.returncode}"]
-        return trying, next((line for line in lines if line.startswith("Timeout")), lines[-1])
+            def hear(line: str, events=events) -> None:
+                if line.startswith("{"):
+                    events.update(json.loads(line))
 
-    def say(self, text: str) -> None:
-        with self.printing:
-            print(text, flush=True)
+            options = {"job": job.name, "candidates": self.most, "lock": lock, "known": json.dumps(known)}
+            command = [*CHILD, *(f"--{key}={value}" for key, value in options.items())]
+            ended = processes.run(command, self.deadline - time.monotonic(), on_line=hear)
+            if row := events.get("row"):
+                self.rows.append(row)
+                records.append(self.results, "tune", row)
+                return print(table(row), flush=True)
+            print(f"{job.name} {events['trying']}: ended its process: {ended.failure}", flush=True)
+            if not events["trying"]:
+                break
+            known[events["trying"]] = ended.failure
+        self.untried.append(job.name)
 
 
 def table(row: dict) -> str:
-    """Who is faster than whom, then who was not timed."""
-    shapes = "; ".join(" ".join(f"{key}={size}" for key, size in shape.items()) for shape in row["shapes"])
+    """The candidates by time, then those that were not timed."""
     head = f"{row['op']} {row['kernel']} {row['size']}, {row['card']}, {row['pass']}"
-    lines = [f"{head}: time to that of {row['own']}, us at {shapes}"]
+    lines = [f"{head}: time to that of {row['own']}, us at {'; '.join(map(written, row['shapes']))}"]
     width = max(len(result["entry"]) for result in row["results"])
     for result in row["results"]:
-        times = [f"{1e6 * seconds:10,.1f}" for seconds in result.get("seconds", ())]
-        lines.append(
-            " ".join((f"  {result['entry']:{width}s}", result.get("failed") or f"{result['ratio']:.3f}", *times))
-        )
+        times = "".join(f" {1e6 * seconds:10,.1f}" for seconds in result.get("seconds", ()))
+        outcome = result.get("failed") or f"{result['ratio']:.3f}"
+        lines.append(f"  {result['entry']:{width}s} {outcome}{times}")
     return "\n".join(lines)
 
 
 def entry(row: dict) -> str:
-    """The entry of a size and this card: the fastest where it gains more than noise, else what is there."""
+    """The entry of a size and this card: the fastest where it gains more than noise, else the table's own."""
     best, own, start = row["results"][0], row["own"], f'    {row["size"]}: "{row["card"]}": '
+    own_failed = next((each.get("failed") for each in row["results"] if each["entry"] == own), None)
     if "failed" in best:
         return f"{start}none could be timed"
-    own_failed = next(
-        (result["failed"] for result in row["results"] if result["entry"] == own and "failed" in result), ""
-    )
     if own_failed:
         return f"{start}{best['entry']},  # changed: {own} could not be timed: {own_failed}"
     if best["ratio"] >= 1 - GAIN:
@@ -318,11 +228,10 @@ def entry(row: dict) -> str:
 
 def entries(rows: list[dict]) -> str:
     """The entries by table, ready to be written there."""
-    lines = []
-    for op, kernel in dict.fromkeys((row["op"], row["kernel"]) for row in rows):
-        lines.append(f"entries of {op}'s {kernel}:")
-        lines += [entry(row) for row in rows if (row["op"], row["kernel"]) == (op, kernel)]
-    return "\n".join(lines)
+    tables: dict[str, list[str]] = {}
+    for row in rows:
+        tables.setdefault(f"entries of {row['op']}'s {row['kernel']}:", []).append(entry(row))
+    return "\n".join(line for head, lines in tables.items() for line in (head, *lines))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -332,18 +241,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--candidates", type=int, default=8, help="to try of a size, at most (8)")
     parser.add_argument("--seconds", type=float, default=150, help="for all (150)")
     parser.add_argument("--results", type=Path, default=records.RESULTS, help="folder of the record (bench/results)")
-    for option in ("--job", "--lock", "--known"):  # of the process of one kernel
+    for option in ("--job", "--lock", "--known"):  # of the process of one job
         parser.add_argument(option, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.job:
         (job,) = (job for job in jobs() if job.name == args.job)
-        run_job(job, args.candidates, args.seconds, Path(args.lock), json.loads(args.known))
+        say({"row": tune(job, args.candidates, Path(args.lock), json.loads(args.known))})
         return 0
     if not torch.cuda.is_available():
-        instead = "`python -m bench.compile` shows registers, spills and an estimate without one"
+        instead = "`python -m bench.compile` shows registers and spills without one"
         parser.exit(2, f"bench.tune times a GPU, and torch finds none here: {instead}\n")
-    tuner = Tuner(args.results, args.seconds, args.candidates, max(1, min(6, (os.cpu_count() or 1) // 3)))
-    tuner.run(jobs(args.kernel))
+    tuner = Tuner(args.results, args.seconds, args.candidates)
+    tuner.run(jobs(args.kernel), workers=max(1, min(6, (os.cpu_count() or 1) // 3)))
     print(entries(tuner.rows))
     if tuner.untried:
         print(f"not tried in {args.seconds:g} s: {', '.join(tuner.untried)}")

@@ -32,6 +32,13 @@ PEAK_TFLOPS = {
     "MI355X": 2300, "MI325X": 1307, "MI300X": 1307, "MI250X": 383,
 }  # fmt: skip
 
+# GB/s of their memory, from NVIDIA's data sheets, by torch's name for the card.
+MEMORY_GBPS = {
+    "B200": 8000, "H200": 4800, "H100 80GB HBM3": 3350, "H100 NVL": 3900, "H100 PCIe": 2000,
+    "A100-SXM4-80GB": 2039, "A100 80GB PCIe": 1935, "A100-SXM4-40GB": 1555, "A100-PCIE-40GB": 1555,
+    "L40S": 864, "L4": 300, "GeForce RTX 5090": 1792, "GeForce RTX 4090": 1008, "GeForce RTX 3090": 936,
+}  # fmt: skip
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -87,6 +94,12 @@ def rated_flops(card: str) -> float | None:
         if re.search(rf"\b{name}\b(?! (Ti|SUPER|Laptop|D|Max-Q)\b)", card):
             return 1e12 * rate
     return None
+
+
+def rated_bandwidth(card: str) -> float | None:
+    """Bytes a second of a card's memory by its whole name; None where this table does not know it."""
+    gigabytes = MEMORY_GBPS.get(card.removeprefix("NVIDIA "))
+    return gigabytes and 1e9 * gigabytes
 
 
 def pick_residual(name: str, device: torch.device, precision: Precision) -> torch.dtype | None:

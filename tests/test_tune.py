@@ -5,16 +5,15 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections import defaultdict
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from bench import tune
+from bench import harness, tune
 from kernels import OPS
 from kernels.spec import Cost, LaunchTable, Op
 
@@ -30,12 +29,12 @@ class Tile:
     num_warps: int = 4
 
 
-OWN, FAST, SLOW, WRONG, RAISES, SPILLS, DIES, DRIFTS = (Tile(i) for i in range(8))
+OWN, FAST, SLOW, WRONG, RAISES, DIES, DRIFTS = (Tile(i) for i in range(7))
 SHAPES = {"rows": 2, "D": 8}, {"rows": 4, "D": 8}
 LAUNCHES = LaunchTable(
     kernel="double",
     entries={"narrow": {"": OWN}, "wide": {"": OWN}},
-    candidates=lambda size: (SLOW, OWN, FAST, WRONG, RAISES, SPILLS, DIES, DRIFTS),
+    candidates=lambda size: (SLOW, OWN, FAST, WRONG, RAISES, DIES, DRIFTS),
     shapes=lambda size: SHAPES,
 )
 launched = []
@@ -60,11 +59,7 @@ DOUBLE = Op(
     bench_shapes=SHAPES,
     launches=(LAUNCHES,),
 )
-JOB = tune.Job(DOUBLE, LAUNCHES)
-
-
-def future_of(spills):
-    return SimpleNamespace(result=lambda: SimpleNamespace(n_spills=spills))
+JOB = tune.Job(DOUBLE, LAUNCHES, "narrow")
 
 
 @pytest.fixture
@@ -75,8 +70,7 @@ def fake(monkeypatch):
     def measure(contenders, budget):
         results = {}
         for name, make in contenders.items():
-            calls = make()
-            calls[0].run()
+            make()[0].run()
             rows, tile = launched[-1]
             assert repr(tile) == name
             seconds = us.get(tile, 1) * (2e-6 if rows == 4 else 1e-6)
@@ -85,35 +79,32 @@ def fake(monkeypatch):
                 results[name] = {"failed": "died"}
         return results
 
-    kernels = defaultdict(list, {repr(SPILLS): [future_of(spills=0), future_of(spills=3)]})
-    monkeypatch.setattr(tune, "compile_all", lambda *_: kernels)
-    monkeypatch.setattr(tune, "measure", measure)
+    monkeypatch.setattr(tune, "compile_all", lambda *_: None)
+    monkeypatch.setattr(harness, "measure", measure)
     monkeypatch.setattr(tune, "say", said.append)
-    return SimpleNamespace(us=us, said=said, kernels=kernels)
+    with patch.dict(LAUNCHES.entries["narrow"]):
+        yield SimpleNamespace(us=us, said=said)
 
 
 def tuned(tmp_path, most=99, known=None):
-    return tune.tune(JOB, "narrow", most, tmp_path / "lock", known or {})
+    return tune.tune(JOB, most, tmp_path / "lock", known or {})
 
 
 def test_the_fastest_is_first_and_what_is_no_good_has_a_reason(fake, tmp_path):
-    before = deepcopy(LAUNCHES.entries)
     row = tuned(tmp_path)
-    assert before == LAUNCHES.entries  # though one raised
     assert row["own"] == repr(OWN) and row["pass"] == "forward" and row["shapes"] == list(SHAPES)
     ranked = [result for result in row["results"] if "ratio" in result]
     assert [result["entry"] for result in ranked] == list(map(repr, (FAST, OWN, SLOW)))
     assert [result["ratio"] for result in ranked] == pytest.approx([0.8, 1, 1.3])
     assert ranked[0]["seconds"] == pytest.approx([80e-6, 160e-6])
     failed = {result["entry"]: result["failed"] for result in row["results"][3:]}
-    assert failed.keys() == set(map(repr, (WRONG, RAISES, SPILLS, DIES, DRIFTS)))
+    assert failed.keys() == set(map(repr, (WRONG, RAISES, DIES, DRIFTS)))
     assert failed[repr(WRONG)].startswith("wrong: output 0 is off by ")
     assert failed[repr(RAISES)] == "RuntimeError: does not fit" and failed[repr(DIES)] == "died"
-    assert failed[repr(SPILLS)] == "spills 12 bytes a thread"
     assert failed[repr(DRIFTS)].startswith("other results after it was timed")
     head, first, *lines = tune.table(row).splitlines()
     assert head.endswith(": time to that of Tile(block=0, num_warps=4), us at rows=2 D=8; rows=4 D=8")
-    assert first.split() == ["Tile(block=1,", "num_warps=4)", "0.800", "80.0", "160.0"] and len(lines) == 7
+    assert first.split() == ["Tile(block=1,", "num_warps=4)", "0.800", "80.0", "160.0"] and len(lines) == 6
     card = tune.card(tune.DEVICE)
     assert tune.entries([row]).splitlines() == [
         "entries of doubling's double:",
@@ -131,16 +122,7 @@ def test_candidates_are_the_first_ones_and_not_those_known_to_fail(fake, tmp_pat
     row = tuned(tmp_path, most=2, known={repr(SLOW): "an illegal access", repr(DIES): "not of the first"})
     outcomes = {result["entry"]: result.get("failed", "timed") for result in row["results"]}
     assert outcomes == {repr(OWN): "timed", repr(FAST): "timed", repr(SLOW): "an illegal access"}
-    assert fake.said[:3] == [
-        {"trying": ["'narrow'", repr(OWN)]},
-        {"trying": ["'narrow'", repr(FAST)]},
-        {"trying": None},
-    ]
-
-
-def test_a_table_that_spills_is_compared_with_what_spills(fake, tmp_path):
-    fake.kernels[repr(OWN)] = [future_of(spills=1)]
-    assert {"entry": repr(SPILLS), "failed": "spills 12 bytes a thread"} not in tuned(tmp_path)["results"]
+    assert fake.said[:2] == [{"trying": repr(OWN)}, {"trying": repr(FAST)}]
 
 
 def test_where_the_table_itself_cannot_be_timed_the_others_are(fake, tmp_path):
@@ -159,19 +141,10 @@ def test_a_card_that_fails_ends_the_process(fake, tmp_path, monkeypatch):
         if launched[-1][1] == RAISES:
             raise RuntimeError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(tune, "synchronize", synchronize)
+    monkeypatch.setattr(harness, "synchronize", synchronize)
     with pytest.raises(RuntimeError, match="illegal"):
         tuned(tmp_path)
-    assert fake.said[-1] == {"trying": ["'narrow'", repr(RAISES)]}
-
-
-def test_sizes_are_begun_while_there_is_time(fake, tmp_path, monkeypatch):
-    monkeypatch.setattr(tune, "tune", lambda job, size, *_: {"size": repr(size)})
-    tune.run_job(JOB, 9, 100, tmp_path / "lock", {"'narrow'": {"": "done"}})
-    rows = [event["row"]["size"] for event in fake.said if "row" in event]
-    assert rows == ["'wide'"] and fake.said[-1] == {"left": []}
-    tune.run_job(JOB, 9, 0, tmp_path / "lock", {})
-    assert fake.said[-1] == {"left": ["'narrow'", "'wide'"]}
+    assert fake.said[-1] == {"trying": repr(RAISES)}
 
 
 # Launched with the real thing, this file's op is gone over in processes of its own; one candidate ends them.
@@ -179,7 +152,7 @@ CHILD = """
 import os, sys
 sys.path.insert(0, {folder!r})
 import test_tune
-from bench import tune
+from bench import harness, tune
 
 def double(x):
     if test_tune.LAUNCHES.pick("narrow", tune.card(x.device)) == test_tune.WRONG:
@@ -189,8 +162,8 @@ def double(x):
 
 test_tune.DOUBLE.implementations["triton"] = double
 tune.OPS = dict(double=test_tune.DOUBLE)
-tune.compile_all = lambda job, size, variants: dict.fromkeys(variants, ())
-tune.TURNS_S = 0
+tune.compile_all = lambda *_: None
+harness.TURNS_S = 0
 sys.exit(tune.main(sys.argv[1:]))
 """
 
@@ -199,39 +172,33 @@ def test_a_candidate_that_ends_its_process_is_named_and_the_rest_are_timed(monke
     monkeypatch.setattr(tune, "CHILD", [sys.executable, "-c", CHILD.format(folder=str(Path(__file__).parent))])
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    tuner = tune.Tuner(tmp_path, seconds=100, most=3, workers=1)
-    tuner.run([JOB])
-    assert (
-        "doubling:double 'narrow' Tile(block=3, num_warps=4): ended its process: an illegal access"
-        in capsys.readouterr().out
-    )
-    assert [row["size"] for row in tuner.rows] == ["'narrow'", "'wide'"] and not tuner.untried
+    tuner = tune.Tuner(tmp_path, seconds=100, most=3)
+    tuner.run([JOB], workers=1)
+    said = "doubling double 'narrow' Tile(block=3, num_warps=4): ended its process: an illegal access"
+    assert said in capsys.readouterr().out
+    assert [row["size"] for row in tuner.rows] == ["'narrow'"] and not tuner.untried
     failed = {result["entry"]: result["failed"] for result in tuner.rows[0]["results"] if "failed" in result}
     assert failed == {repr(WRONG): "an illegal access"} and len(tuner.rows[0]["results"]) == 4
     assert tune.records.read(tmp_path, "tune")[0]["card"] == tune.card(tune.DEVICE)
 
 
-def test_what_there_was_no_time_for_is_said(monkeypatch, tmp_path):
-    tuner = tune.Tuner(tmp_path, seconds=-1, most=3, workers=2)
-    tuner.run([JOB])
-    assert tuner.untried == ["doubling:double"] and not tuner.rows
+def test_what_there_was_no_time_for_is_said(tmp_path):
+    tuner = tune.Tuner(tmp_path, seconds=-1, most=3)
+    tuner.run([JOB, JOB], workers=2)
+    assert tuner.untried == ["doubling double 'narrow'"] * 2 and not tuner.rows
 
 
-def test_shares_of_the_time_go_by_weight(monkeypatch, tmp_path):
-    given = []
-    monkeypatch.setattr(tune.Tuner, "tune", lambda self, job, share, lock: given.append(share))
-    ops = [SimpleNamespace(op=SimpleNamespace(name=name)) for name in ("attention", "rmsnorm", "rope", "rope")]
-    tune.Tuner(tmp_path, seconds=1, most=1, workers=1).run(ops)
-    assert given == pytest.approx([4 / 7, 2 / 3, 1 / 2, 1])  # the two kernels of rope share its 1
+def test_sizes_are_tried_by_turns_those_of_the_heaviest_ops_first(monkeypatch):
+    def op(name, *sizes):
+        return SimpleNamespace(name=name, launches=(SimpleNamespace(kernel="k", entries=dict.fromkeys(sizes)),))
 
-
-def test_the_most_telling_kernels_come_first(monkeypatch):
-    ops = [
-        SimpleNamespace(name=name, launches=(SimpleNamespace(kernel="k"),)) for name in ("rope", "rmsnorm", "attention")
-    ]
+    ops = op("rope", 1, 2), op("rmsnorm", 1, 2), op("attention", 1, 2, 3, 4, 5)
     monkeypatch.setattr(tune, "OPS", {op.name: op for op in ops})
-    assert [job.name for job in tune.jobs()] == ["attention:k", "rmsnorm:k", "rope:k"]
-    assert [job.name for job in tune.jobs("rms")] == ["rmsnorm:k"]
+    names = [job.name for job in tune.jobs()]
+    first = [f"attention k {i}" for i in (1, 2)] + ["rmsnorm k 1"]
+    assert sorted(names[:3]) == sorted(first) and names[0] == "attention k 1"
+    assert names.index("rope k 1") < names.index("attention k 5") < names.index("rope k 2")
+    assert [job.name for job in tune.jobs("rms")] == ["rmsnorm k 1", "rmsnorm k 2"]
 
 
 @pytest.mark.parametrize("op, table", TABLES)
@@ -279,17 +246,18 @@ OP = Op("double", {"torch": lambda x: 2 * x, "triton": double}, lambda shape, ma
         None, None, (), (), launches=(TABLE,))
 device = {"get_current_target": GPUTarget("cuda", 90, 32), "get_current_device": 0, "get_current_stream": 0}
 driver.set_active(SimpleNamespace(**{name: lambda *_, value=value: value for name, value in device.items()}))
-tried = {"own": Tile(64, 1), "wide": Tile(1024, 8), "no power of two": Tile(48, 4)}
-own, wide, wrong = tune.compile_all(tune.Job(OP, TABLE), "any", tried).values()
-for (kernel,) in (own, wide):
+job = tune.Job(OP, TABLE, "any")
+tried = [job.variant(Tile(64, 1)), job.variant(Tile(1024, 8)), job.variant(Tile(48, 4))]  # 48 is no power of two
+own, wide, wrong = tune.compile_all(job, tried)
+for kernel in (own, wide):
     kernel = kernel.result()
     print(kernel.metadata.num_warps, kernel.module)
 try:
-    wrong[0].result()
+    wrong.result()
 except Exception:
     print("failed")
-(again,) = tune.compile_all(tune.Job(OP, TABLE), "any", {"wide": tried["wide"]}).values()
-print(again[0].metadata.num_warps, tune.spilled(again))
+(again,) = tune.compile_all(job, tried[1:2])
+print(again.metadata.num_warps)
 """
 
 
@@ -299,7 +267,7 @@ def test_candidates_are_compiled_and_not_launched(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, path], cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.stdout.splitlines() == ["1 None", "8 None", "failed", "8 0"], done.stderr
+    assert done.stdout.splitlines() == ["1 None", "8 None", "failed", "8"], done.stderr
 
 
 def test_without_a_gpu_it_says_what_to_use_instead():
