@@ -4,8 +4,8 @@
 
 The candidates of a size take the place of the table's entry in turn. All are compiled, checked against float64, then
 timed by CUDA-graph replay in turns, in bf16; a kernel of a backward within forward and backward. A candidate that
-raises or is wrong is listed with the reason. At the end are the entries for the tables: it is for you to write them
-there, and for `python -m bench.compile` to say whether they spill.
+raises, is wrong, or spills more than the table's entry is listed with the reason. At the end are the entries for the
+tables: it is for you to write them there.
 
 Each size of a kernel has a process of its own, since an illegal access ends a process. It is begun again without the
 candidate that was running. Some processes work side by side: while one is alone on the card, the others compile.
@@ -109,13 +109,13 @@ def watched(functions: Mapping[str, Callable]) -> dict[str, Callable]:
     return {name: partial(call, name) for name in functions}
 
 
-def compile_all(job: Job, functions: Iterable[Callable]) -> list:
-    """Compile the kernels that the functions launch, side by side, and run none of them. Returns them, or futures of
+def compile_all(job: Job, functions: Mapping[str, Callable]) -> dict[str, list]:
+    """Compile the kernels that each function launches, side by side, and run none of them. Returns them, or futures of
     them; one that does not compile raises its error when it is launched."""
-    kernels, run = [], triton.JITFunction.run
+    kernels, launched, run = {name: [] for name in functions}, [], triton.JITFunction.run
 
     def compile_only(*args, warmup, **options):
-        kernels.append(run(*args, warmup=True, **options))
+        launched.append(run(*args, warmup=True, **options))
 
     with (
         on_meta(),
@@ -123,9 +123,17 @@ def compile_all(job: Job, functions: Iterable[Callable]) -> list:
         ThreadPoolExecutor() as pool,
         triton.AsyncCompileMode(pool, ignore_errors=True),
     ):
-        for shape, function in product(job.table.shapes(job.size), functions):
-            Case(job.op, shape, DTYPE, META).call(function, job.step).run()
+        for shape, name in product(job.table.shapes(job.size), functions):
+            launched.clear()
+            Case(job.op, shape, DTYPE, META).call(functions[name], job.step).run()
+            kernels[name] += launched
     return kernels
+
+
+def spills(kernels: Iterable) -> int:
+    """Bytes per thread that the worst of the kernels spills. Triton knows it once a kernel has been loaded."""
+    done = (kernel.result() if hasattr(kernel, "result") else kernel for kernel in kernels)
+    return 4 * max((getattr(kernel, "n_spills", 0) for kernel in done), default=0)
 
 
 def tune(job: Job, most: int, lock: Path, known: Mapping[str, str]) -> dict:
@@ -137,7 +145,7 @@ def tune(job: Job, most: int, lock: Path, known: Mapping[str, str]) -> dict:
     failed = {repr(entry): known[repr(entry)] for entry in entries if repr(entry) in known}
     variants = {repr(entry): job.variant(entry) for entry in entries if repr(entry) not in failed}
     seconds = {name: [] for name in variants}
-    compile_all(job, variants.values())
+    kernels = compile_all(job, variants)
     variants = watched(variants)
     for shape in shapes:
         with card_held(lock):
@@ -149,6 +157,10 @@ def tune(job: Job, most: int, lock: Path, known: Mapping[str, str]) -> dict:
                 del variants[name]
             else:
                 seconds[name].append(result.get("cold", result["warm"]))
+    for name in variants.keys() - {repr(own)}:
+        if spills(kernels[name]) > spills(kernels.get(repr(own), ())):
+            failed[name] = f"spills {spills(kernels[name])} bytes per thread"
+            del variants[name]
     results = [{"entry": name, "failed": why} for name, why in failed.items()]
     base = repr(own) if repr(own) in variants else next(iter(variants), None)
     for name in variants:

@@ -423,7 +423,7 @@ DECLARED = (
         "optimizer", "Adam and AdamW by weight decay", (17,), adapt(M2, full={"steps": 2000, "warmup": 80}),
         (
             Claim(17, "without weight decay Adam is AdamW", "the same", Equal("adam", "adamw", {"weight_decay": 0.0}),
-                  "tests/test_optim.py::test_adam_is_adamw_but_for_weight_decay"),
+                  "tests/test_optim.py::test_adam_and_adamw_differ_in_weight_decay_only"),
             Claim(17, "AdamW without weight decay is best", "AdamW, 0",
                   Best("weight_decay", 0.0, where={"variant": "adamw"})),
         ),
@@ -466,7 +466,7 @@ DECLARED = (
         (
             Claim(24, "each change by itself, and all of them", ".580 .530 .638 .580 .578 .486",
                   Artefact((analysis.loss, {"data.shift": 0}), (analysis.loss, {"data.shift": 1})),
-                  "tests/test_train.py::test_a_target_that_is_the_input_is_learnt_at_once"),
+                  "tests/test_train.py::test_targets_equal_to_inputs_are_learnt_at_once"),
             Claim(24, "all changes together beat none", ".486, a rerun of the base",
                   Versus("all", "base", LOWER, where={"data.shift": 1}, published=True)),
         ),

@@ -29,12 +29,12 @@ class Tile:
     num_warps: int = 4
 
 
-OWN, FAST, SLOW, WRONG, RAISES, DIES, DRIFTS = (Tile(i) for i in range(7))
+OWN, FAST, SLOW, WRONG, RAISES, DIES, DRIFTS, SPILLS = (Tile(i) for i in range(8))
 SHAPES = {"rows": 2, "D": 8}, {"rows": 4, "D": 8}
 LAUNCHES = LaunchTable(
     kernel="double",
     entries={"narrow": {"": OWN}, "wide": {"": OWN}},
-    candidates=lambda size: (SLOW, OWN, FAST, WRONG, RAISES, DIES, DRIFTS),
+    candidates=lambda size: (SLOW, OWN, FAST, WRONG, RAISES, DIES, DRIFTS, SPILLS),
     shapes=lambda size: SHAPES,
 )
 launched = []
@@ -79,7 +79,10 @@ def fake(monkeypatch):
                 results[name] = {"failed": "died"}
         return results
 
-    monkeypatch.setattr(tune, "compile_all", lambda *_: None)
+    compiled = {
+        repr(SPILLS): [SimpleNamespace(n_spills=2), SimpleNamespace(result=lambda: SimpleNamespace(n_spills=6))]
+    }
+    monkeypatch.setattr(tune, "compile_all", lambda job, functions: {name: [] for name in functions} | compiled)
     monkeypatch.setattr(harness, "measure", measure)
     monkeypatch.setattr(tune, "say", said.append)
     with patch.dict(LAUNCHES.entries["narrow"]):
@@ -98,13 +101,14 @@ def test_the_fastest_is_first_and_what_is_no_good_has_a_reason(fake, tmp_path):
     assert [result["ratio"] for result in ranked] == pytest.approx([0.8, 1, 1.3])
     assert ranked[0]["seconds"] == pytest.approx([80e-6, 160e-6])
     failed = {result["entry"]: result["failed"] for result in row["results"][3:]}
-    assert failed.keys() == set(map(repr, (WRONG, RAISES, DIES, DRIFTS)))
+    assert failed.keys() == set(map(repr, (WRONG, RAISES, DIES, DRIFTS, SPILLS)))
+    assert failed[repr(SPILLS)] == "spills 24 bytes per thread"
     assert failed[repr(WRONG)].startswith("wrong: output 0 is off by ")
     assert failed[repr(RAISES)] == "RuntimeError: does not fit" and failed[repr(DIES)] == "died"
     assert failed[repr(DRIFTS)].startswith("other results after it was timed")
     head, first, *lines = tune.table(row).splitlines()
     assert head.endswith(": time to that of Tile(block=0, num_warps=4), us at rows=2 D=8; rows=4 D=8")
-    assert first.split() == ["Tile(block=1,", "num_warps=4)", "0.800", "80.0", "160.0"] and len(lines) == 6
+    assert first.split() == ["Tile(block=1,", "num_warps=4)", "0.800", "80.0", "160.0"] and len(lines) == 7
     card = tune.card(tune.DEVICE)
     assert tune.entries([row]).splitlines() == [
         "entries of doubling's double:",
@@ -162,7 +166,7 @@ def double(x):
 
 test_tune.DOUBLE.implementations["triton"] = double
 tune.OPS = dict(double=test_tune.DOUBLE)
-tune.compile_all = lambda *_: None
+tune.compile_all = lambda job, functions: {name: [] for name in functions}
 harness.TURNS_S = 0
 sys.exit(tune.main(sys.argv[1:]))
 """
@@ -247,8 +251,9 @@ OP = Op("double", {"torch": lambda x: 2 * x, "triton": double}, lambda shape, ma
 device = {"get_current_target": GPUTarget("cuda", 90, 32), "get_current_device": 0, "get_current_stream": 0}
 driver.set_active(SimpleNamespace(**{name: lambda *_, value=value: value for name, value in device.items()}))
 job = tune.Job(OP, TABLE, "any")
-tried = [job.variant(Tile(64, 1)), job.variant(Tile(1024, 8)), job.variant(Tile(48, 4))]  # 48 is no power of two
-own, wide, wrong = tune.compile_all(job, tried)
+tiles = {"own": Tile(64, 1), "wide": Tile(1024, 8), "wrong": Tile(48, 4)}  # 48 is no power of two
+tried = {name: job.variant(tile) for name, tile in tiles.items()}
+(own,), (wide,), (wrong,) = tune.compile_all(job, tried).values()
 for kernel in (own, wide):
     kernel = kernel.result()
     print(kernel.metadata.num_warps, kernel.module)
@@ -256,7 +261,7 @@ try:
     wrong.result()
 except Exception:
     print("failed")
-(again,) = tune.compile_all(job, tried[1:2])
+((again,),) = tune.compile_all(job, {"wide": tried["wide"]}).values()
 print(again.metadata.num_warps)
 """
 
