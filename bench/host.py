@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
-os.environ.pop("TRITON_INTERPRET", None)  # read when Triton is imported: the interpreter launches in another way
+if __name__ == "__main__":  # read when Triton is imported: the interpreter launches in another way
+    os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 

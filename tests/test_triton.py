@@ -195,7 +195,7 @@ def test_offsets_of_heads_beyond_two_to_the_31():
         results = [
             (
                 *attend(x, x, x, None, None, None, *options),
-                *backward(x, x, x, x, None, None, *saved, *options),
+                *backward(x, x, x, x, None, None, None, *saved, *options),
                 turn_back(x, x, x, None, cos, sin, None, None, None, 1e-6, False)[0],
             )
             for x in (far, near)
@@ -275,7 +275,7 @@ def library_calls():
     qkv, cos, sin, q_gain, k_gain = (inputs["rope"][k] for k in ("qkv", "cos", "sin", "q_gain", "k_gain"))
     q, k, v = OPS["rope"].implementations["torch"](qkv, cos, sin, 4, 2)
     query, key, value = inputs["attention"].values()
-    lse = torch.randn(query.shape[0], query.shape[2], query.shape[1], device=DEVICE)
+    lse = torch.randn(2, query.shape[0], query.shape[2], query.shape[1], device=DEVICE)  # and the maximum, in float32
     documents = document_ranges(torch.arange(key.shape[1], device=DEVICE).expand(key.shape[:2]) // 5)
     sink = torch.randn(query.shape[2], device=DEVICE)
     logits, targets = inputs["cross_entropy"].values()
@@ -292,8 +292,8 @@ def library_calls():
             (query, key, value, documents, sink, sink, 0.2, False, 3, 5.0),
         ],
         "attention_bwd": [
-            (query, query, key, value, None, None, query, lse, 0.2, True, 0, 0.0),
-            (query, query, key, value, documents, sink, query, lse, 0.2, False, 3, 5.0),
+            (query, query, key, value, None, None, None, query, lse, 0.2, True, 0, 0.0),
+            (query, query, key, value, documents, sink, sink, query, lse, 0.2, False, 3, 5.0),
         ],
         "rmsnorm_fwd": [(x, gain, residual, 1e-6), (x, None, None, 1e-6)],
         "rmsnorm_bwd": [(x, residual, x, gain, rstd, False), (x.half(), None, x, None, rstd, True)],
