@@ -112,10 +112,10 @@ def _named(op: Op, wanted: str, device: torch.device) -> str:
         hint = f" (did you mean {near[0]}?)" if near else f": give it one of them with --kernels.{op.name}"
         raise KernelError(f"{op.name} has no {wanted!r} kernel; it has {', '.join(op.implementations)}{hint}")
     if wanted == "triton" and not AVAILABLE:
-        raise KernelError("Triton is not installed (it is published for Linux): take --kernels=torch")
+        raise KernelError("Triton is not installed (it is published for Linux): use --kernels=torch")
     if wanted == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise KernelError(
-            f"the triton kernel of {op.name} needs a GPU and this run is on {device.type}: take --kernels=torch, "
+            f"the triton kernel of {op.name} needs a GPU and this run is on {device.type}: use --kernels=torch, "
             "or set TRITON_INTERPRET=1 to run it, slowly, in Triton's interpreter"
         )
     return wanted

@@ -207,7 +207,7 @@ def attention_sdpa(
     """
     _check(q, k, v, scale, window, documents, softcap, sink, slopes)
     if softcap or sink is not None:
-        raise ValueError("SDPA has no softcap and no sink: take --kernels.attention=triton or torch")
+        raise ValueError("SDPA has no softcap and no sink: use --kernels.attention=triton or torch")
     t, s = q.shape[1], k.shape[1]
     causal = causal and t > 1  # a single query is at the last position and sees every key
     is_causal = causal and t == s and not window and documents is None and slopes is None
@@ -971,7 +971,7 @@ def attention_triton(
     if q.shape[-1] > HEAD_DIMS[-1]:
         raise ValueError(f"the triton kernel of attention has heads of up to {HEAD_DIMS[-1]}, not {q.shape[-1]}")
     if dropout:
-        raise ValueError("the triton kernel of attention has no dropout: take --kernels.attention=sdpa")
+        raise ValueError("the triton kernel of attention has no dropout: use --kernels.attention=sdpa")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     window = 0 if causal and window >= k.shape[1] else window
     sink, slopes = (None if x is None else x.contiguous() for x in (sink, slopes))
@@ -1130,6 +1130,6 @@ OP = Op(
         *(_shape(4, 4096, 4096, 8, 8, d, A=1) for d in (64, 128)),
     ),
     preferred={"cuda": "auto"},
-    lacks={"triton": {"dropout": "take --kernels.attention=sdpa (or torch)"}},
+    lacks={"triton": {"dropout": "use --kernels.attention=sdpa (or torch)"}},
     launches=tuple(TABLES.values()),
 )

@@ -23,6 +23,7 @@ from bench.harness import Case, checked_shape, cpu_shape, fewer_rows, shrink
 from bench.rivals import RIVALS
 from bench.timing import Call, relative_error
 from kernels import OPS
+from kernels.attention import attention_torch
 from kernels.spec import Cost, Op
 
 ROOT = Path(__file__).parents[1]
@@ -225,9 +226,28 @@ def test_rivals_are_of_ops_that_there_are():
     assert RIVALS.keys() <= OPS.keys()
 
 
+def flash_attn():
+    """The interface of flash_attn, as far as a rival takes it; the packed one gives the log-sum-exp too."""
+
+    def dense(q, k, v, causal, window_size):
+        left, right = window_size
+        assert causal and right <= 0
+        return attention_torch(q, k, v, window=left + 1)
+
+    def packed(q, k, v, begins, key_begins, longest, longest_keys, **options):
+        sizes = begins.diff()
+        assert begins.dtype == torch.int32 and begins is key_begins and longest == longest_keys == sizes.max()
+        documents = zip(*(x[None].split(sizes.tolist(), 1) for x in (q, k, v)), strict=True)
+        return torch.cat([dense(*document, **options)[0] for document in documents]), None
+
+    return SimpleNamespace(flash_attn_func=dense, flash_attn_varlen_func=packed)
+
+
 @pytest.mark.parametrize("mask", [{}, {"W": 5}, {"L": 8}, {"L": 9, "W": 5}], ids=str)
 def test_attentions_rivals_attend(mask, monkeypatch):
     shape = {"B": 2, "T": 32, "S": 32, "H": 4, "KV": 2, "D": 16} | mask
+    for name in ("flash_attn", "flash_attn_interface"):
+        monkeypatch.setitem(sys.modules, name, flash_attn())
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     found = {name: make() for name, make in RIVALS["attention"].items() if not name.startswith("SDPA")}
     flex = found.pop("FlexAttention")  # which takes no gradients on a CPU
@@ -236,7 +256,7 @@ def test_attentions_rivals_attend(mask, monkeypatch):
     without = {"FlexAttention": lambda q, k, v, **options: flex(q.detach(), k.detach(), v.detach(), **options)}
     with warnings.catch_warnings(action="ignore"):  # that it is not compiled
         results |= harness.check(OPS["attention"], shape, without, "forward")
-    assert len(results) == 2
+    assert len(results) == 4
     for result in results.values():
         assert "failed" not in result, result
 

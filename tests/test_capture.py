@@ -155,7 +155,8 @@ def test_a_resumed_run_replays_on(run, eagerly):
 
 
 def test_triton_kernels_replay(run, eagerly):
-    small = {"model.n_layer": 1, "batch_size": 1, "optimizer": "adamw", "precision": "bf16", "micro_batch": 1}
+    small = {"model.n_layer": 1, "model.n_head": 1, "model.seq_len": 16, "batch_size": 1, "eval_tokens": 16}
+    small |= {"optimizer": "adamw", "precision": "bf16"}
     knobs = small | {"steps": WARM_UP + 4, "log_every": 1, "eval_every": 100, "save_every": 100, "kernels": "triton"}
     _, replayed = run(run="replayed", **knobs)
     assert Recorded.replays == 5

@@ -215,7 +215,7 @@ def test_automatic_choice_on_a_gpu():
 
 def test_what_an_implementation_lacks_is_said_with_advice():
     bound = replace(bind(KernelChoice()), names={"attention": "triton", "swiglu": "torch"})
-    with pytest.raises(KernelError, match=r"the triton kernel of attention has no dropout: take --kernels\.attention="):
+    with pytest.raises(KernelError, match=r"the triton kernel of attention has no dropout: use --kernels\.attention="):
         bound.require("attention", "dropout")
     bound.require("attention", "windows")
     bound.require("swiglu", "dropout")

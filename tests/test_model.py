@@ -433,7 +433,7 @@ def test_dropout_applies_in_three_places():
 
 def test_dropout_needs_an_attention_kernel_that_has_it():
     config = ModelConfig(n_layer=1, n_head=2, d_model=16, dropout=0.1).resolved(11)
-    with pytest.raises(KernelError, match=r"attention has no dropout: take --kernels\.attention=sdpa \(or torch\)"):
+    with pytest.raises(KernelError, match=r"attention has no dropout: use --kernels\.attention=sdpa \(or torch\)"):
         GPT(config, replace(bind(KernelChoice()), names={"attention": "triton"}))
 
 

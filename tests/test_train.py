@@ -391,7 +391,7 @@ REFUSED = {
     "missing file": ({"data.corpus": "no/such.txt"}, "no/such.txt"),
     "unknown device": ({"device": "cuda:9"}, "device 'cuda:9' is not on this machine, which has cpu"),
     "unknown kernel": ({"kernels.attention": "flsh"}, "attention has no 'flsh' kernel; it has torch, triton, sdpa"),
-    "triton without a GPU": ({"kernels": "triton"}, "needs a GPU and this run is on cpu: take --kernels=torch"),
+    "triton without a GPU": ({"kernels": "triton"}, "needs a GPU and this run is on cpu: use --kernels=torch"),
     "dropout of 1": ({"model.dropout": 1}, "model.dropout must be less than 1, not 1"),
     "an empty window": ({"model.window": 0}, "model.window must be a number of keys, such as 256, or S and L"),
     "unknown packing": ({"data.packing": "document"}, "did you mean documents?"),
