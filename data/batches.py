@@ -88,12 +88,15 @@ def eval_batches(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Inputs and targets, int64 `[batch_size, seq_len]`, of consecutive windows with the first `max_tokens` targets.
 
-    The last batch is padded; its padding targets are -1, which the loss ignores. Raises `DataError` if `tokens` has
-    fewer than two tokens.
+    The last batch is padded; its padding targets are -1, which the loss ignores. The last of `tokens` is the
+    end-of-text token. Raises `DataError` if there is no other target, since the loss per byte needs a byte of text.
     """
     n_targets = min(max_tokens, len(tokens) - 1)
-    if n_targets < 1:
-        raise DataError(f"the validation text is {len(tokens)} tokens long: evaluation needs at least 2")
+    if (tokens[shift : n_targets + shift] == tokens[-1]).all():
+        raise DataError(
+            f"evaluation has no text to predict: the validation split is {len(tokens)} tokens long, and {n_targets} of "
+            "them are targets; raise eval_tokens or data.val_fraction, or use a larger corpus"
+        )
     size, batches = batch_size * seq_len, []
     for start in range(0, n_targets, size):
         end = min(start + size, n_targets)

@@ -16,13 +16,14 @@ import sysconfig
 import tokenize
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
 
 from data.formats import (
     READERS,
+    READERS_VERSION,
     TEXT_SUFFIXES,
     Corpus,
     DataError,
@@ -37,8 +38,12 @@ from data.hub import hub_corpus
 # Corpora from the Python installation, which need no download
 
 _STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
-_PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
-_NOT_SOURCES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", ".."}
+_ROOT = Path(__file__).parents[1]
+# Besides tests: numpy/distutils, which only its wheels for Python 3.11 have.
+_NOT_SOURCES = {"test", "tests", "idle_test", "distutils", "site-packages", "dist-packages", "__pycache__", ".."}
+
+# `Dataset.digest` of docstrings at the versions of constraints.txt, equal on every platform and Python.
+DOCSTRINGS_DIGEST = "981746fd217638e0c9d646a853496345916e41e159c1302d49a0c43b25a8e534"
 
 
 def _is_source(path: os.PathLike[str]) -> bool:
@@ -47,44 +52,63 @@ def _is_source(path: os.PathLike[str]) -> bool:
     return parts[-1].endswith(".py") and _NOT_SOURCES.isdisjoint(parts)
 
 
-def _standard_library() -> list[Path]:
-    paths = (path.relative_to(_STANDARD_LIBRARY) for path in _STANDARD_LIBRARY.rglob("*.py"))
-    return [_STANDARD_LIBRARY / path for path in sorted(paths) if _is_source(path)]
-
-
-def _required_packages() -> dict[str, importlib.metadata.Distribution]:
-    """Installed direct and indirect dependencies of this project, sorted by name."""
-    from packaging.requirements import Requirement
-    from packaging.utils import canonicalize_name
-
-    pending = tomllib.loads(_PYPROJECT.read_text("utf-8"))["project"]["dependencies"]
-    found: dict[str, importlib.metadata.Distribution] = {}
-    while pending:
-        requirement = Requirement(pending.pop())
-        name = canonicalize_name(requirement.name)
-        if name in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
-            continue
-        try:
-            found[name] = importlib.metadata.distribution(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        pending += found[name].requires or []
-    return dict(sorted(found.items()))
-
-
 def _read_sources() -> Iterator[str]:
-    for path in _standard_library():
-        with tokenize.open(path) as file:  # honours the file's encoding declaration
+    paths = (path.relative_to(_STANDARD_LIBRARY) for path in _STANDARD_LIBRARY.rglob("*.py"))
+    for path in sorted(filter(_is_source, paths)):
+        with tokenize.open(_STANDARD_LIBRARY / path) as file:  # honours the file's encoding declaration
             yield file.read()
 
 
-def _read_docstrings() -> Iterator[str]:
+def _open_standard_library(name: str) -> Corpus:
+    shards = [shard(name, None, _read_sources)]
+    return Corpus(name, digest(sys.platform, platform.python_version()), True, lambda: shards)
+
+
+def _fixed_versions() -> dict[str, str]:
+    """Versions that constraints.txt gives the direct dependencies that every platform has, sorted by name."""
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((_ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    required = {requirement.name for requirement in map(Requirement, project["dependencies"]) if not requirement.marker}
+    pins = (line.partition("==") for line in (_ROOT / "constraints.txt").read_text("utf-8").splitlines())
+    return {name: version for name, _, version in sorted(pins) if name in required}
+
+
+def _open_docstrings(name: str) -> Corpus:
+    """The docstrings of the direct dependencies. `Corpus.remark` says whether they are those of the fixed versions."""
+    from packaging.version import Version
+
+    fixed, packages = _fixed_versions(), {}
+    for package in fixed:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            packages[package] = importlib.metadata.distribution(package)
+    versions = {package: Version(found.version).public for package, found in packages.items()}  # no +cpu, +cu130
+
+    def remark(text_digest: str) -> str:
+        if text_digest == DOCSTRINGS_DIGEST:
+            return "the fixed text of constraints.txt"
+        others = [
+            f"{package} is {versions.get(package, 'missing')}, not {version}"
+            for package, version in fixed.items()
+            if versions.get(package) != version
+        ]
+        return f"not the fixed text of constraints.txt: {', '.join(others) or 'its packages have other files here'}"
+
+    files = [
+        Path(found.locate_file(path))
+        for found in packages.values()
+        for path in sorted(found.files or [], key=lambda path: path.parts)
+        if _is_source(path)
+    ]
+    shards = [shard(name, None, partial(_read_docstrings, files))]
+    return Corpus(name, digest(name, versions), True, lambda: shards, remark=remark)
+
+
+def _read_docstrings(files: list[Path]) -> Iterator[str]:
     """Yield one document per module: its docstrings, except those that already occurred."""
-    files = _standard_library()
-    for package in _required_packages().values():
-        files += [Path(package.locate_file(path)) for path in sorted(package.files or []) if _is_source(path)]
     command = [sys.executable, "-I", "-X", "utf8", "-W", "ignore", str(Path(__file__).with_name("docstrings.py"))]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf-8"}
+    # A process group of their own: Ctrl-C on a terminal is for this process alone, which then ends them.
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf-8", "process_group": 0}
     seen: set[str] = set()
     with ExitStack() as stack:
         workers = [stack.enter_context(subprocess.Popen(command, **pipes)) for _ in range(os.cpu_count() or 1)]
@@ -101,31 +125,23 @@ def _read_docstrings() -> Iterator[str]:
             yield utf8_safe("\n\n".join(new))
 
 
-def _open_standard_library(name: str) -> Corpus:
-    shards = [shard(name, None, _read_sources)]
-    return Corpus(name, digest(sys.platform, platform.python_version()), True, lambda: shards)
-
-
-def _open_docstrings(name: str) -> Corpus:
-    versions = {package: found.version for package, found in _required_packages().items()}
-    shards = [shard(name, None, _read_docstrings)]
-    return Corpus(name, digest(sys.platform, platform.python_version(), versions), True, lambda: shards)
-
-
 # Local files and folders
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All files below a folder. Symbolic links are followed, and each folder is visited once."""
+    """All files below a folder, except those of runs. Symbolic links are followed, and each folder is visited once."""
     seen = {folder.resolve()}
     for root, folders, names in os.walk(folder, followlinks=True):
+        if {"config.json", "status.json"} <= {*names} and Path(root) != folder:
+            folders.clear()
+            continue
         yield from (Path(root, name) for name in names)
         targets = {name: Path(root, name).resolve() for name in sorted(folders)}
         folders[:] = [name for name, target in targets.items() if target not in seen and not seen.add(target)]
 
 
 def _open_path(path: Path) -> Corpus:
-    """A corpus of one file, or of the files of known types in a folder, except hidden ones.
+    """A corpus of one file, or of the files of known types in a folder, except hidden ones and those of our runs.
 
     All text files of a folder form one shard, since they may be many and small; every other file is a shard of its own.
     The fingerprint covers path, names, sizes and modification times, so opening 100 GB is as fast as opening 1 MB.
@@ -144,13 +160,17 @@ def _open_path(path: Path) -> Corpus:
     if not any(stat.st_size for stat in status.values()):
         suffixes = " ".join(READERS)
         raise DataError(f"{path} holds no text: it is empty, or a folder without {TEXT_SUFFIXES} {suffixes}")
-    texts = [file for file in files.values() if reader(file.name) is read_text]
-    tables = [(name, file) for name, file in files.items() if reader(file.name) is not read_text]
-    shards = [shard(name, None, partial(reader(file.name), file)) for name, file in tables]
+    readers = {name: reader(name, by_path=path.is_file()) for name in files}
+    texts = [file for name, file in files.items() if readers[name] is read_text]
+    shards = [
+        shard(name, None, partial(readers[name], file))
+        for name, file in files.items()
+        if readers[name] is not read_text
+    ]
     if texts:
         shards.append(shard("text", None, lambda: chain.from_iterable(map(read_text, texts))))
     times = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in status.items()]
-    return Corpus(path.resolve().name, digest(str(path.resolve()), times), True, lambda: shards)
+    return Corpus(path.resolve().name, digest(str(path.resolve()), times, READERS_VERSION), True, lambda: shards)
 
 
 # Datasets of the Hugging Face Hub
@@ -183,7 +203,7 @@ def wikitext_articles(rows: Iterable[str]) -> Iterator[str]:
 # The corpora by name
 
 CORPORA: dict[str, tuple[str, Callable[[str], Corpus]]] = {
-    "docstrings": ("docstrings of Python's standard library and of the required packages", _open_docstrings),
+    "docstrings": ("docstrings of the required packages, the same text at the same versions", _open_docstrings),
     "stdlib": ("sources of Python's standard library", _open_standard_library),
     "tinystories": (
         "2 GB of synthetic short stories with a small child's vocabulary",

@@ -18,12 +18,13 @@ _DOCUMENTED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 def docstrings(source: bytes) -> list[str]:
     """Docstrings of a module and its classes and functions, in source order, without indentation.
 
-    Returns [] for source that this Python cannot parse (templates, code for another version).
+    Returns [] for source that Python 3.11 cannot parse (templates, code for another version), so that every Python
+    finds the same.
     """
     if b'"""' not in source and b"'''" not in source:  # this check is much cheaper than parsing
         return []
     try:
-        tree = ast.parse(source)
+        tree = ast.parse(source, feature_version=(3, 11))
     except (SyntaxError, ValueError, RecursionError):
         return []
     found = (ast.get_docstring(node) for node in (tree, *_definitions(tree)))

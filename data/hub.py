@@ -41,7 +41,7 @@ def hub_corpus(
     """
     fingerprint = digest(repository, _REVISION, patterns)
     shards = partial(_shards, repository, patterns, documents, fingerprint)
-    return Corpus(name, fingerprint, deduplicate=False, shards=shards)
+    return Corpus(name, fingerprint, deduplicate=False, shards=shards, remote=True)
 
 
 def _shards(

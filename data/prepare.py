@@ -4,7 +4,7 @@ A prepared corpus is a folder in the cache, named by a hash of everything that i
 
     tokenizer.json            the vocabulary
     train.bin, val.bin        token ids, uint16 or uint32; each document ends with the end-of-text token
-    manifest.json             corpus, tokenizer, statistics, sizes and checksums
+    manifest.json             corpus, digest of its text, tokenizer, statistics, sizes and checksums
 
 It is built in a folder with the suffix `.partial`, which is renamed when complete. A folder with the final name is
 therefore always complete, even if the process is killed. `progress.json` in the partial folder records the finished
@@ -13,32 +13,36 @@ shards and how many bytes of each file they take; a later run truncates the file
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal
 
 import numpy as np
 
 from data.corpora import open_corpus
-from data.formats import Corpus, DataError, Shard
-from data.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer, train_bpe
-from runtime.files import write_atomically
+from data.formats import Corpus, DataError, Document, Shard, digest, pieces
+from data.tokenizer import SPLIT_PATTERN, Tokenizer, byte_tokenizer, gpt2_tokenizer, train_bpe
+from runtime.files import locked, write_atomically
 from runtime.progress import progress_bar
 
 FORMAT = 1  # version of the prepared folder, part of the hash in its name
 SPLITS = ("train", "val")
+DEFAULT_VOCAB_SIZE = 4096
 SAMPLE_CHARS = 32 * 2**20  # characters to train a BPE vocabulary on; more would change few merges
-CHUNK = 2**24  # tokens counted at a time
-BATCH_CHARS = 8 * 2**20  # characters of text in memory at a time, unless a document is longer
+CHUNK = 2**21  # tokens counted or searched at a time
+BATCH_CHARS = 8 * 2**20  # characters of text per batch, of which two are in memory at a time
+GROUP_CHARS = 2**18  # characters that a thread encodes at a time
 VERIFY_BYTES = 64 * 2**20  # files up to this size are checksummed each time they are opened, in well under 0.1 s
 DIGEST_BYTES = 16  # bytes of a document's hash; 128 bits make collisions negligible
 REPORT_S = 30.0  # seconds between progress lines when there is no progress bar
@@ -54,7 +58,9 @@ class DataConfig:
     tokenizer: Annotated[Literal["bytes", "bpe", "gpt2"], "raw bytes, BPE trained on the corpus, or GPT-2's BPE"] = (
         "bpe"
     )
-    vocab_size: Annotated[int, "[257, inf)", "vocabulary size of trained BPE"] = 2048
+    vocab_size: Annotated[
+        int, "[0, inf)", "vocabulary size of trained BPE (0: 4096, fewer tokens for a short text)"
+    ] = 0
     val_fraction: Annotated[
         float, "(0, 1)", "fraction of documents to hold out, if the corpus has no validation split"
     ] = 0.01
@@ -65,10 +71,21 @@ class DataConfig:
     shift: Annotated[int, "[0, 1]", "offset of targets from inputs in tokens; 0 reproduces a published mistake"] = 1
     cache: Annotated[str, "folder for prepared corpora"] = "data/cache"
 
+    def __post_init__(self):
+        if 0 < self.vocab_size < 257:
+            raise ValueError(
+                f"vocab_size must be 0 or at least 257 (all bytes and the end of a text), not {self.vocab_size}"
+            )
+        for name in ("corpus", "cache"):
+            if not getattr(self, name):
+                raise ValueError(
+                    f"{name} is empty: it must be {'a corpus or a path' if name == 'corpus' else 'a folder'}"
+                )
+
     @property
     def expected_vocab_size(self) -> int:
         """Vocabulary size of the tokenizer, known before preparation."""
-        return {"bytes": 257, "bpe": self.vocab_size, "gpt2": 50257}[self.tokenizer]
+        return {"bytes": 257, "bpe": self.vocab_size or DEFAULT_VOCAB_SIZE, "gpt2": 50257}[self.tokenizer]
 
     @property
     def separator(self) -> int:
@@ -80,8 +97,9 @@ class DataConfig:
 class Dataset:
     """A prepared corpus. `train` and `val` are read-only memory-mapped token arrays: 1-D, uint16 or uint32.
 
-    `summary` is the manifest: `corpus`, `fingerprint` and `tokenizer`; for each of `train` and `val` the numbers of
-    `documents`, `bytes` of text and `tokens`; and the size and SHA-256 of each of `files`.
+    `summary` is the manifest: `corpus`, `fingerprint`, `digest` and `tokenizer`; the number of `duplicates` that were
+    dropped; for each of `train` and `val` the numbers of `documents`, `bytes` of text and `tokens`; and the size and
+    SHA-256 of each of `files`.
     """
 
     tokenizer: Tokenizer
@@ -89,6 +107,21 @@ class Dataset:
     val: np.ndarray
     path: Path
     summary: dict
+    remark: str = ""  # what `digest` says about the text, in words
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the text that was read. Losses on texts of different digests are not comparable.
+
+        Empty for a folder that a version without digests prepared.
+        """
+        return self.summary.get("digest", "")
+
+    def __str__(self) -> str:
+        """The corpus in words: its name, the digest's beginning, and whether it is a fixed text."""
+        details = [f"digest {self.digest[:12]}"] if self.digest else []
+        details += [self.remark] if self.remark else []
+        return self.summary["corpus"] + (f" ({', '.join(details)})" if details else "")
 
 
 def prepare(config: DataConfig, say: Callable[[str], None] = print) -> Dataset:
@@ -102,41 +135,65 @@ def prepare(config: DataConfig, say: Callable[[str], None] = print) -> Dataset:
     invalid corpus or tokenizer, a corpus too small to split, and a damaged prepared folder.
     """
     corpus = open_corpus(config.corpus)
-    vocab_size = config.vocab_size if config.tokenizer == "bpe" else None
-    parts = (FORMAT, corpus.name, corpus.fingerprint, config.tokenizer, vocab_size)
-    key = hashlib.sha256(repr((*parts, config.val_fraction, config.max_tokens)).encode()).hexdigest()[:12]
-    folder = Path(config.cache) / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', corpus.name)}-{config.tokenizer}-{key}"
+    folder = _folder(config, corpus.name, corpus.fingerprint, SPLIT_PATTERN)
     if not folder.exists():
         with _locked(folder.with_name(folder.name + ".lock"), say):
             if not folder.exists():
                 _Preparation(corpus, config, folder, say).run()
-    return _open(folder)
+    dataset = _open(folder)
+    cut = f"its first {config.max_tokens:,} tokens" if config.max_tokens else ""
+    return replace(dataset, remark=cut or corpus.remark(dataset.digest))
+
+
+def reopen(config: DataConfig, tokenizer: Tokenizer, digest: str) -> Dataset | None:
+    """Open the tokens that a run was trained on, if the cache has them, even if its corpus would differ now.
+
+    A corpus changes with a user's files, with installed packages, and with this program's version. `tokenizer` and
+    `digest` ("" for a run of a version without digests) are the run's. Raises `DataError` if the folder is damaged.
+    """
+    name = open_corpus(config.corpus).name
+    for manifest in sorted(Path(config.cache).glob("*/manifest.json")):
+        with suppress(ValueError, KeyError, TypeError, AttributeError):
+            summary = json.loads(manifest.read_text())
+            if summary["corpus"] != name or summary.get("digest", "") != digest:
+                continue
+            folders = [_folder(config, name, summary["fingerprint"], pattern) for pattern in (tokenizer.pattern, None)]
+            if manifest.parent in folders and (dataset := _open(manifest.parent)).tokenizer == tokenizer:
+                return replace(dataset, remark=f"as the run was trained on it, in {manifest.parent}")
+    return None
+
+
+def _folder(config: DataConfig, name: str, fingerprint: str, pattern: str | None) -> Path:
+    """The prepared folder of a corpus. Versions before the present split pattern left it out: `pattern` is None."""
+    trained = (config.vocab_size, pattern) if pattern else config.vocab_size
+    parts = (FORMAT, name, fingerprint, config.tokenizer, trained if config.tokenizer == "bpe" else None)
+    key = hashlib.sha256(repr((*parts, config.val_fraction, config.max_tokens)).encode()).hexdigest()[:12]
+    return Path(config.cache) / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-{config.tokenizer}-{key}"
 
 
 @contextmanager
 def _locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """A context that holds a file lock on `path`. The system releases it if the process is killed."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-    except OSError as error:
-        raise DataError(
-            f"cannot write to {path.parent}: {error.strerror}; choose another folder with --data.cache"
-        ) from error
-    with file:
+    """A context that holds the lock `path`, after waiting for another process that does."""
+    with ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"waiting for another process that is preparing {path.stem}")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            waiting = f"waiting for another process that is preparing {path.stem}"
+            held.enter_context(locked(path, busy=lambda pid: say(waiting)))
+        except OSError as error:
+            raise DataError(
+                f"cannot write to {path.parent}: {error.strerror}; choose another folder with --data.cache"
+            ) from error
         yield
 
 
 @dataclass
 class _Progress:
-    """Contents of progress.json: the finished shards, and the bytes that they take in each file."""
+    """Contents of progress.json: the finished shards, digests of their text, the documents of them that were dropped
+    because they occurred before, and the bytes that they take in each file."""
 
     shards: list[str] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
+    duplicates: int = 0
     sizes: dict[str, int] = field(default_factory=lambda: {"train.bin": 0, "val.bin": 0, "seen.bin": 0})
 
 
@@ -149,25 +206,56 @@ class _Preparation:
         self.folder = folder
         self.partial = folder.with_name(folder.name + ".partial")
         self.say = say
-        self.cached_shards: dict[str, list[str]] = {}  # documents of shards that BPE training read to the end
+        self.cached_shards: dict[str, list[Document]] = {}  # documents of shards that BPE training read to the end
 
     def run(self) -> None:
-        """Prepare the folder, from the beginning or from the last finished shard. Raises `DataError`."""
+        """Prepare the folder, from the beginning or from the last finished shard. Raises `DataError`.
+
+        After an error in local files nothing is kept, since mended files are a new corpus; if the disk is full, the
+        finished shards are."""
+        try:
+            self._run()
+        except DataError:
+            if not self.corpus.remote:
+                shutil.rmtree(self.partial, ignore_errors=True)
+            raise
+        except OSError as error:
+            if not (self.partial / "progress.json").exists():
+                shutil.rmtree(self.partial, ignore_errors=True)
+            raise DataError(
+                f"cannot prepare {self.corpus.name} in {self.partial}: {error.strerror or error}; free some space, or "
+                "choose another folder with --data.cache"
+            ) from error
+
+    def _run(self) -> None:
         started = time.monotonic()
         self.partial.mkdir(exist_ok=True)
+        vocabulary, state = self.partial / "tokenizer.json", self.partial / "progress.json"
+        progress = _Progress(**json.loads(state.read_text())) if state.exists() else _Progress()
         # Validation shards come first, so that their documents can be dropped from training shards.
         shards = sorted(self.corpus.shards(), key=lambda shard: shard.split != "val")
-        vocabulary, state = self.partial / "tokenizer.json", self.partial / "progress.json"
         if not vocabulary.exists():
             self._make_tokenizer(shards).save(vocabulary)
         tokenizer = Tokenizer.load(vocabulary)
-        progress = _Progress(**json.loads(state.read_text())) if state.exists() else _Progress()
         self._tokenize(shards, tokenizer, progress)
-        summary = {"corpus": self.corpus.name, "fingerprint": self.corpus.fingerprint, "tokenizer": tokenizer.name}
-        for split in SPLITS:
-            summary[split] = _finish(self.partial / f"{split}.bin", progress.sizes[f"{split}.bin"], tokenizer)
-        files = [vocabulary, *(self.partial / f"{split}.bin" for split in SPLITS)]
-        summary["files"] = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in files}
+        summary = {
+            "corpus": self.corpus.name,
+            "fingerprint": self.corpus.fingerprint,
+            # An earlier version may have prepared the first shards, without digests.
+            "digest": digest(progress.digests) if len(progress.digests) == len(progress.shards) else "",
+            "tokenizer": tokenizer.name,
+            "duplicates": progress.duplicates,
+        }
+        splits = {split: self.partial / f"{split}.bin" for split in SPLITS}
+        for path in splits.values():
+            _finish(path, progress.sizes[path.name], tokenizer)
+        with ThreadPoolExecutor() as pool:
+            checksums = {path: pool.submit(_sha256, path) for path in (vocabulary, *splits.values())}
+            summary |= {split: _count(path, tokenizer) for split, path in splits.items()}
+        summary["files"] = {
+            path.name: {"size": path.stat().st_size, "sha256": checksum.result()}
+            for path, checksum in checksums.items()
+        }
         write_atomically(self.partial / "manifest.json", json.dumps(summary, indent=2))
         self.partial.rename(self.folder)
         for name in ("progress.json", "seen.bin"):
@@ -178,6 +266,7 @@ class _Preparation:
         self.say(
             f"prepared {self.corpus.name} in {time.monotonic() - started:.0f} s: {documents:,} documents, "
             f"{size / 1e6:,.1f} MB, {tokens / 1e6:,.1f} M tokens, {summary['val']['tokens']:,} of them for validation"
+            + (f"; {progress.duplicates:,} duplicates were dropped" if progress.duplicates else "")
         )
 
     def _make_tokenizer(self, shards: list[Shard]) -> Tokenizer:
@@ -195,19 +284,23 @@ class _Preparation:
             if shard.split == "val" or not remaining:
                 continue
             documents = []
-            for text in shard.read():
-                documents.append(text)
-                if splitter.split(shard, text) == "train":
-                    sample.append(text[:remaining])
+            for document in shard.read():
+                documents.append(document)
+                for piece in pieces(document) if splitter.split(shard, document)[0] == "train" else ():
+                    sample.append(piece[:remaining])
                     remaining -= len(sample[-1])
+                    if not remaining:
+                        break
                 if not remaining:
                     break
             else:
                 self.cached_shards[shard.name] = documents
-        tokenizer = train_bpe(sample, self.config.vocab_size)
+        size = self.config.expected_vocab_size
+        tokenizer = train_bpe(sample, size, not self.config.vocab_size)
         self.say(
             f"read {(SAMPLE_CHARS - remaining) / 1e6:.1f} M characters of {self.corpus.name} and trained a BPE "
-            f"vocabulary of {tokenizer.vocab_size:,} on them in {time.monotonic() - started:.0f} s"
+            f"vocabulary of {len(tokenizer.ids):,} on them in {time.monotonic() - started:.0f} s"
+            + (f"; they support no more of the {size:,} ids" if len(tokenizer.ids) < size else "")
         )
         return tokenizer
 
@@ -234,26 +327,35 @@ class _Preparation:
             if bar is not None:
                 stack.enter_context(bar)
             reported = time.monotonic()
+            pool = ThreadPoolExecutor(os.cpu_count())
+            stack.callback(pool.shutdown, cancel_futures=True)
             for shard in shards:
                 if shard.name in progress.shards or train.tell() >= limit:
                     continue
-                for texts in _batched(self.cached_shards.pop(shard.name, None) or shard.read()):
-                    by_split: dict[str | None, list[str]] = {"train": [], "val": [], None: []}
-                    for text in texts:
-                        by_split[splitter.split(shard, text)].append(text)
-                    train.write(tokenizer.encode_documents(by_split["train"]))
-                    val.write(tokenizer.encode_documents(by_split["val"]))
+                text = hashlib.sha256()
+                documents = self.cached_shards.pop(shard.name, None) or shard.read()
+                # One batch is read while the one before it is encoded. What is read too far is not recorded.
+                for batch in _one_ahead(
+                    _batches(shard, documents, splitter, partial(pool.submit, tokenizer.encode_documents))
+                ):
+                    for split, file in (("train", train), ("val", val)):
+                        for tokens in batch.tokens[split]:
+                            file.write(tokens.result())
+                    text.update(batch.digests)
+                    progress.duplicates += batch.duplicates
+                    tokens_so_far = f"{train.tell() / tokenizer.dtype.itemsize / 1e6:,.1f} M tokens"
                     if bar is not None:
-                        bar.update(sum(map(len, texts)))
+                        bar.set_postfix_str(tokens_so_far, refresh=False)
+                        bar.update(batch.chars)
                     elif time.monotonic() - reported > REPORT_S:
                         reported = time.monotonic()
-                        tokens = train.tell() / tokenizer.dtype.itemsize
-                        self.say(f"tokenizing {name}: {tokens / 1e6:,.1f} M tokens so far, in shard {shard.name}")
+                        self.say(f"tokenizing {name}: {tokens_so_far} so far, in shard {shard.name}")
                     if train.tell() >= limit:
                         break
                 seen.write(splitter.new_digests)
                 splitter.new_digests.clear()
                 progress.shards.append(shard.name)
+                progress.digests.append(text.hexdigest())
                 save()
             if not train.tell():
                 raise DataError(f"{name} has no documents to train on")
@@ -277,9 +379,15 @@ class _Splitter:
         self.seen = {seen[start : start + DIGEST_BYTES] for start in range(0, len(seen), DIGEST_BYTES)}
         self.new_digests = bytearray()  # digests added to `seen` since the last shard
 
-    def split(self, shard: Shard, text: str) -> str | None:
-        """Return "train", "val" or, for a duplicate, None."""
-        digest = hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest()
+    def split(self, shard: Shard, document: Document) -> tuple[str | None, bytes]:
+        """Return "train", "val" or, for a duplicate, None; and the document's digest."""
+        content = hashlib.blake2b(digest_size=DIGEST_BYTES)
+        for piece in pieces(document):
+            content.update(piece.encode())
+        digest = content.digest()
+        return self._split(shard, digest), digest
+
+    def _split(self, shard: Shard, digest: bytes) -> str | None:
         if digest in self.seen:
             return None
         if self.deduplicate or shard.split == "val":
@@ -292,16 +400,70 @@ class _Splitter:
         return "val" if int.from_bytes(digest[:8], "big") < self.val_fraction * 2**64 else "train"
 
 
-def _batched(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Group documents into lists of at least `BATCH_CHARS` characters, except the last."""
-    batch, size = [], 0
-    for text in documents:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_CHARS:
-            yield batch
-            batch, size = [], 0
-    yield batch
+class _Batch:
+    """About `BATCH_CHARS` characters of documents, which other threads encode in groups of `GROUP_CHARS`."""
+
+    def __init__(self, encode: Callable[[list[str | None]], Future[np.ndarray]]) -> None:
+        self.encode = encode
+        self.tokens: dict[str, list[Future[np.ndarray]]] = {split: [] for split in SPLITS}  # in order
+        self.groups: dict[str, list[str | None]] = {split: [] for split in SPLITS}  # those to encode next
+        self.group_chars = dict.fromkeys(SPLITS, 0)
+        self.chars = 0
+        self.duplicates = 0
+        self.digests = bytearray()  # of the documents that begin in the batch
+
+    def add(self, split: str, piece: str | None) -> None:
+        """Add a piece of a document, or its end (None)."""
+        self.groups[split].append(piece)
+        if piece is not None:
+            self.chars += len(piece)
+            self.group_chars[split] += len(piece)
+            if self.group_chars[split] >= GROUP_CHARS:
+                self._encode(split)
+
+    def finished(self) -> _Batch:
+        """The batch, all of which is being encoded."""
+        for split in SPLITS:
+            self._encode(split)
+        return self
+
+    def _encode(self, split: str) -> None:
+        self.tokens[split].append(self.encode(self.groups[split]))
+        self.groups[split], self.group_chars[split] = [], 0
+
+
+def _batches(
+    shard: Shard,
+    documents: Iterable[Document],
+    splitter: _Splitter,
+    encode: Callable[[list[str | None]], Future[np.ndarray]],
+) -> Iterator[_Batch]:
+    """Batches of a shard's documents."""
+    batch = _Batch(encode)
+    for document in documents:
+        split, digest = splitter.split(shard, document)
+        batch.digests += digest
+        if split is None:
+            batch.duplicates += 1
+            continue
+        for piece in pieces(document):
+            batch.add(split, piece)
+            if batch.chars >= BATCH_CHARS:
+                yield batch.finished()
+                batch = _Batch(encode)
+        batch.add(split, None)
+    yield batch.finished()
+
+
+def _one_ahead(batches: Iterator[_Batch]) -> Iterator[_Batch]:
+    """The same, each when the next has been read."""
+    previous = None
+    for batch in batches:
+        if previous is not None:
+            yield previous
+        previous = batch
+    if previous is not None:
+        yield previous
 
 
 def _open_end(path: Path, size: int) -> BinaryIO:
@@ -316,24 +478,35 @@ def _open_end(path: Path, size: int) -> BinaryIO:
 
 
 def _validation_start(tokens: np.ndarray, tokenizer: Tokenizer, fraction: float, name: str) -> int:
-    """Index at which the last `fraction` of `tokens` starts; moved back to a line's start if one is close enough."""
-    if len(tokens) < 4:
+    """Index at which the last `fraction` of `tokens` starts; moved back to a line's start if one is close enough.
+
+    At least three are held out: a first one, and as targets one of text and the end-of-text token."""
+    if len(tokens) < 5:
         raise DataError(f"{name} is {len(tokens)} tokens long: too short to hold any out for validation")
-    held_out = min(max(2, round(fraction * len(tokens))), len(tokens) - 2)
+    held_out = min(max(3, round(fraction * len(tokens))), len(tokens) - 2)
     cut = len(tokens) - held_out
     ends_line = np.zeros(tokenizer.vocab_size, bool)
     ends_line[[tokenizer.eot, *(id for token, id in tokenizer.ranks.items() if token.endswith(b"\n"))]] = True
     first = max(1, cut - held_out)
-    ends = np.flatnonzero(ends_line[tokens[first:cut]])
-    return first + int(ends[-1]) + 1 if len(ends) else cut
+    for end in range(cut, first, -CHUNK):
+        start = max(first, end - CHUNK)
+        ends = np.flatnonzero(ends_line[tokens[start:end]])
+        if len(ends):
+            return start + int(ends[-1]) + 1
+    return cut
 
 
-def _finish(path: Path, size: int, tokenizer: Tokenizer) -> dict[str, int]:
-    """Truncate a file of tokens to `size` bytes. Returns its numbers of documents, bytes of text and tokens."""
+def _finish(path: Path, size: int, tokenizer: Tokenizer) -> None:
+    """Truncate a file of tokens to `size` bytes."""
     _open_end(path, size).close()
     tokens = np.memmap(path, tokenizer.dtype, "r+")
     tokens[-1] = tokenizer.eot  # it differs only if the file was truncated within a document
     tokens.flush()
+
+
+def _count(path: Path, tokenizer: Tokenizer) -> dict[str, int]:
+    """Numbers of documents, bytes of text and tokens of a file."""
+    tokens = np.memmap(path, tokenizer.dtype, "r")
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     for start in range(0, len(tokens), CHUNK):
         counts += np.bincount(tokens[start : start + CHUNK], minlength=tokenizer.vocab_size)

@@ -8,9 +8,8 @@ Hugging Face's `tokenizers` trains, and is the format of exported checkpoints. R
 from __future__ import annotations
 
 import json
-import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,13 +27,14 @@ if TYPE_CHECKING:
 EOT = "<|endoftext|>"
 GPT2_TIMEOUT_S = 30.0
 
-# GPT-4's pattern with two changes. Digits are grouped in pairs, because a small vocabulary cannot afford a thousand
-# tokens for all groups of three. Runs of white space are bounded, because an unbounded run before a look-ahead
-# overflows the regular expression's stack at about a million characters.
+# The pattern of Qwen2 and Qwen3, which llama.cpp knows as the pre-tokenizer "qwen2". Each digit is a word of its own:
+# a small vocabulary cannot afford a thousand tokens for all groups of three.
 SPLIT_PATTERN = (
-    r"'(?:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s{0,255}[\r\n]|\s{1,256}(?!\S)|\s"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+# The same with bounded runs, to train with: training takes quadratic time in the length of the longest word.
+TRAINING_PATTERN = SPLIT_PATTERN.replace("*", "{0,255}").replace("+", "{1,255}")
 
 # GPT-2's pattern, the default of a tokenizer.json without one, with possessive quantifiers for tiktoken's speed.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -65,7 +65,10 @@ class Tokenizer:
             raise DataError(
                 f"tokenizer {self.name!r} has no token for the byte {missing[0]:#04x}: it must have all 256"
             )
-        if len({*self.ranks.values(), self.eot}) <= len(self.ranks):
+        ids = [*self.ranks.values(), self.eot]
+        if wrong := [id for id in ids if type(id) is not int or not 0 <= id < 2**32]:
+            raise DataError(f"tokenizer {self.name!r} has the id {wrong[0]!r}: ids must be whole numbers from 0")
+        if len(set(ids)) < len(ids):
             raise DataError(f"tokenizer {self.name!r} has two tokens with the same id: ids must differ")
 
     @cached_property
@@ -75,21 +78,21 @@ class Tokenizer:
             return _Bytes(self.ranks, self.eot)
         import tiktoken
 
-        return tiktoken.Encoding(
-            self.name, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens={EOT: self.eot}
-        )
+        # A run before a look-ahead takes a stack entry per character, and tiktoken's has room for a million.
+        pattern = self.pattern.replace(r"\s+(?!\S)", r"\s{1,500000}(?!\S)")
+        return tiktoken.Encoding(self.name, pat_str=pattern, mergeable_ranks=self.ranks, special_tokens={EOT: self.eot})
 
     @property
     def ids(self) -> list[int]:
         """All ids that are tokens, `eot` last. There may be gaps."""
         return [*self.ranks.values(), self.eot]
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """The largest id plus one."""
         return max(self.ids) + 1
 
-    @property
+    @cached_property
     def dtype(self) -> np.dtype:
         """Dtype of ids on disk: uint16 if they fit, otherwise uint32."""
         return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
@@ -98,15 +101,16 @@ class Tokenizer:
         """Encode `text`; "<|endoftext|>" in it is ordinary text."""
         return self.encoding.encode_ordinary(text)
 
-    def encode_documents(self, texts: Sequence[str]) -> np.ndarray:
-        """Encode documents into one 1-D array of `dtype`, with `eot` after each document.
+    def encode_documents(self, pieces: Iterable[str | None]) -> np.ndarray:
+        """Encode documents into one 1-D array of `dtype`. After its pieces, None ends a document and becomes `eot`.
 
         With `eot` after a document rather than before it, the model learns to end one.
         """
         parts, end = [np.empty(0, self.dtype)], np.array([self.eot], self.dtype)
-        for ids in self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1):
-            parts += np.asarray(ids, self.dtype), end
-        return np.concatenate(parts)
+        for piece in pieces:
+            # Before tiktoken 0.11 this took "<|endoftext|>" in a text for `eot`.
+            parts.append(end if piece is None else self.encoding.encode_to_numpy(piece, disallowed_special=()))
+        return np.concatenate(parts, dtype=self.dtype, casting="unsafe")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Decode `ids` to bytes."""
@@ -179,6 +183,8 @@ class Tokenizer:
             merges = (m.split(" ") if isinstance(m, str) else m for m in fields["model"]["merges"])
             order = [ranks[_bytes("".join(merge))] for merge in merges]
             pattern = _pattern_of(fields["pre_tokenizer"])
+            if (kind := fields["model"].get("type", "BPE")) != "BPE":
+                raise ValueError(f"its model is {kind!r}")
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(f"{path} is not the tokenizer.json of a byte-level BPE tokenizer: {error!r}") from error
         if order != sorted(order):
@@ -186,24 +192,32 @@ class Tokenizer:
         eot = next((added[text] for text in (EOT, "<|end_of_text|>") if text in added), None)
         if eot is None:
             raise DataError(f"{path} has no end-of-text token: it needs {EOT} or <|end_of_text|>")
-        return cls(path.resolve().parent.name, pattern, ranks, eot)
+        tokenizer = cls(path.resolve().parent.name, pattern, ranks, eot)
+        try:
+            _ = tokenizer.encoding
+        except ValueError as error:
+            raise DataError(f"{path} has the split pattern {pattern!r}, which tiktoken cannot use: {error}") from error
+        return tokenizer
 
 
 class _Bytes:
     """The part of the `tiktoken.Encoding` interface that `Tokenizer` uses, for a vocabulary of single bytes."""
 
     def __init__(self, ranks: dict[bytes, int], eot: int) -> None:
-        self.ids = np.array([ranks[bytes([b])] for b in range(256)], np.uint32)
+        self.ids = np.array(
+            [ranks[bytes([b])] for b in range(256)], np.uint32 if max(ranks.values()) >= 2**16 else np.uint16
+        )
         self.tokens = {id: token for token, id in ranks.items()} | {eot: EOT.encode()}
 
     def encode_ordinary(self, text: str) -> list[int]:
-        (ids,) = self.encode_ordinary_batch([text])
-        return ids.tolist()
+        return self.encode_to_numpy(text).tolist()
 
-    def encode_ordinary_batch(self, texts: Iterable[str], num_threads: int = 1) -> Iterator[np.ndarray]:
-        for text in texts:
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # unpaired surrogates: U+FFFD
-            yield self.ids[np.frombuffer(text.encode(), np.uint8)]
+    def encode_to_numpy(self, text: str, disallowed_special: Sequence[str] = ()) -> np.ndarray:
+        try:
+            content = text.encode()
+        except UnicodeEncodeError:  # unpaired surrogates become U+FFFD
+            content = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+        return self.ids[np.frombuffer(content, np.uint8)]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Decode `ids` to bytes."""
@@ -216,11 +230,11 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer("bytes", r"\w+|\W+", {bytes([b]): b for b in range(256)}, eot=256)
 
 
-def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_bpe(documents: Iterable[str], vocab_size: int, allow_fewer: bool = False) -> Tokenizer:
     """Train a BPE tokenizer with `vocab_size` ids, including `eot`, on `documents`.
 
-    Raises `DataError` if `vocab_size` is below 257 (all bytes and `eot`), or if the documents have too few pairs that
-    occur twice.
+    Too few pairs may occur twice for that many merges. With `allow_fewer`, the ids before `eot`, the last, are then
+    unused. Raises `DataError` otherwise, and if `vocab_size` is below 257 (all bytes and `eot`).
     """
     from tokenizers import Tokenizer as HFTokenizer
     from tokenizers import models, pre_tokenizers, trainers
@@ -228,14 +242,14 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     if vocab_size < 257:
         raise DataError(f"vocab_size is {vocab_size}: it must be at least 257, all bytes and {EOT}")
     trained = HFTokenizer(models.BPE())
-    trained.pre_tokenizer = _pre_tokenizer(SPLIT_PATTERN)
+    trained.pre_tokenizer = _pre_tokenizer(TRAINING_PATTERN)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trained.train_from_iterator(
         documents,
         trainers.BpeTrainer(vocab_size=vocab_size - 1, min_frequency=2, initial_alphabet=alphabet, show_progress=False),
     )
     ranks = {_bytes(text): id for text, id in trained.get_vocab().items()}
-    if len(ranks) < vocab_size - 1:
+    if len(ranks) < vocab_size - 1 and not allow_fewer:
         raise DataError(
             f"vocab_size is {vocab_size}, and the text to train it on supports only {len(ranks) + 1}: "
             "lower vocab_size or use a larger corpus"
@@ -293,9 +307,9 @@ def _pattern_of(fields: dict) -> str:
         case {
             "type": "Sequence",
             "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+                {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False},
                 {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
             ],
-        }:
+        } if pattern:
             return pattern
     raise ValueError(f"its pre-tokenizer is {fields}")

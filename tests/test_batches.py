@@ -58,12 +58,19 @@ def test_too_little_text_is_an_error_with_the_numbers():
     assert Batches(np.arange(9), 8, 0).get(0, 2)[0].shape == (2, 8)
     with pytest.raises(DataError, match=r"8 tokens long.*seq_len = 8 needs 9"):
         Batches(np.arange(8), 8, 0)
-    with pytest.raises(DataError, match="1 tokens long"):
+    with pytest.raises(DataError, match=r"no text to predict.* 1 tokens long, and 0 of them"):
         eval_batches(np.arange(1), 4, 2, 10)
 
 
+def test_targets_without_text_are_an_error():
+    for tokens, max_tokens in (([7, 9], 10), ([7, 9, 8, 9], 1)):
+        with pytest.raises(DataError, match=r"raise eval_tokens or data\.val_fraction"):
+            eval_batches(np.array(tokens), 4, 2, max_tokens)
+    assert eval_batches(np.array([7, 9, 8, 9]), 4, 2, 2)
+
+
 @given(
-    length=st.integers(2, 80), seq_len=st.integers(1, 9), batch_size=st.integers(1, 9), max_tokens=st.integers(1, 90)
+    length=st.integers(3, 80), seq_len=st.integers(1, 9), batch_size=st.integers(1, 9), max_tokens=st.integers(1, 90)
 )
 def test_evaluation_takes_the_same_targets_for_every_batch_size(length, seq_len, batch_size, max_tokens):
     tokens = np.arange(length, dtype=np.uint16)

@@ -1,10 +1,12 @@
 """Corpora of the Python installation and of local files: their documents, and their error messages."""
 
+import codecs
 import gzip
 import json
 import os
 import sysconfig
-from importlib.metadata import Distribution
+import tracemalloc
+from importlib.metadata import Distribution, version
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,13 @@ pytest.importorskip("pyarrow")
 
 import pyarrow
 import pyarrow.parquet
+from packaging.version import Version
 
-from data import corpora
+from data import corpora, formats
 from data.corpora import CORPORA, open_corpus, wikitext_articles
 from data.docstrings import docstrings
-from data.formats import DataError, read_parquet
+from data.formats import DataError, pieces, read_parquet
+from data.prepare import DataConfig, prepare
 
 MODULE = '''"""The module."""
 if True:
@@ -57,11 +61,12 @@ def embedded(tmp_path, monkeypatch):
         info = site / f"package-{version}.dist-info"
         files = {tmp_path / "lib" / name: text for name, text in library.items()}
         files |= {site / name: text for name, text in package.items()}
-        files[info / "METADATA"] = f"Name: package\nVersion: {version}\nRequires-Dist: absent; extra == 'more'\n"
+        files[info / "METADATA"] = f"Name: package\nVersion: {version}\n"
         files[info / "RECORD"] = "".join(f"{name},,\n" for name in (*package, "../../bin/package.py"))
         files[tmp_path / "pyproject.toml"] = (
-            "[project]\ndependencies = ['Package>=1', 'other; sys_platform == \"none\"', 'missing']"
+            "[project]\ndependencies = ['package>=1', 'other; sys_platform == \"linux\"', 'missing', 'free']"
         )
+        files[tmp_path / "constraints.txt"] = "# versions\npackage==1.0\nother==1.0\nmissing==2.0\nindirect==3.0\n"
         for path, text in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
@@ -69,12 +74,12 @@ def embedded(tmp_path, monkeypatch):
 
         def distribution(name: str) -> Distribution:
             if name not in found:
-                assert name == "missing", f"{name} is not required"
+                assert name == "missing", f"{name} is not of the corpus"
                 raise corpora.importlib.metadata.PackageNotFoundError(name)
             return found[name]
 
         monkeypatch.setattr(corpora, "_STANDARD_LIBRARY", tmp_path / "lib")
-        monkeypatch.setattr(corpora, "_PYPROJECT", tmp_path / "pyproject.toml")
+        monkeypatch.setattr(corpora, "_ROOT", tmp_path)
         monkeypatch.setattr(corpora.importlib.metadata, "distribution", distribution)
 
     return build
@@ -107,23 +112,28 @@ def test_docstrings_of_every_definition_in_source_order():
     ]
 
 
-@pytest.mark.parametrize("source", [b'"""unfinished', b'print """two"""', b'"""nul\0"""', b"x = 1"])
+@pytest.mark.parametrize(
+    "source", [b'"""unfinished', b'print """two"""', b'"""nul\0"""', b"x = 1", b'def of_python_312[T](): """Doc."""']
+)
 def test_source_without_docstrings(source):
     assert docstrings(source) == []
 
 
 def test_docstrings_corpus(embedded):
+    """Modules of the required packages alone, in the order of their paths' parts."""
     embedded(
+        {"a.py": '"""Of the standard library."""'},
         {
-            "b.py": '"""Second."""',
-            "a.py": '"""First."""\ndef f(): """Shared."""\ndef g(): """Shared."""',
-            "package/test/c.py": '"""A test."""',
-            "broken.py": '"""',
-            "surrogate.py": r'"""\ud800"""',
+            "package/b.py": '"""Second."""',
+            "package/a.py": '"""First."""\ndef f(): """Shared."""\ndef g(): """Shared."""',
+            "package/a/z.py": '"""Shared."""\ndef f(): """Own."""',
+            "package/broken.py": '"""',
+            "package/surrogate.py": r'"""\ud800"""',
+            "package/tests/t.py": '"""A test."""',
+            "package/distutils/d.py": '"""Not in every wheel."""',
         },
-        {"package/z.py": '"""Shared."""\ndef f(): """Own."""', "package/tests/t.py": '"""A test."""'},
     )
-    assert read("docstrings") == {"docstrings": ["First.\n\nShared.", "Second.", "���", "Own."]}
+    assert read("docstrings") == {"docstrings": ["Shared.\n\nOwn.", "First.", "Second.", "���"]}
 
 
 def test_stdlib_corpus(embedded):
@@ -133,29 +143,48 @@ def test_stdlib_corpus(embedded):
     assert read("stdlib") == {"stdlib": [latin, "b = 1\n"]}
 
 
-def test_docstrings_fingerprint_follows_package_versions(embedded):
-    embedded({}, {})
-    before = open_corpus("docstrings").fingerprint
-    assert open_corpus("docstrings").fingerprint == before
+def test_docstrings_depend_on_the_public_versions_of_the_packages(embedded):
+    embedded({}, {}, version="1.0")
+    fixed = open_corpus("docstrings")
+    assert fixed.remark("of another text") == "not the fixed text of constraints.txt: missing is missing, not 2.0"
+    assert fixed.remark(corpora.DOCSTRINGS_DIGEST) == "the fixed text of constraints.txt"
+    embedded({}, {}, version="1.0+cpu")
+    assert open_corpus("docstrings").fingerprint == fixed.fingerprint
     embedded({}, {}, version="1.1")
-    assert open_corpus("docstrings").fingerprint != before
+    other = open_corpus("docstrings")
+    assert other.fingerprint != fixed.fingerprint
+    assert "missing is missing, not 2.0, package is 1.1, not 1.0" in other.remark("of another text")
 
 
-def test_reading_can_stop_early(embedded, capfd):
-    embedded({f"{index}.py": f'"""{index} {"x" * 10_000}"""' for index in range(100)}, {})
+@pytest.mark.skipif(
+    any(Version(version(name)).public != pin for name, pin in corpora._fixed_versions().items()),
+    reason="the packages are not at the versions of constraints.txt",
+)
+def test_docstrings_are_the_fixed_text(tmp_path):
+    dataset = prepare(DataConfig(tokenizer="bytes", cache=str(tmp_path)), lambda line: None)
+    assert dataset.digest == corpora.DOCSTRINGS_DIGEST
+    assert str(dataset) == f"docstrings (digest {dataset.digest[:12]}, the fixed text of constraints.txt)"
+    assert len(dataset.train) > 10_000_000
+
+
+def test_reading_can_stop_early(embedded, capfd, monkeypatch):
+    embedded({}, {f"{index:02d}.py": f'"""{index} {"x" * 10_000}"""' for index in range(100)})
     (shard,) = open_corpus("docstrings").shards()
+    workers = []
+    popen = corpora.subprocess.Popen
+    monkeypatch.setattr(
+        corpora.subprocess, "Popen", lambda *args, **options: workers.append(popen(*args, **options)) or workers[-1]
+    )
     documents = shard.read()
     assert next(documents).startswith("0 x")
+    assert all(os.getpgid(worker.pid) == worker.pid for worker in workers)  # a terminal's Ctrl-C does not reach them
     del documents
+    assert workers and all(worker.returncode is not None for worker in workers)
     assert capfd.readouterr().err == ""
 
 
-def test_a_real_part_of_the_standard_library(embedded, monkeypatch):
-    embedded({}, {})
+def test_a_real_part_of_the_standard_library(monkeypatch):
     monkeypatch.setattr(corpora, "_STANDARD_LIBRARY", Path(sysconfig.get_path("stdlib"), "json"))
-    (documents,) = read("docstrings").values()
-    assert documents[0].startswith(json.__doc__.strip()[:60])
-    assert sum("Deserialize ``fp``" in text for text in documents) == 1
     (sources,) = read("stdlib").values()
     assert Path(json.__file__).read_text() in sources
 
@@ -173,16 +202,16 @@ def test_text_file_is_one_document(tmp_path):
     assert read(path) == {"text": ["één\r\n\ntwo\n"]}
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
-def test_jsonl(tmp_path, suffix):
-    rows = [{"text": "one\ntwo", "id": 1}, {"text": ""}, {"text": "a\ud800b 😀"}]
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.jsonl.zst", "rows.ndjson.gz", "rows.json"])
+def test_jsonl(tmp_path, name):
+    rows = [{"text": "one\ntwo", "id": 1}, {"text": ""}, {"text": None}, {"text": "a\ud800b 😀"}]
     content = ("\n".join(map(json.dumps, rows)) + "\n\n").encode()
-    path = tmp_path / f"rows.jsonl{suffix}"
+    path, suffix = tmp_path / name, Path(name).suffix
     if suffix == ".zst":
         with pyarrow.output_stream(path, compression="zstd") as stream:
             stream.write(content)
     else:
-        path.write_bytes(gzip.compress(content) if suffix else content)
+        path.write_bytes(gzip.compress(content) if suffix == ".gz" else codecs.BOM_UTF8 + content)
     assert read(path) == {path.name: ["one\ntwo", "a���b 😀"]}
 
 
@@ -192,8 +221,70 @@ def test_parquet(tmp_path):
     assert read(path) == {"rows.parquet": ["one", "two"]}
 
 
+def test_parquet_with_a_dictionary_of_strings(tmp_path):
+    text = pyarrow.array(["one", "two", None, "one"]).dictionary_encode()
+    assert list(read_parquet(write_parquet(tmp_path / "rows.parquet", text=text))) == ["one", "two", "", "one"]
+
+
+def test_a_byte_order_mark_is_not_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(codecs.BOM_UTF8 + "één \ufeff".encode())
+    assert read(tmp_path / "a.txt") == {"text": ["één \ufeff"]}
+
+
+def test_a_long_text_is_read_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "PIECE_CHARS", 2**12)
+    path = tmp_path / "a.txt"
+    text = "Zwei Wörter 👩‍👧\r\n" * 2**16
+    path.write_bytes(codecs.BOM_UTF8 + text.encode())
+    (document,) = read(path)["text"]
+    tracemalloc.start()
+    size = longest = 0
+    for piece in pieces(document):
+        assert text.startswith(piece, size)
+        size, longest = size + len(piece), max(longest, len(piece))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size == len(text) and longest < 2**13 and peak < 2**17
+    with path.open("ab") as file:
+        file.write(b"\xff")
+    (document,) = read(path)["text"]
+    with pytest.raises(DataError, match=f"not UTF-8: invalid start byte at byte {path.stat().st_size - 1};"):
+        list(pieces(document))
+    path.write_bytes(text.encode() + "é".encode()[:1])
+    with pytest.raises(DataError, match=f"not UTF-8: unexpected end of data at byte {path.stat().st_size - 1};"):
+        list(pieces(document))
+
+
+def test_zstd_with_a_long_window_is_refused_with_a_way_out(tmp_path):
+    # A frame that announces a window of 256 MiB, and one empty raw block.
+    frame = b"\x28\xb5\x2f\xfd" + bytes([0, 18 << 3]) + b"\x01\x00\x00"
+    (tmp_path / "a.jsonl.zst").write_bytes(frame)
+    with pytest.raises(DataError, match=r"a\.jsonl\.zst cannot be read.*: decompress it first, with zstd -d --long=31"):
+        read(tmp_path / "a.jsonl.zst")
+
+
+def test_a_folder_leaves_out_our_runs(tmp_path):
+    (tmp_path / "a.txt").write_text("mine")
+    for run in ("out/small", "out/sweep/one"):
+        (tmp_path / run).mkdir(parents=True)
+        for name in ("config.json", "status.json", "metrics.jsonl", "samples.txt"):
+            (tmp_path / run / name).write_text("{}")
+    assert read(tmp_path) == {"text": ["mine"]}
+
+
 def test_folder(tmp_path):
-    for name in ("b.md", "a/z.PY", "a/b.txt", ".hidden.txt", ".git/c.txt", "image.png", "empty.txt", "d.JSONL"):
+    for name in (
+        "b.md",
+        "a/z.PY",
+        "a/b.txt",
+        ".hidden.txt",
+        ".git/c.txt",
+        "image.png",
+        "empty.txt",
+        "d.JSONL",
+        "e.json",
+        "f.csv",
+    ):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text("" if name == "empty.txt" else json.dumps({"text": name}))
@@ -262,6 +353,10 @@ def test_a_parquet_string_that_is_not_utf8(tmp_path):
             b'{"body": "b", "text": 1}\n',
             "a.jsonl:1: no field 'text' holding a string; its fields: body (str), text",
         ),
+        ("a.json", b'[\n{"text": "a"}\n]', "a.json:1: not a line of JSON"),
+        ("a.json", b'[{"text": "a"}]', "a.json:1: not an object with a field 'text' but list; each line is to be"),
+        ("a.csv", b"text\na\n", "a.csv is a table: convert it to JSONL or Parquet"),
+        ("utf-16.txt", "text".encode("utf-16"), "utf-16.txt is UTF-16: convert it to UTF-8"),
         ("a.jsonl.gz", b"plain", "a.jsonl.gz cannot be read: Not a gzipped file"),
         # The fixed mtime makes the bytes deterministic: they are part of the test's id, equal in all workers.
         ("a.jsonl.gz", gzip.compress(b"{}", mtime=0)[:-4], "a.jsonl.gz cannot be read: Compressed file ended before"),

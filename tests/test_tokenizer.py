@@ -3,7 +3,10 @@
 import argparse
 import inspect
 import json
+import random
 import socket
+from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -16,9 +19,10 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data import formats
 from data import tokenizer as module
-from data.formats import DataError
-from data.tokenizer import EOT, Tokenizer, byte_tokenizer, gpt2_tokenizer, train_bpe
+from data.formats import DataError, pieces
+from data.tokenizer import EOT, GPT2_PATTERN, SPLIT_PATTERN, Tokenizer, byte_tokenizer, gpt2_tokenizer, train_bpe
 
 SOURCE = inspect.getsource(argparse)
 BPE = train_bpe([SOURCE], 700)
@@ -82,8 +86,38 @@ def test_too_large_a_vocabulary_is_refused_with_the_possible_size():
     assert train_bpe(["ab", "ab", "cd"], 258).encode("ab") == [256]
     with pytest.raises(DataError, match="at least 257"):
         train_bpe([SOURCE], 256)
-    with pytest.raises(DataError, match="supports only 258"):  # digits merge in pairs at most
+    with pytest.raises(DataError, match="supports only 257"):  # digits never merge
         train_bpe(["121212"] * 9, 300)
+
+
+def test_a_vocabulary_may_have_fewer_tokens_than_ids():
+    some = train_bpe(["ab cd", "ab"], 300, allow_fewer=True)
+    assert some.vocab_size == 300 and some.eot == 299 and len(some.ids) == 258
+    theirs = some.to_huggingface()
+    for text in ("ab cd", SOURCE):
+        assert theirs.encode(text).ids == some.encode(text) and some.decode(some.encode(text)) == text
+    assert theirs.token_to_id(EOT) == 299
+
+
+def test_words_are_those_of_qwen2():
+    """The expected words were written by hand from llama.cpp's pre-tokenizer "qwen2"."""
+    words = {
+        "They'll DON'T It'S 'round": ["They", "'ll", " DON", "'T", " It", "'S", " '", "round"],
+        "1234 x86 ½Ⅷ": ["1", "2", "3", "4", " x", "8", "6", " ", "½", "Ⅷ"],
+        "f(a_b) != {}\r\n\n  y": ["f", "(a", "_b", ")", " !=", " {}\r\n\n", " ", " y"],
+        "a \n\t\n  b  ": ["a", " \n\t\n", " ", " b", "  "],
+        "z" * 3000 + "==" * 900: ["z" * 3000, "==" * 900],
+    }
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(BPE.pattern), "isolated")
+    for text, expected in words.items():
+        assert [word for word, _ in split.pre_tokenize_str(text)] == expected
+        assert BPE.encode(text) == [id for word in expected for id in BPE.encode(word)]
+
+
+def test_training_bounds_the_length_of_words():
+    for word in ("a", "=", " ", "\n"):
+        trained = train_bpe([word * 4096 + "x"] * 2, 264)
+        assert max(map(len, trained.ranks)) == 128  # 255 characters merge no further than to their largest power of two
 
 
 def test_a_run_of_white_space_of_any_length_is_encoded():
@@ -93,7 +127,7 @@ def test_a_run_of_white_space_of_any_length_is_encoded():
 
 def test_documents_end_with_eot_and_only_documents_do(tokenizer):
     texts = list(TEXTS.values())
-    stream = tokenizer.encode_documents(texts)
+    stream = tokenizer.encode_documents(chain.from_iterable((text, None) for text in texts))
     assert stream.dtype == tokenizer.dtype == np.uint16
     ends = np.flatnonzero(stream == tokenizer.eot)
     assert [tokenizer.decode(ids[:-1]) for ids in np.split(stream, ends[:-1] + 1)] == texts
@@ -101,9 +135,46 @@ def test_documents_end_with_eot_and_only_documents_do(tokenizer):
     assert tokenizer.encode_documents([]).shape == (0,)
 
 
+@pytest.mark.parametrize("pattern", [SPLIT_PATTERN, GPT2_PATTERN], ids=["qwen2", "gpt2"])
+def test_pieces_have_the_tokens_of_the_whole(monkeypatch, pattern):
+    """10,000 odd documents in pieces of a few characters, with a vocabulary that merges across any wrong cut."""
+    rng = random.Random(0)
+    atoms = [
+        " ",
+        " ",
+        "\n",
+        "\n",
+        "\r\n",
+        "\t",
+        "\xa0",
+        "\u2028",
+        "\x1c",
+        "\x85",
+        "a",
+        "b",
+        "'s",
+        "1",
+        "!",
+        "é",
+        "👩‍👧",
+        "你",
+    ]
+    texts = ["".join(rng.choices(atoms, k=rng.randrange(60))) for _ in range(10_000)]
+    trained = module.train_bpe(texts, 2000)
+    encode = replace(trained, pattern=pattern).encode
+    monkeypatch.setattr(formats, "PIECE_CHARS", 16)
+    cut = 0
+    for text in texts:
+        found = list(pieces(text))
+        assert "".join(found) == text
+        assert [id for piece in found for id in encode(piece)] == encode(text)
+        cut += len(found) > 1
+    assert cut > 5000
+
+
 def test_a_vocabulary_beyond_16_bits_takes_32():
     wide = Tokenizer("wide", BPE.pattern, BPE.ranks, eot=2**16)
-    assert wide.encode_documents(["a"]).tolist() == [97, 2**16]
+    assert wide.encode_documents(["a", None]).tolist() == [97, 2**16]
     assert wide.dtype == np.uint32
     assert Tokenizer("narrow", BPE.pattern, BPE.ranks, eot=2**16 - 1).dtype == np.uint16
 
