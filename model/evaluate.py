@@ -1,7 +1,7 @@
 """Validation loss on a fixed set of tokens."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -22,17 +22,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def evaluate(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], byte_lengths: Tensor) -> dict[str, float]:
+def evaluate(
+    model: GPT,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    byte_lengths: Tensor,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> dict[str, float]:
     """Mean loss over `batches` of ids and targets `[B, T]`; targets below 0 do not count.
 
     Returns `val_loss` in nats per token and `val_bpb` in bits per byte of text, which is comparable between tokenizers.
-    `byte_lengths` `[V]` is the number of bytes of each id.
+    `byte_lengths` `[V]` is the number of bytes of each id. `loss` gives the summed loss of a batch in place of the
+    model.
     """
     device = model.embedding.weight.device
     nats, n_tokens, n_bytes = 0.0, 0, 0
     with evaluating(model):
         for ids, targets in batches:
-            nats += model(ids.to(device), targets.to(device), "sum").item()
+            batch = ids.to(device), targets.to(device)
+            nats += (loss(*batch) if loss else model(*batch, "sum")).item()
             counted = targets[targets >= 0]
             n_tokens += len(counted)
             n_bytes += int(byte_lengths[counted].sum())

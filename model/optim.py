@@ -185,11 +185,10 @@ def build_optimizers(model: GPT, config: OptimizerConfig) -> list[Optimizer]:
 
 def load_optimizers(optimizers: list[Optimizer], states: list[dict]) -> None:
     """Load moments and step counts. Hyperparameters, such as learning rate and weight decay, are not loaded."""
-    for optimizer, state in zip(optimizers, states, strict=True):
-        configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        optimizer.load_state_dict(state)
-        for group, values in zip(optimizer.param_groups, configured, strict=True):
-            group.update(values)
+    for optimizer, saved in zip(optimizers, states, strict=False):
+        current = optimizer.state_dict()
+        state = {i: {key: saved["state"][i][key] for key in keys} for i, keys in current["state"].items()}
+        optimizer.load_state_dict(current | {"state": state})
 
 
 def set_lr(optimizers: list[Optimizer], factor: float) -> None:
@@ -200,13 +199,14 @@ def set_lr(optimizers: list[Optimizer], factor: float) -> None:
             rate.fill_(group["lr"])
 
 
-def lr_factor(config: OptimizerConfig, progress: float, warmup: float) -> float:
-    """Learning rate at `progress`, the fraction of the run that is done, as a fraction of the peak.
+def lr_factor(config: OptimizerConfig, progress: float, warmup: float, step: float) -> float:
+    """Learning rate of the next optimizer step, as a fraction of the peak.
 
-    It rises linearly from 0 during `warmup`, a fraction of the run, then follows `config.schedule` down to
-    `config.final_lr`. With `warmup` of 1 or more the whole run is warm-up."""
+    `progress` is the fraction of the run that is done, and `step` the fraction that the next step adds. The rate rises
+    linearly during `warmup`, a fraction of the run, and the last step of the warm-up has the peak; then it follows
+    `config.schedule` down to `config.final_lr`. With `warmup` of 1 or more the whole run is warm-up."""
     if progress < warmup or warmup >= 1:
-        return progress / warmup
+        return min(1.0, (progress + step) / warmup)
     remaining = (1 - progress) / (1 - warmup)  # of the schedule after warm-up: 1 to 0
     if config.schedule == "constant":
         return 1.0

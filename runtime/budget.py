@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from runtime.config import ConfigError
 
@@ -30,6 +30,26 @@ class Length:
                 f"tokens={self.tokens}, seconds={self.seconds}"
             )
 
+    def reached(self, state: Mapping[str, Any]) -> bool:
+        """Whether this length is no greater than that of a finished run, or than what it has done, by its last
+        checkpoint `state`. A run in seconds may have saved that just before its end."""
+        return all(getattr(self, unit) <= max(done, state["config"][unit]) for unit, done in _done(state).items())
+
+    def check_resumes(self, state: Mapping[str, Any]) -> None:
+        """Raise `ConfigError` if this length is not that of the checkpoint `state`, and less than what is done."""
+        for unit, done in _done(state).items():
+            length = getattr(self, unit)
+            if length != state["config"][unit] and 0 < length < done:
+                raise ConfigError(
+                    f"{unit} {length:,} is less than the {done:,} that the run has done: --resume can only train on"
+                )
+
+
+def _done(state: Mapping[str, Any]) -> dict[str, float]:
+    """What a run has done by the checkpoint `state`, in each unit of a length."""
+    position = AT_START | state.get("budget", {})
+    return {"steps": state["step"], "tokens": position["tokens"], "seconds": position["seconds"]}
+
 
 class Budget:
     """A run's length in optimizer steps, tokens or seconds, and the fraction of it that is done.
@@ -47,6 +67,8 @@ class Budget:
             self.previous["progress"] = min(1.0, self.previous["seconds"] / self.seconds)
         remaining_tokens = max(0, length.tokens - self.previous["tokens"])
         self.steps = length.steps or self.previous["step"] + math.ceil(remaining_tokens / tokens_per_step)
+        # Fraction of the run that one step is: nominal for a run in seconds, whose number of steps is not known.
+        self.step_fraction = 0.001 if self.seconds else 1 / self.steps
         self.start()
 
     def warmup_fraction(self, warmup: float) -> float:
@@ -78,6 +100,16 @@ class Budget:
     def elapsed(self) -> float:
         """Seconds of training so far, in this process and in earlier ones."""
         return self.previous["seconds"] + time.perf_counter() - self._started
+
+    def remaining(self, step: int) -> float | None:
+        """Seconds until the run's length is reached; None until the second step of this process, by whose speed they
+        are estimated."""
+        if self.seconds:
+            return max(0.0, self.seconds - self.elapsed())
+        steps_after_first = step - self.previous["step"] - 1
+        if self._first_step_ended is None or steps_after_first < 1:
+            return None
+        return (time.perf_counter() - self._first_step_ended) / steps_after_first * (self.steps - step)
 
     def position(self, step: int) -> dict[str, float]:
         """Step, tokens and seconds after `step` steps: the first columns of every row of metrics."""

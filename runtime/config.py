@@ -10,6 +10,7 @@ into a flat dict from dotted key to value, so precedence is a dict union.
 """
 
 import argparse
+import ast
 import dataclasses
 import difflib
 import operator
@@ -17,6 +18,7 @@ import re
 import runpy
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from runtime.errors import UserError
@@ -48,9 +50,11 @@ class Knob:
             )
         try:
             value = _convert(value, self.type)
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, OverflowError):
             kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[self.type]
             raise ConfigError(f"{self.key} must be {kind}, not {value!r}") from None
+        if self.type is int and not -(2**63) <= value < 2**64:
+            raise ConfigError(f"{self.key} must be a whole number that 64 bits hold, not {value}")
         for compare, words, limit in _bounds(self.interval):
             if not compare(value, float(limit)):
                 raise ConfigError(f"{self.key} must be {words} {limit}, not {value}")
@@ -164,27 +168,68 @@ def read(cls: type, flat: Mapping[str, Any], *keys: str) -> list[Any]:
     return [known[key].read(flat.get(key, known[key].default)) for key in keys]
 
 
+_PYTHON = "; a config file is Python, with assignments such as lr = 1e-3 and model = dict(n_layer=6)"
+
+
 def read_file(name: str, folder: Path) -> dict[str, Any]:
-    """Run a config file and return its assignments. `name` is a path, or a file of `folder`. Raises `ConfigError`."""
+    """Run a config file and return its assignments. `name` is a path, or a file of `folder`. Raises `ConfigError`.
+
+    Modules, functions and names that start with an underscore are the file's own helpers, not assignments of knobs."""
     path = next((p for p in (Path(name), folder / name) if p.is_file()), None)
     if path is None:
         available = ", ".join(sorted(p.name for p in folder.glob("*.py")))
         raise ConfigError(f"no config file {name!r}, neither here nor in {folder.name}/, which has {available}")
     try:
+        statements = ast.parse(path.read_bytes(), str(path)).body
         namespace = runpy.run_path(str(path))
-    except Exception as error:
-        raise ConfigError(f"config file {path} does not run: {type(error).__name__}: {error}") from error
-    return {key: value for key, value in namespace.items() if not key.startswith("__")}
+    except (Exception, SystemExit) as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(f"config file {path} does not run: {type(error).__name__}: {text}{_PYTHON}") from error
+    if idle := next(filter(_is_idle, statements), None):
+        line = ast.unparse(idle).partition("\n")[0]
+        raise ConfigError(f"config file {path} has {line!r} in line {idle.lineno}, which sets no knob{_PYTHON}")
+    return {key: value for key, value in namespace.items() if not _is_helper(key, value)}
 
 
-class _Parser(argparse.ArgumentParser):
+def _is_idle(statement: ast.stmt) -> bool:
+    """Whether a statement does nothing, as the lines of a YAML or JSON file do that are valid Python."""
+    if isinstance(statement, ast.AnnAssign):
+        return statement.value is None
+    return isinstance(statement, ast.Expr) and not isinstance(statement.value, ast.Constant | ast.Call)
+
+
+def _is_helper(name: str, value: Any) -> bool:
+    """Whether a config file's variable is no knob: a module, a function or class, or a name with an underscore."""
+    return (
+        name.startswith("_")
+        or isinstance(value, ModuleType)
+        or (callable(value) and getattr(value, "__name__", "") == name)
+    )
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises `ConfigError`, one sentence, where argparse would print the usage and exit."""
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
 
 
+def number(kind: type, interval: str = "") -> Callable[[str], Any]:
+    """The `type` of an argument of a parser: a number of this kind, in an interval such as `[0, 1)` if one is given."""
+    knob = Knob("it", kind, "", 0, (), interval)
+
+    def read(text: str) -> Any:
+        try:
+            return knob.read(text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return read
+
+
 def read_flags(cls: type, argv: list[str], description: str) -> dict[str, Any]:
     """Parse flags into values by dotted key. `-h` prints every knob and exits. Raises `ConfigError`."""
-    parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for key, knob in knobs(cls).items():
         bare = "true" if knob.type is bool else "on" if "on" in knob.choices else None  # value of the flag without one
         default = "" if knob.default in ("", None) else f" (default {knob.default})"

@@ -156,6 +156,51 @@ def pick_capture(
     return True, f"yes: after {WARM_UP} eager steps, forward, backward and optimizers are replayed as CUDA graphs"
 
 
+def check_memory(
+    device: torch.device, n_parameters: int, activations: int, seq_len: int, batch_size: int, micro_batch: int
+) -> None:
+    """Raise `HardwareError` for a model or batch that is certain not to fit, before anything is allocated.
+
+    `activations` is the number of those kept per token for the backward pass. What this counts is a lower bound, so a
+    run may still be out of memory."""
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host
+    weights = 12 * n_parameters  # fp32 weights, gradients and one moment
+    copy = 8 * n_parameters  # of weights and moment, in the host's memory, for a checkpoint to be written from
+    if device.type != "cuda":
+        weights += copy
+    ids = 16 * seq_len  # int64 inputs and targets of a sequence
+    sequence = ids + 2 * activations * seq_len  # activations are in half precision at least
+    memory = f"this machine's {device.type} has {_gigabytes(total)} of memory"
+    if weights + sequence > total:
+        raise HardwareError(
+            f"a model of {n_parameters:,} parameters and seq_len {seq_len:,} takes at least "
+            f"{_gigabytes(weights + sequence)} to train and {memory}: lower model.n_layer, model.d_model, "
+            "the vocabulary or model.seq_len"
+        )
+    if copy > host:
+        raise HardwareError(
+            f"a model of {n_parameters:,} parameters takes at least {_gigabytes(copy)} of the host's memory to save "
+            f"and this machine has {_gigabytes(host)}: lower model.n_layer, model.d_model or the vocabulary"
+        )
+    if ids * batch_size > host:
+        raise HardwareError(
+            f"a batch of {batch_size:,} sequences takes {_gigabytes(ids * batch_size)} and this machine has "
+            f"{_gigabytes(host)} of memory: lower batch_size"
+        )
+    most = (total - weights) // sequence
+    if micro_batch > most:
+        fits = next(n for n in range(most, 0, -1) if batch_size % n == 0)
+        raise HardwareError(
+            f"a micro-batch of {micro_batch:,} sequences takes at least {_gigabytes(sequence * micro_batch)} and "
+            f"{memory}: set micro_batch to {fits:,} or less"
+        )
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size // 10**9:,} GB"
+
+
 def set_up(device: torch.device, deterministic: bool) -> None:
     """Configure the process: deterministic algorithms, the current GPU (graphs are captured on it), the CPU allocator.
 
@@ -177,7 +222,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         processor = next(line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         processor = platform.processor() or platform.machine()
@@ -208,7 +253,7 @@ def memory(device: torch.device, graphs: bool = False) -> dict[str, int | None]:
 def _peak_rss() -> int:
     """Peak resident memory of this process in bytes. Linux's ru_maxrss may include that of the parent process."""
     try:
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
     return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])

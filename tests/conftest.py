@@ -64,3 +64,17 @@ def run(tiny, tmp_path):
         return train.main([*tiny(tmp_path / "out", **changes), *extra]), tmp_path / "out" / name
 
     return start
+
+
+@pytest.fixture
+def eager_losses(monkeypatch):
+    """A list of the validation losses of the runs to come, each with the eager one."""
+    evaluate, losses = train.evaluate, []
+
+    def both(model, batches, byte_lengths, loss):
+        found = evaluate(model, batches, byte_lengths, loss)
+        losses.append((found["val_loss"], evaluate(model, batches, byte_lengths)["val_loss"]))
+        return found
+
+    monkeypatch.setattr("train.evaluate", both)
+    return losses

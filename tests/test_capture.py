@@ -1,9 +1,4 @@
-"""CUDA graph capture of the training step, emulated on a CPU by recording a step's operators and replaying them.
-
-A graph fixes the addresses of tensors and the numbers that the host computed. So does a recording: a replay runs each
-operator on the same tensors and numbers, and writes its results to the same memory. Replays then differ from eager
-steps if the step uses a number computed on the host, a tensor that is rebound between steps, or state allocated late.
-"""
+"""CUDA graph capture of the training step, emulated on a CPU by recording a step's operators and replaying them."""
 
 import json
 import warnings
@@ -12,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from recording import Recorded, Recording
 from torch.utils._pytree import tree_leaves
 
 import runtime.capture
@@ -21,53 +16,6 @@ from model import checkpoint
 from runtime import hardware
 from runtime.capture import WARM_UP, Captured, CaptureError, InFlight, Step, synchronizations
 from runtime.hardware import HardwareError, pick_capture, pick_residual
-
-HOST_READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default}
-
-
-class Recording(TorchDispatchMode):
-    """Records the operators that run under it. Raises if the host reads a value from the device."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        if operator in HOST_READS:
-            raise RuntimeError(f"{operator} makes the host wait for the device")
-        results = operator(*args, **(kwargs or {}))
-        self.calls.append((operator, args, kwargs or {}, results))
-        return results
-
-    @torch.no_grad()
-    def replay(self):
-        for operator, args, kwargs, results in self.calls:
-            again = operator(*args, **kwargs)
-            for kept, new in zip(tensors(results), tensors(again), strict=True):
-                if kept.data_ptr() != new.data_ptr():  # neither a view nor in place: memory that belongs to the graph
-                    kept.copy_(new)
-
-
-def tensors(results):
-    return [x for x in tree_leaves(results) if torch.is_tensor(x)]
-
-
-class Recorded:
-    """Replaces `Captured` on a CPU."""
-
-    replays = 0
-
-    def __init__(self, run, pool):
-        self.run, self.recording = run, None
-
-    def __call__(self):
-        if self.recording is None:
-            self.recording = Recording()
-            with self.recording:
-                self.run()
-        else:
-            self.recording.replay()
-            Recorded.replays += 1
 
 
 class Eager:
@@ -139,6 +87,15 @@ def test_replays_equal_eager_steps_to_the_bit(run, eagerly, knobs):
     eagerly()
     _, eager = run(run="eager", **quiet, **knobs)
     assert_same(trained(replayed), trained(eager))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_evaluation_is_replayed_with_the_weights_of_its_time(run, recorded, eager_losses, precision):
+    few = {"steps": WARM_UP, "eval_every": 1, "eval_tokens": 1024, "precision": precision, "model.dropout": 0.5}
+    assert run(**few, **{"model.bias": True})[0] == 0
+    assert Recorded.replays == WARM_UP * 8 - (WARM_UP + 1) - 1  # batches, but for the eager ones and the recorded
+    assert [found for found, _ in eager_losses] == [eager for _, eager in eager_losses]
+    assert len({found for found, _ in eager_losses}) == WARM_UP
 
 
 def test_a_resumed_run_replays_on(run, eagerly):

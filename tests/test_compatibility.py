@@ -43,6 +43,15 @@ def test_an_old_run_resumes_with_the_losses_of_its_own_commit(old_run):
     assert rows[-1]["val_loss"] == pytest.approx(val_loss, rel=1e-5)
 
 
+@pytest.mark.parametrize("old_run", ["adamw"], indirect=True)
+def test_an_old_run_warms_up_from_a_rate_of_0_as_it_began(old_run):
+    """However many times it is resumed."""
+    for steps in (8, 10):
+        assert train.main(["--resume", "--run=adamw", f"--steps={steps}", "--warmup=20", "--lr=0.02"]) == 0
+    rows = [json.loads(line) for line in (old_run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["lr"] for row in rows if "lr" in row][6:] == pytest.approx([0.006, 0.007, 0.008, 0.009])
+
+
 def test_an_old_run_generates(old_run, capsys):
     assert generate.main([f"--run={old_run}", "--prompt=The quick", "--tokens=8", "--device=cpu"]) == 0
     text = capsys.readouterr().out

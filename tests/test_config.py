@@ -99,12 +99,29 @@ def test_bad_flags(flag, message):
         ("inner = dict(kind=0.5)", "inner.kind must be text, not 0.5"),
         ("rate = 1 / 0", "does not run: ZeroDivisionError"),
         ("rate = (", "does not run: SyntaxError"),
+        ("inner = dict(size=10 ** 30)", "inner.size must be a whole number that 64 bits hold"),
+        ("rate = 10 ** 400", "rate must be a number, not 1000"),
+        ("rate = lambda: 0.5", "rate must be a number, not <function"),
+        ("import sys\nsys.exit(3)", "does not run: SystemExit: 3; a config file is Python"),
+        ("raise ValueError('two\\nlines')", "does not run: ValueError: two lines; a config file is Python"),
+        ("import nowhere", "does not run: ModuleNotFoundError: No module named 'nowhere'"),
+        ("rate: 0.25", "has 'rate: 0.25' in line 1, which sets no knob; a config file is Python"),
+        ("# YAML\ninner:\n  size: 4", r"does not run: SyntaxError: .*line 2\).*; a config file is Python"),
+        ('{"rate": 0.25}', "has \"{'rate': 0.25}\" in line 1, which sets no knob; a config file is Python"),
     ],
 )
 def test_bad_files(tmp_path, text, message):
     (tmp_path / "bad.py").write_text(text)
     with pytest.raises(ConfigError, match=message):
         build(Outer, flatten(Outer, read_file(str(tmp_path / "bad.py"), tmp_path)))
+
+
+def test_modules_functions_and_names_with_an_underscore_are_no_knobs(tmp_path):
+    (tmp_path / "a.py").write_text(
+        '"""A config."""\nimport math as m\nfrom math import sqrt\nfrom collections import Counter\n'
+        "_half = 0.5\ndef twice(x):\n    return 2 * x\nprint(end='')\nrate = sqrt(twice(_half)) / m.pi\n"
+    )
+    assert read_file("a.py", tmp_path) == {"rate": 1 / math.pi}
 
 
 @pytest.mark.parametrize("interval", ["0, 1", "[0 1)", "[0,1)", "[1, 0]", "(nan, 1)", "[0, one)", "how fast"])

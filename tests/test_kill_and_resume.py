@@ -1,4 +1,5 @@
-"""Kill a run at random times and resume it each time; the final weights must equal those of an undisturbed run.
+"""Kill a run at random times and resume it each time: it must end with the weights, the losses and the samples of an
+undisturbed run. Syncing to disk is slow here, so that a checkpoint is being written most of the time.
 
     python tests/test_kill_and_resume.py --kills 20
 
@@ -7,6 +8,7 @@ The test suite runs a short version.
 
 import argparse
 import json
+import os
 import random
 import signal
 import subprocess
@@ -21,51 +23,89 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from model import checkpoint
+from runtime.run import read_status
+
+SLOW = """
+import os, sys, time
+sync, seconds = os.fsync, float(sys.argv.pop(1))
+os.fsync = lambda file: (time.sleep(seconds), sync(file))
+import train
+sys.exit(train.main())
+"""
 
 
-def start(flags: list[str]) -> subprocess.Popen:
-    command = [sys.executable, "-u", str(ROOT / "train.py"), *flags]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(flags: list[str], sync_seconds: float) -> subprocess.Popen:
+    command = [sys.executable, "-u", "-c", SLOW, str(sync_seconds), *flags]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
-def finish(process: subprocess.Popen) -> None:
+def finish(process: subprocess.Popen) -> list[str]:
+    """Wait for the end of a run. Returns the lines that it printed in training."""
     output, _ = process.communicate()
     assert process.returncode == 0, output
+    return [line for line in output.splitlines() if line.startswith("step")]
 
 
-def kill_and_resume(flags: list[str], out: Path, kills: int, seed: int = 0) -> int:
-    """Train with `flags` once undisturbed and once with `kills` kills at random times, and compare the weights.
+def kill_and_resume(
+    flags: list[str], out: Path, kills: int, seed: int = 0, sync_seconds: float = 0.02
+) -> tuple[int, int]:
+    """Train with `flags` once undisturbed and once with `kills` kills at random times, and compare all that they made.
 
-    After a kill before the first checkpoint the run starts from the beginning. Returns the number of kills that hit a
-    running process.
+    A kill comes at a random time after a random number of lines, so that slow and fast machines are killed at the same
+    places. After a kill before the first checkpoint the run starts from the beginning. Returns the number of kills that
+    hit a running process, and how many of these hit it while it wrote a checkpoint.
     """
-    flags, rng, n_hits = [*flags, f"--out={out}"], random.Random(seed), 0
-    finish(start([*flags, "--run=whole"]))
-    duration = json.loads((out / "whole" / "status.json").read_text())["seconds"]
-    last = out / "killed" / "last.pt"
+    flags, rng, n_hits, n_writing = [*flags, f"--out={out}"], random.Random(seed), 0, 0
+    n_lines = len(finish(start([*flags, "--run=whole"], sync_seconds)))
+    seconds_per_line = json.loads((out / "whole" / "status.json").read_text())["seconds"] / n_lines
+    whole, killed = out / "whole", out / "killed"
 
     def start_or_resume() -> subprocess.Popen:
-        return start([*flags, "--run=killed", "--resume" if last.exists() else "--overwrite"])
+        how = "--resume" if (killed / "last.pt").exists() else "--overwrite"
+        return start([*flags, "--run=killed", how], sync_seconds)
 
     for _ in range(kills):
+        if killed.exists() and read_status(killed)["status"] == "finished":
+            break
         process = start_or_resume()
         while not process.stdout.readline().startswith("compile"):  # the last line before training
             assert process.poll() is None
-        time.sleep(rng.uniform(0, 2 * duration / kills))
-        n_hits += process.poll() is None
+        for _ in range(rng.randint(0, max(1, 2 * n_lines // kills - 1))):
+            process.stdout.readline()
+        time.sleep(rng.uniform(0, seconds_per_line))
+        running = process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.communicate()
+        n_hits += running
+        n_writing += running and (killed / "last.pt.partial").exists()
+        if read_status(killed)["status"] == "finished":  # before its kill: nothing is left to resume
+            break
+        assert read_status(killed)["status"] == "killed"
     finish(start_or_resume())
-    ours, theirs = (checkpoint.load(out / name / "last.pt") for name in ("killed", "whole"))
-    assert ours["step"] == theirs["step"]
-    for key in theirs["model"]:
-        assert torch.equal(ours["model"][key], theirs["model"][key]), f"{key} differs"
-    return n_hits
+    for name in ("last.pt", "best.pt"):
+        ours, theirs = checkpoint.load(killed / name), checkpoint.load(whole / name)
+        assert ours["step"] == theirs["step"]
+        for key in theirs["model"]:
+            assert torch.equal(ours["model"][key], theirs["model"][key]), f"{key} of {name} differs"
+    assert losses(killed) == losses(whole)
+    assert (killed / "samples.txt").read_text() == (whole / "samples.txt").read_text()
+    return n_hits, n_writing
+
+
+def losses(folder: Path) -> list[tuple[int, float, float]]:
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [(row["step"], row.get("loss"), row.get("val_loss")) for row in rows]
+
+
+# What a resumed run could get wrong: the dropout's random state, documents, and the parts of a batch.
+VARIED = {"model.dropout": 0.1, "data.packing": "documents", "micro_batch": 2}
 
 
 def test_killed_three_times(tiny, tmp_path):
-    flags = tiny(tmp_path, steps=400, save_every=20, eval_every=100, log_every=50)
-    assert kill_and_resume(flags, tmp_path, kills=3) >= 2
+    flags = tiny(tmp_path, steps=400, save_every=20, eval_every=100, log_every=50, sample_every=100, **VARIED)
+    n_hits, _ = kill_and_resume(flags, tmp_path, kills=3)
+    assert n_hits >= 2
 
 
 if __name__ == "__main__":
@@ -74,7 +114,9 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     size = "--model.n_layer=2 --model.d_model=64 --model.n_head=2 --model.seq_len=64 --batch_size=8 --compile=off"
-    cadence = "--steps=1500 --save_every=25 --eval_every=200 --log_every=50 --data.corpus=stdlib"
+    cadence = "--steps=600 --save_every=10 --eval_every=80 --eval_tokens=8192 --sample_every=60 --log_every=20"
+    flags = [*size.split(), *cadence.split(), "--data.corpus=stdlib", *(f"--{key}={VARIED[key]}" for key in VARIED)]
     with tempfile.TemporaryDirectory() as folder:
-        n_hits = kill_and_resume([*size.split(), *cadence.split()], Path(folder), args.kills, args.seed)
-    print(f"killed {n_hits} times in training, resumed each time, and ended with the same weights")
+        n_hits, n_writing = kill_and_resume(flags, Path(folder), args.kills, args.seed, sync_seconds=0.3)
+    print(f"killed {n_hits} times in training, {n_writing} of them while a checkpoint was written; resumed each time,")
+    print("and ended with the same weights, losses and samples")

@@ -102,8 +102,9 @@ def test_orthogonalized_matrices_have_singular_values_about_one():
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd", "constant"])
 def test_schedules_rise_hold_and_end_where_they_should(schedule):
-    factor = [lr_factor(OptimizerConfig(schedule=schedule, final_lr=0.2), i / 1000, 0.1) for i in range(1001)]
-    assert factor[0] == 0 and factor[50] == pytest.approx(0.5) and factor[100] == pytest.approx(1)
+    factor = [lr_factor(OptimizerConfig(schedule=schedule, final_lr=0.2), i / 1000, 0.1, 0.001) for i in range(1001)]
+    assert factor[0] == pytest.approx(0.01) and factor[49] == pytest.approx(0.5) and factor[99] == pytest.approx(1)
+    assert factor[100] == pytest.approx(1)
     assert factor[1000] == pytest.approx(1 if schedule == "constant" else 0.2)
     assert all(a >= b for a, b in itertools.pairwise(factor[100:]))
     middle = {"linear": 0.6, "cosine": 0.6, "wsd": 1, "constant": 1}[schedule]
@@ -115,7 +116,15 @@ def test_schedules_rise_hold_and_end_where_they_should(schedule):
 
 
 def test_a_schedule_without_warm_up_begins_at_its_peak():
-    assert lr_factor(OptimizerConfig(schedule="linear"), 0.0, 0.0) == 1
+    assert lr_factor(OptimizerConfig(schedule="linear"), 0.0, 0.0, 0.001) == 1
+
+
+@pytest.mark.parametrize("length", [Length(steps=1), Length(tokens=1), Length(seconds=1.0)], ids=str)
+@pytest.mark.parametrize("warmup", [0.0, 0.02, 0.9])
+def test_the_first_step_trains(length, warmup):
+    budget = Budget(length, 100)
+    rate = lr_factor(OptimizerConfig(), budget.progress(0), warmup, budget.step_fraction)
+    assert 0 < rate <= 1 and (rate == 1 or length.seconds)
 
 
 def test_loading_state_keeps_the_configured_hyperparameters(model):
@@ -134,8 +143,8 @@ def test_loading_state_keeps_the_configured_hyperparameters(model):
 
 def test_a_warm_up_as_long_as_the_run_rises_to_its_end():
     cosine, wsd = OptimizerConfig(schedule="cosine"), OptimizerConfig(schedule="wsd")
-    assert [lr_factor(cosine, i / 4, 1.0) for i in range(5)] == [0, 0.25, 0.5, 0.75, 1]
-    assert [lr_factor(wsd, i / 4, 2.0) for i in range(5)] == [0, 0.125, 0.25, 0.375, 0.5]
+    assert [lr_factor(cosine, i / 4, 1.0, 0.25) for i in range(4)] == [0.25, 0.5, 0.75, 1]
+    assert [lr_factor(wsd, i / 4, 2.0, 0.25) for i in range(4)] == [0.125, 0.25, 0.375, 0.5]
 
 
 def test_a_warm_up_is_a_fraction_or_steps():

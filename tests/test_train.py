@@ -3,7 +3,14 @@
 import json
 import math
 import os
+import re
+import resource
 import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +19,7 @@ import torch
 import train
 from model import checkpoint
 from model.generate import load_run
+from runtime.files import WriteError
 from runtime.run import Run
 
 
@@ -31,8 +39,18 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_a_run_leaves_its_record(run):
+def test_a_run_leaves_its_record(run, capsys):
     code, folder = run(sample_every=6, sample_prompt="The old ")
+    lines = capsys.readouterr().out.splitlines()
+    (step,) = (line for line in lines if line.startswith("step      8   58%"))
+    assert re.search(r" tok/s  0:00:\d\d elapsed, 0:00:\d\d left$", step)
+    assert lines[-4].startswith("made     best.pt (the model of the lowest validation loss), last.pt")
+    assert lines[-4].endswith(f"in {folder}")
+    assert [line.partition(" -m ")[2] or line.partition("train.py")[2] for line in lines[-3:]] == [
+        f"model.generate --run {folder}",
+        f"model.export --run {folder} --to {folder}-hf",
+        f" --run small --out {folder.parent} --resume --steps=24",
+    ]
     assert code == 0 and status(folder)["status"] == "finished" and status(folder)["step"] == 12
     written = {path.name for path in folder.iterdir()}
     files = {"config.json", "metrics.jsonl", "samples.txt", "loss.png", "status.json", "tokenizer.json"}
@@ -102,9 +120,9 @@ def test_resuming_is_exact(run, monkeypatch, knobs):
     ]
 
 
-def test_a_crash_loses_only_what_came_after_the_checkpoint(run, monkeypatch):
+def test_a_crash_loses_only_what_came_after_the_checkpoint(run, monkeypatch, capsys):
     _, whole = run(run="whole")
-    monkeypatch.setattr(Run, "add_sample", lambda *args: 1 / 0)
+    monkeypatch.setattr(train.Trainer, "sample", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(run="parts", sample_every=7)
     parts = whole.parent / "parts"
@@ -112,6 +130,189 @@ def test_a_crash_loses_only_what_came_after_the_checkpoint(run, monkeypatch):
     monkeypatch.undo()
     assert run("--resume", run="parts", sample_every=0)[0] == 0
     assert same(weights(whole), weights(parts))
+
+
+@pytest.mark.parametrize("ends", ["finished", "interrupted", "crashed"])
+def test_the_end_of_a_run_waits_for_its_last_checkpoint(run, tmp_path, monkeypatch, ends):
+    """Its write begins when nothing else is left to do."""
+    steps, write, last = [], checkpoint.save, tmp_path / "out" / "small" / "last.pt"
+    last_step, rest_done = 12 if ends == "finished" else 6, threading.Event()
+
+    def late(folder, state):
+        if state["step"] == last_step:
+            rest_done.wait()
+            time.sleep(0.1)
+        write(folder, state)
+
+    def end():
+        rest_done.set()
+        if ends == "interrupted":
+            kill("SIGTERM", times=2)()
+        elif ends == "crashed":
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(checkpoint, "save", late)
+    monkeypatch.setattr(*((Run, "plot") if ends == "finished" else (train, "evaluate")), lambda *_: end())
+    monkeypatch.setattr(Run, "close", lambda self, *_, **__: steps.append(checkpoint.load(last)["step"]))
+    with pytest.raises(ZeroDivisionError) if ends == "crashed" else nullcontext():
+        run(eval_every=99 if ends == "finished" else 6)
+    assert steps == [last_step]
+
+
+def test_a_checkpoint_lost_at_an_interruption_is_said(run, monkeypatch, capsys):
+    def full(*args):
+        raise WriteError(28, "No space left on device", "a/last.pt")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    during(monkeypatch, train, "evaluate", kill("SIGTERM", times=2))
+    assert run(save_every=99)[0] == 1
+    lost = "SIGTERM ended it at once; cannot write a/last.pt: No space left on device"
+    assert capsys.readouterr().err == f"error: interrupted at step 6: {lost}\n"
+
+
+def test_a_checkpoint_is_copied_before_the_next_update(run, monkeypatch):
+    """Which a GPU may otherwise run first."""
+    calls = []
+    for owner, name in ((checkpoint.Saver, "save"), (checkpoint.Saver, "before_update"), (train.Trainer, "update")):
+        during(monkeypatch, owner, name, lambda name=name: calls.append(name))
+    run(steps=2, save_every=1)
+    assert calls == 2 * ["before_update", "update", "save"]
+
+
+def during(monkeypatch, owner, name, act, at_step=None):
+    """Have `act` called at each call of `owner.name`, or at the one at the run's step `at_step`."""
+    original = getattr(owner, name)
+
+    def acting(*args, **options):
+        if at_step in (None, getattr(args[0], "step", None)):
+            act()
+        return original(*args, **options)
+
+    monkeypatch.setattr(owner, name, acting)
+
+
+def kill(name, times=1):
+    def act():
+        for _ in range(times):
+            os.kill(os.getpid(), getattr(signal, name))
+
+    return act
+
+
+def test_a_live_run_is_neither_resumed_nor_overwritten(run, monkeypatch, capsys):
+    codes = []
+
+    def intrude():
+        codes.append([run(flag, run="mine")[0] for flag in ("--resume", "--overwrite")])
+
+    during(monkeypatch, train.Trainer, "train_step", intrude, at_step=7)
+    code, folder = run(run="mine")
+    assert (codes, code) == ([[2, 2]], 0) and status(folder)["status"] == "finished"
+    assert [row["step"] for row in rows(folder) if "loss" in row] == [1, 4, 8, 12]
+    assert f"process {os.getpid()} is training in {folder}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_before_training_ends_in_a_sentence(run, tmp_path, monkeypatch, capsys, name):
+    with monkeypatch.context() as patch:
+        during(patch, train, "prepare", kill(name))
+        assert run(run="mine")[0] == 1 and not (tmp_path / "out").exists()
+    during(monkeypatch, Run, "start_wandb", kill(name))  # the folder exists by now
+    code, folder = run(run="mine")
+    assert code == 1 and status(folder)["status"] == "interrupted"
+    assert capsys.readouterr().err == 2 * f"error: interrupted at step 0: {name} ended it at once\n"
+
+
+@pytest.mark.parametrize("name", ["evaluate", "sample"])
+def test_a_signal_in_the_last_evaluation_or_sample_leaves_the_rest_to_resuming(run, monkeypatch, name):
+    _, whole = run(run="whole", eval_every=99)
+    with monkeypatch.context() as patch:
+        during(patch, train, "evaluate" if name == "evaluate" else "generate", kill("SIGTERM"))
+        code, folder = run(run="mine", eval_every=99)
+    done = {"evaluate": ("interrupted", 1), "sample": ("finished", 0)}[name]  # nothing is left to do after the sample
+    assert (status(folder)["status"], code) == done and [row["step"] for row in rows(folder)] == [1, 4, 8, 12, 12]
+    assert run("--resume", run="mine")[0] == 0 and status(folder)["status"] == "finished"
+    assert (folder / "samples.txt").read_text() == (whole / "samples.txt").read_text()
+
+
+def test_a_second_signal_ends_at_once(run, monkeypatch, capsys):
+    during(monkeypatch, train, "evaluate", kill("SIGTERM", times=2))
+    code, folder = run(run="mine")
+    assert code == 1 and status(folder)["status"] == "interrupted" and status(folder)["step"] == 6
+    error = capsys.readouterr().err
+    assert error == (
+        f"error: interrupted at step 6: SIGTERM ended it at once; --resume continues from {folder / 'last.pt'}\n"
+    )
+
+
+def test_sigusr1_saves_and_goes_on(run, monkeypatch):
+    saved, save = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda folder, state: (saved.append(state["step"]), save(folder, state)))
+    during(monkeypatch, train.Trainer, "train_step", kill("SIGUSR1"), at_step=6)
+    assert run(save_every=99, eval_every=99)[0] == 0 and saved == [7, 12]
+
+
+@pytest.mark.parametrize("owner, name", [(Run, "start_wandb"), (train.Trainer, "evaluate")])
+def test_an_error_once_the_folder_exists_is_its_status(run, monkeypatch, capsys, owner, name):
+    """In set-up, and in the end of a run."""
+
+    def full(self, *args):
+        raise WriteError(28, "No space left on device", "a/file")
+
+    monkeypatch.setattr(owner, name, full)
+    code, folder = run(eval_every=99)
+    assert code == 1 and status(folder)["status"] == "crashed" and not (folder / "run.lock").exists()
+    assert status(folder)["error"] == "WriteError: cannot write a/file: No space left on device"
+    assert "cannot write a/file: No space left on device" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_does_not_end_the_run(tiny, tmp_path):
+    """As `train.py | head -1` does; also at the interpreter's exit."""
+    command = [sys.executable, str(train.ROOT / "train.py"), *tiny(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("run ")
+    process.stdout.close()
+    assert (process.wait(), process.stderr.read()) == (0, "")
+    assert status(tmp_path / "small")["status"] == "finished"
+
+
+class BrokenWandb:
+    """A W&B run whose service died."""
+
+    def __init__(self, fails):
+        self.fails, self.called = fails, []
+
+    def log(self, row, step):
+        self._call("log")
+
+    def finish(self, exit_code):
+        self._call("finish")
+
+    def _call(self, name):
+        self.called.append(name)
+        if name == self.fails:
+            raise BrokenPipeError("the service is gone")
+
+
+@pytest.mark.parametrize("fails", ["log", "finish"])
+def test_what_is_beside_a_run_never_ends_it(run, monkeypatch, capsys, fails):
+    broken, start = BrokenWandb(fails), Run.start
+
+    def start_badly(self, at_step):
+        start(self, at_step)
+        self.wandb = broken
+        (self.folder / "samples.txt").mkdir()
+
+    monkeypatch.setattr(Run, "start", start_badly)
+    if fails == "finish":
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **options: 1 / 0)
+    code, folder = run(run="$A_$B", sample_every=4)  # half a formula
+    said = capsys.readouterr().out
+    assert code == 0 and status(folder)["status"] == "finished"
+    assert said.count("the service is gone") == 1 and broken.called.count(fails) == 1
+    assert said.count("samples are lost: cannot write") == 1
+    assert (folder / "loss.png").exists() == (fails == "log") == ("no loss.png: division by zero" not in said)
+    assert not list(folder.glob("*.partial"))
 
 
 def test_accumulating_is_the_large_batch(run):
@@ -157,10 +358,25 @@ def test_an_overflow_in_one_gradient_stops_every_optimizer(run, monkeypatch, cli
     assert len(trainers) == 3 and trainers[0].scaler.get_scale() == 2.0**14  # 2^16 halved twice
 
 
-def test_compiled_follows_eager(run):
+def test_compiled_follows_eager(run, eager_losses):
+    """In evaluation too, which the step's compiled forward is for: there is nothing more to compile."""
     _, eager = run(run="eager", steps=4)
-    _, compiled = run(run="compiled", steps=4, compile="on")
+    del eager_losses[:]
+    torch._dynamo.reset()
+    counts = torch._dynamo.utils.counters["stats"]
+    before = counts["unique_graphs"]
+    _, compiled = run(run="compiled", steps=4, eval_every=2, compile="on")
     assert rows(compiled)[-1]["val_loss"] == pytest.approx(rows(eager)[-1]["val_loss"], abs=1e-3)
+    assert counts["unique_graphs"] == before + 1
+    assert [found for found, _ in eager_losses] == pytest.approx([eager for _, eager in eager_losses], rel=1e-5)
+    assert len(eager_losses) == 2
+
+
+def test_evaluation_has_no_dropout(run, monkeypatch, eager_losses):
+    """As the step's compiled forward would."""
+    monkeypatch.setattr("torch.compile", lambda model: model)
+    assert run(steps=2, compile="on", **{"model.dropout": 0.5})[0] == 0
+    assert [found for found, _ in eager_losses] == [eager for _, eager in eager_losses] != []
 
 
 def test_a_seed_determines_a_run(run):
@@ -183,10 +399,10 @@ def test_diagnostics_change_nothing(run):
 
 def test_a_warm_up_in_steps_and_one_that_never_ends(run, capsys):
     _, folder = run(run="steps", steps=4, warmup=2, log_every=1, lr=1e-2, schedule="constant", eval_every=99)
-    assert [row["lr"] for row in rows(folder) if "lr" in row] == pytest.approx([0, 5e-3, 1e-2, 1e-2])
+    assert [row["lr"] for row in rows(folder) if "lr" in row] == pytest.approx([5e-3, 1e-2, 1e-2, 1e-2])
     assert "warm-up" not in capsys.readouterr().out
     _, folder = run(run="long", steps=4, warmup=8, log_every=1, lr=1e-2, eval_every=99)
-    assert [row["lr"] for row in rows(folder) if "lr" in row] == pytest.approx([0, 1.25e-3, 2.5e-3, 3.75e-3])
+    assert [row["lr"] for row in rows(folder) if "lr" in row] == pytest.approx([1.25e-3, 2.5e-3, 3.75e-3, 5e-3])
     assert "warm-up  8 steps of 4: the rate rises to the end" in capsys.readouterr().out
 
 
@@ -241,27 +457,53 @@ def test_weights_that_are_not_finite_are_not_saved(run):
     assert code == 1 and status(folder)["status"] == "nan" and not list(folder.glob("*.pt"))
 
 
-def test_out_of_memory_is_a_status(run, monkeypatch):
-    def exhausted(*args):
-        raise torch.OutOfMemoryError("tried to allocate 80 GB")
+def exhausted(*args):
+    raise torch.OutOfMemoryError("tried to allocate 80 GB")
 
+
+def test_out_of_memory_is_a_status(run, monkeypatch, capsys):
     monkeypatch.setattr(train.Trainer, "train_step", exhausted)
     code, folder = run()
     assert code == 1 and status(folder)["status"] == "oom"
+    error = "error: oom at step 0: tried to allocate 80 GB; --micro_batch=2 needs less memory\n"
+    assert capsys.readouterr().err == error
+
+
+def test_out_of_memory_in_set_up_is_a_status_too(run, monkeypatch):
+    _, done = run(run="done")
+    _, kept = run(run="kept")
+    before = {path: path.read_bytes() for path in [*done.iterdir(), *kept.iterdir()]}
+    monkeypatch.setattr(train, "build_optimizers", exhausted)
+    code, folder = run(run="new")
+    assert code == 1 and status(folder)["status"] == "oom" and "80 GB" in status(folder)["error"]
+    assert run("--overwrite", run="kept")[0] == run("--resume", run="done", steps=14)[0] == 1
+    assert status(done)["status"] == "oom"
+    changed = {path for path in before if not path.exists() or path.read_bytes() != before[path]}
+    assert changed == {done / "status.json", done / "config.json"}
 
 
 def test_a_disk_that_fills_up_keeps_the_last_checkpoint(run, monkeypatch, capsys):
-    save = checkpoint.save
+    """From step 6 on no file may exceed 20 kB, which fails as a full disk does."""
+    old, save = resource.getrlimit(resource.RLIMIT_FSIZE), train.Trainer.save
 
-    def full(folder, state):
-        if state["step"] > 3:
-            raise OSError(28, "No space left on device")
-        save(folder, state)
+    def save_on_a_full_disk(self):
+        self.saver.wait()
+        if self.step == 6:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, old[1]))
+        save(self)
 
-    monkeypatch.setattr(checkpoint, "save", full)
-    code, folder = run()
-    assert code == 1 and status(folder)["status"] == "crashed" and "No space left" in capsys.readouterr().err
-    assert checkpoint.load(folder / "last.pt")["step"] == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "save", save_on_a_full_disk)
+        try:
+            code, folder = run()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    sentence = f"cannot write {folder / 'last.pt'}: File too large"
+    assert code == 1 and status(folder)["status"] == "crashed" and sentence in status(folder)["error"]
+    resumes = f"; --resume continues from {folder / 'last.pt'}\n"
+    assert re.fullmatch(rf"error: crashed at step [6-9]: {re.escape(sentence + resumes)}", capsys.readouterr().err)
+    assert checkpoint.load(folder / "last.pt")["step"] == 3 and not list(folder.glob("*.partial"))
+    assert run("--resume", run="small")[0] == 0
 
 
 def test_wandb_offline_mirrors_the_rows(run):
@@ -302,7 +544,7 @@ def test_only_a_run_is_overwritten(run, tmp_path, capsys):
     thesis = tmp_path / "out" / "notes" / "thesis.txt"
     thesis.parent.mkdir()
     thesis.touch()
-    for name, message in (("notes", "notes is not a run (no config.json)"), ("..", "not the path '..'")):
+    for name, message in (("notes", "notes is not a run (no config.json and status.json"), ("..", "not the path '..'")):
         assert run("--overwrite", run=name, steps=1)[0] == 2
         assert message in capsys.readouterr().err and thesis.exists()
 
@@ -408,8 +650,11 @@ REFUSED = {
         "norm must be rms or layer, not none",
     ),
     "a path for a name": ({"run": "out/mine"}, "run must be a name, not the path 'out/mine'"),
-    "a seed beyond 64 bits": ({"seed": 2**64}, "seed must be less than 18446744073709551616"),
+    "a seed beyond 64 bits": ({"seed": 2**64}, "seed must be a whole number that 64 bits hold"),
     "a cache that is a file": ({"data.cache": train.__file__}, "choose another folder with --data.cache"),
+    "a width that no machine holds": ({"model.d_model": 10**9}, "lower model.n_layer, model.d_model"),
+    "more layers than any machine holds": ({"model.n_layer": 10**12}, "model.n_layer must be at most 10000"),
+    "a batch that no machine holds": ({"batch_size": 10**12}, "a batch of 1,000,000,000,000 sequences takes"),
     "no run to resume": ({"run": "gone", "resume": "true"}, "no run to resume"),
 }
 
@@ -487,12 +732,14 @@ def test_resuming_refuses_another_model_or_optimizer(run, capsys, change):
     assert (folder / "last.pt").read_bytes() == before and status(folder)["status"] == "finished"
 
 
-def test_resuming_refuses_a_corpus_with_other_tokens(run, tmp_path, capsys):
+def test_a_run_resumes_on_its_own_tokens_or_refuses_others(run, tmp_path, capsys):
     corpus = text(tmp_path / "corpus.txt", "one two three four five six seven\n" * 200)
     data = {"data.corpus": corpus, "data.tokenizer": "bpe", "data.vocab_size": 262}
     run(run="mine", steps=2, **data)
     text(corpus, "eight nine ten eleven twelve thirteen\n" * 200)
-    assert run("--resume", run="mine", steps=4, **data)[0] == 2
+    assert run("--resume", run="mine", steps=4, **data)[0] == 0
+    assert "as the run was trained on it" in capsys.readouterr().out
+    assert run("--resume", run="mine", steps=6, **data | {"data.cache": tmp_path / "empty"})[0] == 2
     assert "corpus.txt has other tokens now than when" in capsys.readouterr().err
 
 
@@ -545,7 +792,7 @@ def test_a_truncated_checkpoint_is_refused(run, capsys):
     last.write_bytes(content[: len(content) // 2])
     code, _ = run("--resume", run="mine")
     error = capsys.readouterr().err
-    assert code == 2 and "truncated" in error and "previous.pt is an earlier checkpoint" in error
+    assert code == 2 and "truncated" in error and "previous.pt is a good checkpoint, of step" in error
 
 
 def test_a_folder_that_cannot_be_written(run, tmp_path, capsys):

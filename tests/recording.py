@@ -1,0 +1,57 @@
+"""CUDA graphs emulated on a CPU: the operators of a function are recorded and replayed.
+
+A graph fixes the addresses of tensors and the numbers that the host computed. So does a recording: a replay runs each
+operator on the same tensors and numbers, and writes its results to the same memory. Replays then differ from eager
+calls if the function uses a number computed on the host, a tensor that is rebound, or state allocated late.
+"""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+HOST_READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default}
+
+
+class Recording(TorchDispatchMode):
+    """Records the operators that run under it. Raises if the host reads a value from the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator in HOST_READS:
+            raise RuntimeError(f"{operator} makes the host wait for the device")
+        results = operator(*args, **(kwargs or {}))
+        self.calls.append((operator, args, kwargs or {}, results))
+        return results
+
+    @torch.no_grad()
+    def replay(self):
+        for operator, args, kwargs, results in self.calls:
+            again = operator(*args, **kwargs)
+            for kept, new in zip(tensors(results), tensors(again), strict=True):
+                if kept.data_ptr() != new.data_ptr():  # neither a view nor in place: memory that belongs to the graph
+                    kept.copy_(new)
+
+
+def tensors(results):
+    return [x for x in tree_leaves(results) if torch.is_tensor(x)]
+
+
+class Recorded:
+    """Replaces `runtime.capture.Captured` on a CPU."""
+
+    replays = 0
+
+    def __init__(self, run, pool):
+        self.run, self.recording = run, None
+
+    def __call__(self):
+        if self.recording is None:
+            self.recording = Recording()
+            with self.recording:
+                self.run()
+        else:
+            self.recording.replay()
+            Recorded.replays += 1
