@@ -31,7 +31,7 @@ from runtime.config import ConfigError
 class ModelConfig:
     """Architecture of the model. `resolved` replaces each 0 that stands for a derived value."""
 
-    n_layer: Annotated[int, "[1, inf)", "layers"] = 12
+    n_layer: Annotated[int, "[1, 10000]", "layers"] = 12
     n_head: Annotated[int, "[1, inf)", "query heads"] = 12
     n_kv_head: Annotated[int, "[0, inf)", "key/value heads (0: n_head)"] = 0
     head_dim: Annotated[int, "[0, inf)", "head dimension, even (0: d_model / n_head)"] = 0
@@ -99,11 +99,16 @@ class ModelConfig:
         for knob, value in needed.items():
             if getattr(self, knob) != value:
                 raise ConfigError(f"init look-back needs {knob} {value}, not {getattr(self, knob)}; or use init fan-in")
-        _ = self.windows  # raises if `window` is malformed
+        self._window_pattern()  # raises if `window` is malformed
 
     @property
     def windows(self) -> tuple[int, ...]:
         """Window size of each layer in keys, the query's own position included; 0 for full attention."""
+        pattern = self._window_pattern()
+        return tuple(pattern[layer % len(pattern)] for layer in range(self.n_layer))
+
+    def _window_pattern(self) -> list[int]:
+        """The window sizes that layers repeat. Raises `ConfigError` if `window` is malformed."""
         match = re.fullmatch(r"([SL]+)(?::([1-9][0-9]*))?|([1-9][0-9]*)?", self.window)
         if match is None:
             raise ConfigError(
@@ -113,8 +118,7 @@ class ModelConfig:
         pattern, pattern_size, uniform_size = match.groups()
         size = int(pattern_size or uniform_size or self.seq_len // 2)
         sizes = {"S": size if size < self.seq_len else 0, "L": 0}
-        pattern = pattern or ("S" if uniform_size else "L")
-        return tuple(sizes[pattern[layer % len(pattern)]] for layer in range(self.n_layer))
+        return [sizes[letter] for letter in pattern or ("S" if uniform_size else "L")]
 
     def resolved(self, vocab_size: int, separator: int = -1) -> "ModelConfig":
         """Replace every 0 by the value it stands for.
@@ -123,7 +127,7 @@ class ModelConfig:
         tokenizer has more ids than the embedding has rows."""
         if self.vocab_size and self.vocab_size < vocab_size:
             raise ConfigError(f"model.vocab_size {self.vocab_size} is less than the tokenizer's {vocab_size}")
-        d_ff = 64 * math.ceil(self.d_model * 8 / 3 / 64)
+        d_ff = 64 * -(-self.d_model // 24)  # 8/3 d_model, rounded up to a multiple of 64
         derived = {
             "n_kv_head": self.n_kv_head or self.n_head,
             "head_dim": self.head_dim or self.d_model // self.n_head,
@@ -132,6 +136,18 @@ class ModelConfig:
             "separator": separator if separator >= 0 else self.separator,
         }
         return replace(self, **derived)
+
+    def n_parameters(self) -> int:
+        """Number of parameters of the resolved config, as `GPT.n_parameters` counts them, for any size at once."""
+        width, heads, kv_heads = self.d_model, self.n_head * self.head_dim, self.n_kv_head * self.head_dim
+        gated, norm = self.activation == "swiglu", {"rms": 1, "layer": 2, "none": 0}[self.norm] * width
+        projections = (  # (in, out) of a layer's matrices
+            (width, heads + 2 * kv_heads), (heads, width), (width, (1 + gated) * self.d_ff), (self.d_ff, width),
+        )  # fmt: skip
+        layer = sum((n_in + self.bias) * n_out for n_in, n_out in projections)
+        layer += 2 * norm + 2 * self.head_dim * self.qk_norm
+        embeddings = (2 - self.tied) * self.vocab_size + (self.position == "learned") * self.seq_len
+        return self.n_layer * layer + norm + embeddings * width
 
 
 class KVCache:
@@ -144,7 +160,9 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, padding: Tensor):
         self.max_length, self.length = config.seq_len, 0
-        self.layers: dict[int, Tensor] = {}  # [2, B, seq_len, KV, D], allocated in the dtype of the first keys
+        # [2, B, KV, seq_len, D] in the dtype of the first keys. In this order a batched product with the keys of all
+        # heads needs no copy of them.
+        self.layers: dict[int, Tensor] = {}
         self.document_starts = None  # bool [B, seq_len]: True where a document starts
         if config.separator >= 0 or padding.any():
             self.document_starts = torch.arange(self.max_length, device=padding.device) == padding[:, None]
@@ -152,8 +170,8 @@ class KVCache:
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append a layer's new keys and values `[B, T, KV, D]`. Returns views of all of them, `[B, S, KV, D]`."""
         if layer not in self.layers:
-            self.layers[layer] = k.new_empty(2, len(k), self.max_length, *k.shape[2:])
-        kv = self.layers[layer][:, :, : self.length + k.shape[1]]
+            self.layers[layer] = k.new_zeros(2, len(k), k.shape[2], self.max_length, k.shape[3])
+        kv = self.layers[layer].transpose(2, 3)[:, :, : self.length + k.shape[1]]
         kv[0, :, self.length :], kv[1, :, self.length :] = k, v
         return kv[0], kv[1]
 
@@ -163,6 +181,49 @@ class KVCache:
         self.document_starts = None if self.document_starts is None else self.document_starts[rows]
 
 
+class StaticKVCache:
+    """A `KVCache` that runs in a CUDA graph: its tensors keep their addresses and shapes, and its length is a tensor.
+
+    It takes one token per row. Attention covers all `seq_len` keys, of which each row sees only its own.
+    """
+
+    def __init__(self, cache: KVCache, config: ModelConfig):
+        """Take over the buffers of `cache`."""
+        self.config, self.layers = config, cache.layers
+        first = next(iter(cache.layers.values()))
+        self.length = torch.zeros(1, dtype=torch.int64, device=first.device)
+        self.starts = self.length.repeat(first.shape[1], 1)  # [B, 1], of the current documents
+        self.load(cache)
+
+    def load(self, cache: KVCache) -> None:
+        """Copy the contents of `cache`, which has as many rows."""
+        for layer, kv in self.layers.items():
+            kv.copy_(cache.layers[layer])
+        self.length.fill_(cache.length)
+        self.starts.zero_()
+        if cache.document_starts is not None:
+            places = torch.arange(cache.length, device=self.starts.device)
+            self.starts.copy_((places * cache.document_starts[:, : cache.length]).amax(1, keepdim=True))
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append a layer's new keys and values `[B, 1, KV, D]`. Returns the whole buffers `[B, seq_len, KV, D]`."""
+        self.layers[layer].index_copy_(3, self.length, torch.stack((k, v)).transpose(2, 3))
+        k, v = self.layers[layer].transpose(2, 3)
+        return k, v
+
+    def visible(self, ids: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """Positions `[B, 1]` of the next `ids` `[B, 1]`, and the keys that they see with each window size, as the
+        argument `documents` of attention. Only its last column, of the query, counts."""
+        if self.config.separator >= 0:
+            self.starts.copy_(torch.where(ids == self.config.separator, self.length, self.starts))
+        end, ranges = self.length + 1, {}
+        for window in set(self.config.windows):
+            start = torch.maximum(self.starts, end - window) if window else self.starts
+            bounds = torch.stack((start, end.expand_as(start))).to(torch.int32)
+            ranges[window] = bounds.expand(-1, -1, self.config.seq_len).contiguous()
+        return self.length - self.starts, ranges
+
+
 class Context(NamedTuple):
     """Inputs that all layers of one forward pass share."""
 
@@ -170,7 +231,8 @@ class Context(NamedTuple):
     sin: Tensor
     positions: Tensor | None  # [B, T], rows of the tables; None for the first T rows
     documents: Tensor | None  # [2, B, S] of `document_ranges`; None for no document masking
-    cache: KVCache | None
+    cache: KVCache | StaticKVCache | None
+    visible: dict[int, Tensor] | None = None  # of a `StaticKVCache`, in place of the causal mask, windows and documents
 
 
 class Linear(nn.Linear):
@@ -229,7 +291,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Takes the normalised input `[B, T, C]`; returns `[B, T, C]`."""
-        c, (cos, sin, positions, documents, cache) = self.config, context
+        c, (cos, sin, positions, documents, cache, visible) = self.config, context
         gains = self.q_gain, self.k_gain
         q, k, v = self.kernels.rope(
             self.qkv(x), cos, sin, c.n_head, c.n_kv_head, *gains, c.norm_eps, positions, self.interleaved
@@ -237,9 +299,10 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         dropout = c.dropout if self.training else 0.0
-        o = self.kernels.attention(
-            q, k, v, window=self.window, documents=documents, dropout=dropout, slopes=self.slopes
-        )
+        mask = {"window": self.window, "documents": documents}
+        if visible is not None:
+            mask = {"causal": False, "documents": visible[self.window]}
+        o = self.kernels.attention(q, k, v, dropout=dropout, slopes=self.slopes, **mask)
         return self.out(o.flatten(2))
 
 
@@ -451,7 +514,7 @@ class GPT(nn.Module):
         if self.config.init == "look-back":
             look_back(self, std)
 
-    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden(self, ids: Tensor, cache: KVCache | StaticKVCache | None = None) -> Tensor:
         """Final hidden states `[B, T, C]`, normalised, of ids `[B, T]`. With a cache, the ids follow the cached tokens.
 
         Raises `ValueError` if cached and new tokens are more than `config.seq_len`."""
@@ -475,8 +538,11 @@ class GPT(nn.Module):
             cache.length += ids.shape[1]
         return self.norm(x, residual)[0]
 
-    def _context(self, ids: Tensor, cache: KVCache | None) -> Context:
+    def _context(self, ids: Tensor, cache: KVCache | StaticKVCache | None) -> Context:
         """Positions and document mask of `ids` `[B, T]` after the cached tokens."""
+        if isinstance(cache, StaticKVCache):
+            positions, visible = cache.visible(ids)
+            return Context(self.cos, self.sin, positions, None, cache, visible)
         separator, start = self.config.separator, 0 if cache is None else cache.length
         end = start + ids.shape[1]
         if end > self.config.seq_len:
@@ -499,7 +565,7 @@ class GPT(nn.Module):
         loss, head = self.kernels.linear_cross_entropy, self.head
         return loss(self.hidden(ids), head.weight, targets, reduction, scale=scale, head_cast=head.copy)
 
-    def logits(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def logits(self, ids: Tensor, cache: KVCache | StaticKVCache | None = None) -> Tensor:
         """Next-token logits, float32 `[B, V]`, after the last of ids `[B, T]`; `cache` as in `hidden`."""
         return self.head(self.hidden(ids, cache)[:, -1])[..., : self.config.vocab_size].float()
 

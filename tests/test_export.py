@@ -1,16 +1,21 @@
 """Export to and import from Hugging Face's format: equal logits and equal ids."""
 
+import json
+import re
+
 import pytest
 import torch
 
 import train
-from data.tokenizer import byte_tokenizer, train_bpe
+from data.formats import DataError
+from data.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 from kernels import KernelChoice, bind
 from model import generate
 from model.export import ExportError, from_huggingface, main, to_huggingface, window_of
 from model.generate import load_run
 from model.gpt import GPT, ModelConfig
 
+safetensors = pytest.importorskip("safetensors.torch") and pytest.importorskip("safetensors")
 transformers = pytest.importorskip("transformers")
 
 FAMILIES = {
@@ -19,6 +24,12 @@ FAMILIES = {
     "windowed qwen3": {"model.qk_norm": "true", "model.window": "SL:5", "model.dropout": 0.1},
 }
 TEXT = "The quick fox jumps over the moon.\n\n  Ünïcode, tabs\t, 12345 and <|endoftext|> too 🙂"
+
+
+def small_model():
+    """Config and weights, in their format, of a Qwen3 of two layers."""
+    config = ModelConfig(n_layer=2, n_head=2, d_model=16).resolved(30)
+    return to_huggingface(config, GPT(config, bind(KernelChoice())).state_dict(), 0)
 
 
 @pytest.mark.parametrize("changes", FAMILIES.values(), ids=FAMILIES)
@@ -84,24 +95,74 @@ def test_a_transformers_model_is_imported(tmp_path, kind, windows):
     "change, message",
     [
         ({"model_type": "mamba"}, "its model_type is 'mamba'; only llama and qwen3 are supported"),
+        ({"model_type": ["llama"]}, "its model_type is ['llama']"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_bias": True}, "attention_bias is True"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type is 'llama3'"),
-        ({"use_sliding_window": True, "sliding_window": 4, "layer_types": ["linear"]}, "layer_types have 'linear'"),
+        ({"rope_parameters": 3}, "rope_parameters are 3: they must be an object"),
+        ({"rope_parameters": {"rope_theta": "big"}}, "rope_theta must be a number, and is 'big'"),
+        ({"use_sliding_window": True, "sliding_window": 4, "layer_types": ["linear"] * 2}, "layer_types have 'linear'"),
+        ({"use_sliding_window": True, "sliding_window": 4, "layer_types": ["full_attention"]}, "num_hidden_layers, 2,"),
+        ({"use_sliding_window": True, "sliding_window": "4"}, "sliding_window is '4': it must be a whole number"),
         ({"model_type": "llama", "use_sliding_window": True}, "use_sliding_window is True"),
+        ({"num_hidden_layers": None}, "num_hidden_layers must be a whole number, and is None"),
+        ({"hidden_size": "16"}, "hidden_size must be a whole number, and is '16'"),
+        ({"vocab_size": 30.5}, "vocab_size must be a whole number, not 30.5"),
+        ({"intermediate_size": 0}, "intermediate_size must be at least 1, not 0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be more than 0, not nan"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false, not 1"),
+        ({"num_attention_heads": 3, "head_dim": None}, "hidden_size 16 must be a multiple of num_attention_heads 3"),
+        # What contradicts the weights.
+        ({"num_hidden_layers": 1}, "num_hidden_layers is 1, and its weights have 2 layers"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 10000, not 1000000000"),
+        ({"model_type": "llama"}, "have model.layers.0.self_attn.k_norm.weight, which a llama with"),
+        ({"tie_word_embeddings": False}, "lack lm_head.weight, which a qwen3 with tie_word_embeddings False has"),
+        ({"hidden_size": 32}, "its model.embed_tokens.weight has the shape [30, 16], and by its config.json [30, 32]"),
+        ({"num_key_value_heads": 1}, "self_attn.k_proj.weight has the shape [16, 16], and by its config.json [8, 16]"),
+        ({"vocab_size": 31}, "model.embed_tokens.weight has the shape [30, 16]"),
     ],
+    ids=lambda value: str(value)[:60],
 )
-def test_unsupported_models_are_refused(change, message):
-    config = ModelConfig(n_layer=1, n_head=2, d_model=16).resolved(30)
-    weights = GPT(config, bind(KernelChoice())).state_dict()
-    with pytest.raises(ValueError, match=message):
-        from_huggingface(to_huggingface(config, weights, 0)[0] | change, {})
+def test_unsupported_and_contradictory_configs_are_refused(change, message):
+    theirs, tensors = small_model()
+    with pytest.raises(ExportError, match=re.escape(message)):
+        from_huggingface(theirs | change, tensors)
+
+
+@pytest.mark.parametrize(
+    "name, tensor, message",
+    [
+        ("model.layers.1.self_attn.q_norm.weight", None, "its weights lack model.layers.1.self_attn.q_norm.weight"),
+        (
+            "model.layers.0.self_attn.q_proj.bias",
+            torch.ones(16),
+            "its weights have model.layers.0.self_attn.q_proj.bias",
+        ),
+        ("lm_head.weight", torch.ones(30, 16), "its weights have lm_head.weight, which a qwen3"),
+        ("model.norm.weight", torch.ones(16, dtype=torch.int8), "floating point, not torch.int8"),
+        ("model.norm.weight", torch.full((16,), torch.nan), "must be finite"),
+    ],
+    ids=["lacks", "has", "untied", "integers", "nan"],
+)
+def test_weights_that_are_not_the_models_are_refused(name, tensor, message):
+    theirs, tensors = small_model()
+    changed = {key: value for key, value in (tensors | {name: tensor}).items() if value is not None}
+    with pytest.raises(ExportError, match=re.escape(message)):
+        from_huggingface(theirs, changed)
+
+
+def test_a_head_saved_beside_the_embedding_it_is_tied_to():
+    theirs, tensors = small_model()
+    inverse = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}  # a buffer that old Llamas have
+    again = tensors | inverse | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    config, weights = from_huggingface(theirs, again)
+    assert config.tied and weights.keys() == from_huggingface(theirs, tensors)[1].keys()
 
 
 def test_a_llama_has_no_window(run, tmp_path, capsys):
     _, folder = run(steps=1, **{"model.qk_norm": "false", "model.window": "8"})
-    with pytest.raises(SystemExit):
-        main(["--run", str(folder), "--to", str(tmp_path / "hf")])
+    assert main(["--run", str(folder), "--to", str(tmp_path / "hf")]) == 2
     assert "a window (8) needs QK-norm" in capsys.readouterr().err and not (tmp_path / "hf").exists()
 
 
@@ -134,8 +195,7 @@ def test_nothing_is_overwritten(run, tmp_path, capsys):
         (["--run", str(folder), "--from", str(tmp_path / "full")], "exists: choose a new name"),
         (["--run", str(tmp_path / "new"), "--from", str(tmp_path / "full")], "has no model.safetensors"),
     ):
-        with pytest.raises(SystemExit):
-            main(flags)
+        assert main(flags) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
@@ -160,21 +220,73 @@ def test_an_incomplete_folder_is_refused(run, tmp_path, capsys, name, content, m
     folder = tmp_path / "hf"
     assert main(["--run", str(run(steps=1)[1]), "--to", str(folder)]) == 0
     (folder / name).write_bytes(content) if content else (folder / name).unlink()
-    with pytest.raises(SystemExit):
-        main(["--run", str(tmp_path / "in"), "--from", str(folder)])
+    assert main(["--run", str(tmp_path / "in"), "--from", str(folder)]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "in").exists()
+
+
+def test_an_import_that_contradicts_its_weights_writes_nothing(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(steps=1)[0] == main(["--run=small", "--to=hf"]) == 0
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    assert main(["--run=new", "--from=hf"]) == 2
+    assert "hf cannot be imported: its num_hidden_layers is 1" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["small"]
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    assert main(["--run=new", "--from=hf"]) == 0 and (tmp_path / "out" / "new" / "last.pt").exists()
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), safetensors.SafetensorError("disk full")], ids=["os", "rust"])
+def test_a_failed_export_leaves_nothing(run, tmp_path, capsys, monkeypatch, error):
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise error
+
+    _, folder = run(steps=1)
+    (tmp_path / "empty").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.torch, "save_file", full)
+        for target in ("empty", "deep/new"):
+            assert main([f"--run={folder}", f"--to={tmp_path / target}"]) == 2
+            assert "disk full" in capsys.readouterr().err
+    assert not any((tmp_path / "empty").iterdir()) and not (tmp_path / "deep").exists()
+    for target in ("empty", "deep/new"):
+        assert main([f"--run={folder}", f"--to={tmp_path / target}"]) == 0
+        assert len(list((tmp_path / target).iterdir())) == 5
+
+
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        (("added_tokens", 0, "id"), "256", "has the id '256': ids must be whole numbers from 0"),
+        (("model", "vocab", "A"), -1, "has the id -1"),
+        (("model", "vocab", "A"), 1.5, "has the id 1.5"),
+        (("model", "type"), "Unigram", "its model is 'Unigram'"),
+        (("pre_tokenizer", "pretokenizers", 0, "pattern", "Regex"), 5, "its pre-tokenizer is"),
+        (("pre_tokenizer", "pretokenizers", 0, "pattern", "Regex"), "(", "which tiktoken cannot use"),
+    ],
+    ids=["end", "negative", "fraction", "model", "number", "parenthesis"],
+)
+def test_a_tokenizer_that_is_none_is_refused(tmp_path, path, value, message):
+    file = tmp_path / "tokenizer.json"
+    train_bpe(["one two one two"] * 9, 260).to_huggingface().save(str(file))
+    fields = inner = json.loads(file.read_text())
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    file.write_text(json.dumps(fields))
+    with pytest.raises(DataError, match=re.escape(message)):
+        Tokenizer.from_huggingface(file)
 
 
 def test_more_tokens_than_weights(run, tmp_path, capsys):
     folder = tmp_path / "hf"
     assert main(["--run", str(run(steps=1)[1]), "--to", str(folder)]) == 0
     train_bpe(["one two one two"] * 9, 260).to_huggingface().save(str(folder / "tokenizer.json"))
-    with pytest.raises(SystemExit):
-        main(["--run", str(tmp_path / "in"), "--from", str(folder)])
+    assert main(["--run", str(tmp_path / "in"), "--from", str(folder)]) == 2
     assert "has 260 tokens in tokenizer.json, 257 in its weights" in capsys.readouterr().err
 
 
 def test_an_invalid_output_folder_is_refused(run, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        main(["--run", str(run(steps=1)[1]), "--to", f"{train.__file__}/hf"])
+    assert main(["--run", str(run(steps=1)[1]), "--to", f"{train.__file__}/hf"]) == 2
     assert "Not a directory" in capsys.readouterr().err

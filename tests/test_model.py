@@ -5,13 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from recording import Recorded
 
 from kernels import KernelChoice, KernelError, bind
 from kernels.attention import scores
 from kernels.launch import AVAILABLE
 from kernels.linear_cross_entropy import IGNORE
+from model import generate as generate_module
 from model.evaluate import evaluate
-from model.generate import generate, next_tokens
+from model.generate import Decoder, generate, next_tokens, window_start
 from model.gpt import GPT, KVCache, ModelConfig
 from runtime.config import ConfigError
 
@@ -292,6 +294,12 @@ def test_invalid_shapes(changes, message):
         build(**changes)
 
 
+@pytest.mark.parametrize("changes", [*SHAPES.values(), *FEATURES.values(), *SWITCHES.values()])
+def test_parameters_are_counted_without_building_the_model(changes):
+    model = build(**changes)
+    assert model.config.n_parameters() == model.n_parameters()
+
+
 def test_parameters_do_not_depend_on_kernels():
     one, other = build(kernels="torch"), build(seed=1, kernels="auto")
     other.load_state_dict(one.state_dict())
@@ -468,12 +476,15 @@ def test_top_k_and_top_p_keep_the_most_likely():
     generator = torch.Generator().manual_seed(0)
 
     def share(**kind):
-        sampled = next_tokens(logits, **{"temperature": 1.0, "top_k": 0, "top_p": 1.0} | kind, generator=generator)
+        uniform = torch.rand(4000, dtype=torch.float64, generator=generator)
+        sampled = next_tokens(logits, **{"temperature": 1.0, "top_k": 0, "top_p": 1.0} | kind, uniform=uniform)
         return (torch.bincount(sampled, minlength=4) / 4000).tolist()
 
     assert share() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
     assert share(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
+    assert share(top_k=9) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
     assert share(top_p=0.75) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
+    assert share(top_k=3, top_p=0.9) == pytest.approx([0.526, 0.316, 0.158, 0], abs=0.03)
     assert share(top_p=0.01) == [1, 0, 0, 0]
     assert share(temperature=0) == [1, 0, 0, 0]
     assert share(temperature=0.5) == pytest.approx([0.685, 0.247, 0.062, 0.007], abs=0.03)
@@ -486,10 +497,15 @@ def test_generation_in_a_batch_equals_generation_alone():
     assert together == alone and all(len(row) == 30 for row in together)
 
 
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
 @pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
-def test_cached_generation_equals_full_forward_passes(features):
-    """Rows of several lengths: one ends early, others exceed the context length."""
+def test_cached_generation_equals_full_forward_passes(features, captured, monkeypatch):
+    """Rows of several lengths: one ends early, others exceed the context length. CUDA graphs are emulated."""
     model, prompts = build(**features), [[1, 2, SEPARATOR, 3], [4] * 3, [7] * 20]
+    monkeypatch.setattr(generate_module, "Decoder", lambda *args, **kind: Decoder(*args, captured=captured))
+    monkeypatch.setattr(generate_module, "Captured", Recorded)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(Recorded, "replays", 0)
 
     def write(tokens, **kind):
         return generate(model, prompts, tokens, temperature=3.0, generator=torch.Generator().manual_seed(1), **kind)
@@ -502,21 +518,29 @@ def test_cached_generation_equals_full_forward_passes(features):
         for _ in range(30):
             if not active:
                 break
-            logits = torch.cat([model.logits(torch.tensor([rows[i][-24:]])) for i in active])
-            sampled = dict(zip(active, next_tokens(logits, 3.0, 0, 1.0, generator).tolist(), strict=True))
+            contexts = [rows[i][window_start(len(rows[i]), 24) :] for i in active]
+            logits = torch.cat([model.logits(torch.tensor([context])) for context in contexts])
+            uniform = torch.rand(3, dtype=torch.float64, generator=generator)[active]
+            sampled = dict(zip(active, next_tokens(logits, 3.0, 0, 1.0, uniform).tolist(), strict=True))
             active = [i for i in active if sampled[i] != stop]
             for i in active:
                 rows[i].append(sampled[i])
     assert 0 not in active
     assert [prompt + new for prompt, new in zip(prompts, write(30, stop=stop), strict=True)] == rows
+    assert (Recorded.replays > 10) == captured
 
 
-def test_each_token_is_processed_once_up_to_the_context_length():
+def test_the_context_loses_its_first_half_when_it_is_full():
+    assert [window_start(n, 24) for n in (1, 24, 25, 36, 37, 60)] == [0, 0, 12, 12, 24, 36]
+    assert [window_start(n, 1) for n in (1, 2, 3)] == [0, 1, 2]
+
+
+def test_each_token_is_processed_once_until_the_context_is_full():
     model, passed = build(), []
     model.embedding.register_forward_hook(lambda module, ids, out: passed.append(ids[0].shape[1]))
     generate(model, [[1] * 20, [2]], 8, generator=torch.Generator())
     generate(model, [[1] * 30, [2]], 2, generator=torch.Generator())
-    assert passed == [20, 1, 1, 1, 1, 24, 24, 24, 24, 24]
+    assert passed == [20, 1, 1, 1, 1, 13, 1, 1, 18, 1]
 
 
 def test_only_the_given_ids_are_sampled():
