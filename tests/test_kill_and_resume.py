@@ -1,5 +1,5 @@
 """Kill a run at random times and resume it each time: it must end with the weights, the losses and the samples of an
-undisturbed run. Syncing to disk is slow here, so that a checkpoint is being written most of the time.
+undisturbed run. Syncing to disk is slow and said here, so that most kills hit a run that writes a checkpoint.
 
     python tests/test_kill_and_resume.py --kills 20
 
@@ -27,15 +27,19 @@ from runtime.run import read_status
 
 SLOW = """
 import os, sys, time
-sync, seconds = os.fsync, float(sys.argv.pop(1))
-os.fsync = lambda file: (time.sleep(seconds), sync(file))
+sync = os.fsync
+def slow(file):
+    os.write(1, b"syncing\\n")
+    time.sleep(0.05)
+    sync(file)
+os.fsync = slow
 import train
 sys.exit(train.main())
 """
 
 
-def start(flags: list[str], sync_seconds: float) -> subprocess.Popen:
-    command = [sys.executable, "-u", "-c", SLOW, str(sync_seconds), *flags]
+def start(flags: list[str]) -> subprocess.Popen:
+    command = [sys.executable, "-u", "-c", SLOW, *flags]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
@@ -47,23 +51,20 @@ def finish(process: subprocess.Popen) -> list[str]:
     return [line for line in output.splitlines() if line.startswith("step")]
 
 
-def kill_and_resume(
-    flags: list[str], out: Path, kills: int, seed: int = 0, sync_seconds: float = 0.02
-) -> tuple[int, int]:
+def kill_and_resume(flags: list[str], out: Path, kills: int, seed: int = 0) -> tuple[int, int]:
     """Train with `flags` once undisturbed and once with `kills` kills at random times, and compare all that they made.
 
-    A kill comes at a random time after a random number of lines, so that slow and fast machines are killed at the same
-    places. After a kill before the first checkpoint the run starts from the beginning. Returns the number of kills that
-    hit a running process, and how many of these hit it while it wrote a checkpoint.
+    A kill comes at a random time after a random number of lines, or in a sync after them, so that slow and fast
+    machines are killed at the same places. After a kill before the first checkpoint the run starts from the beginning.
+    Returns the number of kills that hit a running process, and how many of these hit it while it wrote a checkpoint.
     """
     flags, rng, n_hits, n_writing = [*flags, f"--out={out}"], random.Random(seed), 0, 0
-    n_lines = len(finish(start([*flags, "--run=whole"], sync_seconds)))
+    n_lines = len(finish(start([*flags, "--run=whole"])))
     seconds_per_line = json.loads((out / "whole" / "status.json").read_text())["seconds"] / n_lines
     whole, killed = out / "whole", out / "killed"
 
     def start_or_resume() -> subprocess.Popen:
-        how = "--resume" if (killed / "last.pt").exists() else "--overwrite"
-        return start([*flags, "--run=killed", how], sync_seconds)
+        return start([*flags, "--run=killed", "--resume" if (killed / "last.pt").exists() else "--overwrite"])
 
     for _ in range(kills):
         if killed.exists() and read_status(killed)["status"] == "finished":
@@ -73,7 +74,12 @@ def kill_and_resume(
             assert process.poll() is None
         for _ in range(rng.randint(0, max(1, 2 * n_lines // kills - 1))):
             process.stdout.readline()
-        time.sleep(rng.uniform(0, seconds_per_line))
+        if rng.random() < 0.7:  # in what follows the start of a sync: the file's, the links, the folder's
+            while (line := process.stdout.readline()) and "syncing" not in line:
+                pass
+            time.sleep(rng.uniform(0, 0.15))
+        else:
+            time.sleep(rng.uniform(0, seconds_per_line))
         running = process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -117,6 +123,6 @@ if __name__ == "__main__":
     cadence = "--steps=600 --save_every=10 --eval_every=80 --eval_tokens=8192 --sample_every=60 --log_every=20"
     flags = [*size.split(), *cadence.split(), "--data.corpus=stdlib", *(f"--{key}={VARIED[key]}" for key in VARIED)]
     with tempfile.TemporaryDirectory() as folder:
-        n_hits, n_writing = kill_and_resume(flags, Path(folder), args.kills, args.seed, sync_seconds=0.3)
+        n_hits, n_writing = kill_and_resume(flags, Path(folder), args.kills, args.seed)
     print(f"killed {n_hits} times in training, {n_writing} of them while a checkpoint was written; resumed each time,")
     print("and ended with the same weights, losses and samples")
