@@ -14,9 +14,9 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from kernels import adamw, attention, cross_entropy, linear_cross_entropy, rmsnorm, rope, swiglu
-from kernels.launch import AVAILABLE
-from kernels.spec import Op
+from kernels import adamw, attention, cross_entropy, linear_cross_entropy, own, rmsnorm, rope, swiglu
+from kernels.launch import AVAILABLE, c_compiler
+from kernels.spec import KernelError, Op
 
 OPS: dict[str, Op] = {
     op.name: op
@@ -42,20 +42,17 @@ if os.environ.get("TRITON_INTERPRET") == "1" and AVAILABLE:
 class KernelChoice:
     """The implementation of `every` op, and another for single ones (an empty string follows `every`).
 
+    An op also takes a function of the user's own, as `path.py:function`: kernels/own.py says what it must be like.
     There is a field for each op that a model or its trainer calls, as in `Kernels`.
     """
 
     every: Annotated[str, "kernels of every op: auto, or an implementation's name"] = "auto"
-    rmsnorm: Annotated[str, "torch or triton"] = ""
-    rope: Annotated[str, "torch or triton"] = ""
-    attention: Annotated[str, "torch or triton or sdpa or auto"] = ""
-    swiglu: Annotated[str, "torch or triton"] = ""
-    linear_cross_entropy: Annotated[str, "torch or triton"] = ""
-    adamw: Annotated[str, "torch or triton"] = ""
-
-
-class KernelError(ValueError):
-    """A choice that names no implementation, one that this machine cannot run, or one that lacks a feature."""
+    rmsnorm: Annotated[str, "torch or triton or path.py:function"] = ""
+    rope: Annotated[str, "torch or triton or path.py:function"] = ""
+    attention: Annotated[str, "torch or triton or sdpa or auto or path.py:function"] = ""
+    swiglu: Annotated[str, "torch or triton or path.py:function"] = ""
+    linear_cross_entropy: Annotated[str, "torch or triton or path.py:function"] = ""
+    adamw: Annotated[str, "torch or triton or path.py:function"] = ""
 
 
 @dataclass(frozen=True)
@@ -89,20 +86,42 @@ class Kernels:
 def bind(choice: KernelChoice, device: torch.device | str = "cpu") -> Kernels:
     """Turn a choice into functions that run on `device`.
 
-    `auto` takes what each op prefers on this type of device. Raises `KernelError`, naming what there is, for an
-    implementation that does not exist or cannot run here.
+    `auto` takes what each op prefers on this type of device, and torch's where there is no C compiler. Raises
+    `KernelError`, naming what there is, for an implementation that does not exist or cannot run here.
     """
-    device, names = torch.device(device), {}
+    device, names, functions = torch.device(device), {}, {}
     by_op = dict(vars(choice))
     every = by_op.pop("every")
+    if own.is_own(every):
+        raise KernelError(f"{every} is one op's kernel: choose it with --kernels.{_op_of(every, by_op)}={every}")
     for op, name in by_op.items():
         wanted = name or every
-        names[op] = _automatic(OPS[op], device) if wanted == "auto" else _named(OPS[op], wanted, device)
-    return Kernels(**{op: OPS[op].implementations[name] for op, name in names.items()}, names=names)
+        if own.is_own(wanted):
+            functions[op] = _own(OPS[op], wanted, device)
+        else:
+            wanted = _automatic(OPS[op], device) if wanted == "auto" else _named(OPS[op], wanted, device)
+            functions[op] = OPS[op].implementations[wanted]
+        names[op] = wanted
+    return Kernels(**functions, names=names)
+
+
+def _op_of(name: str, ops: Mapping[str, str]) -> str:
+    """The op that a user's function is most likely meant for."""
+    return next(iter(difflib.get_close_matches(name.rpartition(":")[2], ops, 1)), "swiglu")
+
+
+def _own(op: Op, wanted: str, device: torch.device) -> Callable:
+    """The user's function. `torch.compile` calls it as it is, since it may launch kernels in ways unknown to it."""
+    function = own.load(wanted, op)
+    if own.has_triton_kernels(wanted):
+        _check_triton(f"{wanted} has Triton kernels, which need", device)
+    return torch.compiler.disable(function)
 
 
 def _automatic(op: Op, device: torch.device) -> str:
     preferred = op.preferred.get(device.type, "torch")
+    if preferred != "torch" and c_compiler() is None:  # Triton can launch nothing
+        preferred = "sdpa"
     return preferred if preferred in op.implementations else "torch"
 
 
@@ -113,12 +132,18 @@ def _named(op: Op, wanted: str, device: torch.device) -> str:
         raise KernelError(f"{op.name} has no {wanted!r} kernel; it has {', '.join(op.implementations)}{hint}")
     if wanted == "triton" and not AVAILABLE:
         raise KernelError("Triton is not installed (it is published for Linux): use --kernels=torch")
-    if wanted == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if wanted == "triton":
+        _check_triton(f"the triton kernel of {op.name} needs", device)
+    return wanted
+
+
+def _check_triton(needs: str, device: torch.device) -> None:
+    """Raise `KernelError` where Triton kernels can neither be compiled nor interpreted."""
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise KernelError(
-            f"the triton kernel of {op.name} needs a GPU and this run is on {device.type}: use --kernels=torch, "
+            f"{needs} a GPU and this run is on {device.type}: use --kernels=torch, "
             "or set TRITON_INTERPRET=1 to run it, slowly, in Triton's interpreter"
         )
-    return wanted
 
 
 __all__ = ["OPS", "KernelChoice", "KernelError", "Kernels", "bind"]

@@ -117,7 +117,7 @@ def scores(
         qk = softcap * torch.tanh(qk / softcap)
     if slopes is not None:
         qk = qk + slopes.to(qk.dtype).view(kv, h // kv, 1, 1) * _relative_positions(t, s, q.device)
-    if causal or window or documents is not None:
+    if (causal and t > 1) or window or documents is not None:  # the last query alone sees every key
         hidden = ~visible(t, s, causal, window, documents, q.device)
         qk = qk.masked_fill(hidden if hidden.ndim == 2 else hidden[:, None, None], float("-inf"))
     return qk
@@ -981,7 +981,7 @@ def attention_triton(
 # The implementation that `auto` chooses, call by call.
 
 # Largest (head dimension, length) at which our kernels beat SDPA, training plain causal attention in half precision.
-# Measured on an H100 in bf16, forward and backward, in bench/results/attention.jsonl, before the short kernels: 219 us
+# Measured on an H100 in bf16, forward and backward, in bench/results/kernels.jsonl, before the short kernels: 219 us
 # to cuDNN's 227 at 128 x 128 tokens and 12 heads of 64. SDPA was faster from 256 tokens on, and in every forward.
 FASTER_THAN_SDPA = ((64, 128),)
 

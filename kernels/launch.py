@@ -4,6 +4,8 @@ An op is the raw computation, forward or backward, opaque to `torch.compile`; a 
 two. That costs an eager call half of what `torch.library.custom_op` with `register_autograd` does.
 """
 
+import os
+import shutil
 from collections.abc import Callable
 from functools import wraps
 
@@ -29,6 +31,11 @@ except ImportError:  # not published for this system: `bind` says so when a Trit
 AVAILABLE = hasattr(triton, "__version__") and isinstance(triton.__version__, str)
 IMPLEMENTATIONS: dict[str, Callable] = {}
 _library = torch.library.Library("nanofuse", "DEF")
+
+
+def c_compiler() -> str | None:
+    """The C compiler with which Triton compiles its launchers, found as Triton does."""
+    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 
 
 def _on_its_gpu(function: Callable) -> Callable:

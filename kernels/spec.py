@@ -11,6 +11,10 @@ from typing import Any
 import torch
 
 
+class KernelError(ValueError):
+    """A choice that names no implementation, one that this machine cannot run, or one that lacks a feature."""
+
+
 @dataclass(frozen=True)
 class Cost:
     """Minimum work of an op: bytes if every input is read once and every output written once, and FLOPs of the

@@ -411,3 +411,42 @@ def test_the_example_of_its_page(tmp_path):
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "check.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.strip().endswith(said.strip()), done.stderr
+
+
+PROGRAM = """
+import sys
+import torch, triton, triton.language as tl
+
+@triton.autotune([triton.Config({"BLOCK": size}) for size in (16, 32)], key=["n"])
+@triton.jit
+def add_one(x_ptr, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x_ptr + i, tl.load(x_ptr + i, mask=i < n) + 1, mask=i <= n)
+
+if __name__ == "__main__":
+    size, n, code = map(int, sys.argv[1:])
+    x = torch.zeros(size)
+    add_one[lambda meta: (triton.cdiv(n, meta["BLOCK"]),)](x, n)
+    assert x[:n].eq(1).all()
+    sys.exit(code)
+"""
+
+
+def test_a_program_runs_under_it_from_the_command_line(tmp_path):
+    """From a copy of the folder, which needs nothing else, and with an autotuner, which takes its first candidate."""
+    shutil.copytree(FOLDER, tmp_path / "copied")
+    (tmp_path / "mine.py").write_text(PROGRAM)
+    env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "TRITON_INTERPRET")}
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "copied", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+
+    good = run("mine.py", "41", "40", "3")
+    assert good.returncode == 3 and "add_one: 1 launches, 160 bytes read, 164 written" in good.stdout, good
+    bad = run("--shuffle=1", "mine.py", "40", "40", "0")
+    assert (
+        bad.returncode == 1 and "SanitizerError: add_one, program (2, 0, 0): store of 4 bytes at byte 160" in bad.stderr
+    )
+    assert "i <= n" in bad.stderr and "interpreter.py" not in bad.stderr and "runpy" not in bad.stderr
+    assert run("absent.py").returncode == 2

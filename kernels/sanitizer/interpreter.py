@@ -22,6 +22,7 @@ import torch
 import triton.language as tl
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter as upstream
+from triton.runtime.autotuner import Autotuner
 from triton.runtime.interpreter import TensorHandle
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -72,6 +73,7 @@ def install() -> None:
     upstream.ReduceOps.apply_impl = _reduce
     upstream.ScanOps.apply_impl = _scan
     TritonSemantic.load = _load
+    Autotuner.run = _run_first
     # Upstream patches `tl` anew at each launch and each call of a device function, which is most of a kernel's time.
     upstream._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     upstream._patch_lang = lambda fn: upstream._LangPatchScope()
@@ -91,6 +93,16 @@ def observe(observer: Observer, **options: Any) -> Iterator[None]:
         yield
     finally:
         builder.observer, builder.options = before
+
+
+def _run_first(tuner: Autotuner, *arguments: Any, **options: Any) -> None:
+    """Launch the first candidate of an autotuner: without a GPU there is nothing to time them on."""
+    tuner.nargs = dict(zip(tuner.arg_names, arguments, strict=False))
+    first = tuner.prune_configs(options)[0]
+    options |= first.all_kwargs()
+    if first.pre_hook is not None:
+        first.pre_hook(tuner.nargs | options)
+    tuner.fn.run(*arguments, **options)
 
 
 # Numbers that numpy has no type for: upstream keeps their bits in integers.
