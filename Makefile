@@ -5,7 +5,7 @@
 # make gpu      on a GPU, in the current environment: kernel tests, training steps, benchmarks and tuning, in five minutes
 
 PYTHON ?= python3
-RESULTS ?= bench/results
+RESULTS ?= out/bench
 BIN := .venv/bin
 TRITONS := 3.6.0 3.7.1 3.9.0
 

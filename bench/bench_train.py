@@ -3,7 +3,7 @@
     pytest bench/bench_train.py --seconds 180
 
 Our time includes compiling and evaluating, the baseline's neither. Ours trains twice: first with nothing compiled
-before, then with the first run's compiled code. Rows go to bench/results/train.jsonl.
+before, then with the first run's compiled code.
 """
 
 import json
@@ -19,18 +19,18 @@ import train
 from bench import nanogpt, processes
 from bench.harness import DEVICE
 from bench.timing import stopwatch
+from data.prepare import prepare
 
 
-def lines_of(*command: object, **environment: str) -> list[str]:
-    compiled = {"TRITON_INTERPRET": "0"}  # which bench/conftest.py sets
-    ended = processes.run([sys.executable, *command], environment=compiled | environment)
+def process(*command: object, **env: str) -> processes.Ended:
+    ended = processes.run([sys.executable, *command], **{"TRITON_INTERPRET": "0"} | env)  # bench/conftest.py sets 1
     assert not ended.failure, "\n".join(ended.lines + ended.errors)
-    return ended.lines
+    return ended
 
 
 def ours(folder: Path, cache: Path, *flags: str) -> dict:
-    """Train with `flags` in a process of its own, which compiles into `cache`; its record, summed up."""
-    lines_of("train.py", f"--out={folder.parent}", f"--run={folder.name}", *flags, TORCHINDUCTOR_CACHE_DIR=str(cache))
+    """Train with `flags` in a process of its own, which compiles into `cache`, and summarise its record."""
+    process("train.py", f"--out={folder.parent}", f"--run={folder.name}", *flags, TORCHINDUCTOR_CACHE_DIR=str(cache))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     status = json.loads((folder / "status.json").read_text())
     last = [row for row in rows if "val_bpb" in row][-1]
@@ -40,11 +40,6 @@ def ours(folder: Path, cache: Path, *flags: str) -> dict:
         "flops_per_token": status["flops_per_token"], "val_bpb": last["val_bpb"],
         "memory": max(row["memory"] for row in rows if "memory" in row),
     }  # fmt: skip
-
-
-def baseline(seconds: float) -> dict:
-    last = json.loads(lines_of("-m", "bench.nanogpt", "--seconds", seconds)[-1])
-    return last | {"steps": last["step"], "tok_s_wall": last["tok_s"]}
 
 
 @pytest.fixture(scope="module")
@@ -65,17 +60,20 @@ def test_equal_wall_clock(pytestconfig, tmp_path, record, rates, show):
         pytest.skip("--seconds 180 compares them for three minutes each")
     flags = tmp_path / "compiled", "--config=small.py", f"--seconds={seconds}"
     rows = {name: ours(tmp_path / name[-6:], *flags) for name in ("nanofuse", "nanofuse, compiled before")}
-    rows["nanogpt"] = baseline(seconds)
+    theirs = process("-m", "bench.nanogpt", "--seconds", seconds).said
+    rows["nanogpt"] = theirs | {"tok_s_wall": theirs["tok_s"]}
+    config, *_ = train.configure(["--config=small.py"])
+    digest = prepare(config.data).summary.get("digest")
+    assert digest == theirs["digest"], "the two were trained on different texts"
+    record("train", {"bench": "equal wall-clock", "digest": digest, **rows, "matmul": rates})
     for name, row in rows.items():
         rate = rates["fp32" if name == "nanogpt" else "bf16"]
         show(
-            f"{name:26s} {row['val_bpb']:.4f} bits a byte after {row['seconds']:.0f} s and {row['steps']:,} steps; "
-            f"{row['tok_s']:,.0f} tok/s steady, {row['tok_s_wall']:,.0f} by the wall, "
+            f"{name:26s} {row['val_bpb']:.4f} bits per byte after {row['seconds']:.0f} s and {row['steps']:,} steps; "
+            f"{row['tok_s']:,.0f} tok/s steady, {row['tok_s_wall']:,.0f} overall, "
             f"{row['tok_s'] * row['flops_per_token'] / rate:.0%} of the matmul rate; {row['memory'] / 2**20:,.0f} MiB"
         )
-    record("train", {"bench": "equal wall-clock", **rows, "matmul": rates})
-    theirs = rows.pop("nanogpt")["val_bpb"]
-    assert all(row["val_bpb"] < theirs for row in rows.values())
+    assert all(row["val_bpb"] < theirs["val_bpb"] for name, row in rows.items() if name != "nanogpt")
 
 
 def test_equal_shape(tmp_path, record, rates, show):

@@ -1,22 +1,20 @@
 """Compile every Triton kernel that the model launches, for cards that are not here: `python -m bench.compile`.
 
-    python -m bench.compile --arch 90 --kernel rmsnorm             one card, kernels by a part of their name
-    python -m bench.compile --arch 90 --kernel rmsnorm_fwd --sass  and their machine code
-    python -m bench.compile --update                               accept what is measured: write the baseline
+    python -m bench.compile --arch 90 --kernel rmsnorm_fwd --sass    one card, kernels by name, with their machine code
+    python -m bench.compile --update                                 write what is measured to the baseline
+    python -m bench.compile --implementation mine.py:swiglu --op swiglu    the kernels of a function of your own
 
-Every op runs forward and backward at its bench shapes, and so do training steps of two models, on meta tensors and with
-a driver that has no device: Triton specialises each launch as it would on the card (dtypes, constants, arguments that
-are 1 or a multiple of 16) and is stopped short of launching it. What differs is then compiled.
+Every op, forward and backward, at its bench shapes, and training steps of two models run on meta tensors with a driver
+that has no device. Triton specialises each launch as it would on the card, and is stopped before it compiles. Each
+distinct specialisation is then compiled.
 
-The exit code is 1 when a kernel does not compile, wants more shared memory than the card has, multiplies bf16 or fp16
-by other instructions than its tiles could take, waits for each wgmma before the next one, is not in the baseline, or is
-worse than there: it spills more, has lost a 128-bit load or store, or takes over 1.25 times the registers and 8 more.
-On sm_90 no kernel of heads up to 128 may spill, whatever the baseline says. Versions of Triton differ by 15% in
-registers, so each has a baseline of its own in bench/baselines; under one that has none, any spill fails and the rest
-is not compared. `make gate` goes through the versions that have one.
+The exit code is 1 if a kernel does not compile, needs more shared memory than the card has, multiplies bf16 or fp16
+without the tensor-core instruction for its tiles, waits for each wgmma before the next, is not in the baseline, or is
+worse than there: more spills, a lost 128-bit load or store, or over 1.25 times the registers plus 8. On sm_90 kernels
+of heads up to 128 must not spill at all. Versions of Triton differ by 15% in registers, so each has its own baseline
+in bench/baselines. With a version that has none, any spill fails and the rest is not compared.
 """
 
-import argparse
 import json
 import math
 import os
@@ -27,7 +25,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,33 +37,34 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver
+from triton.runtime.autotuner import Autotuner
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
 from bench.harness import META, Case, on_meta
 from bench.report import written
-from kernels import OPS, KernelChoice, bind
+from kernels import OPS, KernelChoice, KernelError, bind, own
 from model.gpt import GPT, ModelConfig
-from runtime.config import build, flatten, read_file
+from runtime.config import Parser, build, flatten, read_file
+from runtime.program import program
 from train import ROOT, Config
 
 BASELINES = Path(__file__).with_name("baselines")
 MEASURED = ("registers", "spill", "wide_loads", "wide_stores")
-COLUMNS = [
-    "kernel", "variant", "card", "regs", "spill", "shared", "used", "blocks", "occ", "matrix", "ld128", "st128",
-    "sec", "launched by",
-]  # fmt: skip
-LINE = "{} {} {:6} {:>4} {:>5} {:>7} {:>4} {:>6} {:>4} {:>10} {:>6} {:>6} {:>5}  {}".format
-INSTRUCTION = r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)"  # a line of nvdisasm's, and the name in it
+# The name of an instruction in a line of nvdisasm or of AMD assembly.
+INSTRUCTION = r"^\s+(?:/\*[0-9a-f]+\*/\s+)?(?:@!?\w+\s+)?([A-Za-z][\w.]*)"
+MATRIX = r"^\w*MMA\b|mfma"  # of a tensor core
+LOAD, STORE = r"^(LDG|UTMALDG|UBLKCP|(global|buffer)_load)", r"^(STG|UTMASTG|(global|buffer)_store)"
+WIDE = r"^U|\.(128|256)|dwordx4"  # of at least 128 bits; bulk (TMA) copies count too
 
 
 @dataclass(frozen=True)
 class Card:
     """A target, and what one multiprocessor of it holds at once: warps, blocks, and bytes of shared memory.
 
-    A block may have `shared` bytes, and the driver takes `reserved` beside them. Its tensor cores multiply bf16
-    and fp16 by `matrix` instructions, but tiles of fewer than `rows` rows by HMMA. Sources: CUDA Programming Guide,
-    "Compute Capabilities", the table of technical specifications; PTX ISA, wgmma and tcgen05; AMD CDNA 3 ISA.
+    A block may have `shared` bytes; the driver takes `reserved` more. Its tensor cores multiply bf16 and fp16 with
+    `matrix` instructions, or HMMA for tiles of fewer than `rows` rows. Sources: CUDA Programming Guide, "Compute
+    Capabilities"; PTX ISA, wgmma and tcgen05; AMD CDNA 3 ISA.
     """
 
     target: GPUTarget
@@ -78,7 +76,7 @@ class Card:
     reserved: int = 1024
 
     def resident(self, registers: int, shared: int, warps: int) -> int:
-        """How many blocks, each of so many registers a thread, bytes and warps, a multiprocessor holds at once."""
+        """Blocks that a multiprocessor holds at once, each of that many registers a thread, bytes and warps."""
         by_registers = 512 // (8 * math.ceil(max(1, registers) / 8)) * 4  # four schedulers with 512 a lane, in eights
         by_shared = (self.shared + self.reserved) // max(1, shared + self.reserved)
         return min(self.blocks, by_shared, min(self.warps, by_registers) // warps)
@@ -112,11 +110,10 @@ class Launch:
 
     @property
     def variant(self) -> str:
-        """What tells this compilation from the kernel's others: `bf16 fp32:gain,rstd no:residual 16∤D BLOCK_D=512 w4`.
+        """Distinguishes the compilations of a kernel: `bf16 fp32:gain,rstd no:residual 16∤D BLOCK_D=512 w4`.
 
         The dtype of the first pointer and of those that differ from it; blocks of descriptors; arguments that are None,
-        that 16 does not divide, or that take offsets of 64 bits (AMD asks); constants but those that are false; warps,
-        unusual options.
+        are not divisible by 16, or (AMD) take 64-bit offsets; constants that are not false; warps; unusual options.
         """
         names = [name.removesuffix("_ptr") for name in self.signature]
         types = {name: kind for name, kind in zip(names, self.signature.values(), strict=True) if kind != "constexpr"}
@@ -144,7 +141,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Row:
-    """What came of a compilation: `error`, or what the machine code needs and does. `spill` and `shared` are bytes."""
+    """The outcome of a compilation: an `error`, or resources and instructions. `spill` and `shared` are bytes."""
 
     launch: Launch
     error: str = ""
@@ -167,43 +164,40 @@ class Row:
 
     @property
     def may_spill(self) -> bool:
-        """Whether a baseline can accept spills: not on sm_90, but for heads wider than 128."""
+        """Whether a baseline can accept spills: except on sm_90 for heads up to 128."""
         names = list(self.launch.signature)
         head_dim = {names[path[0]]: value for path, value in self.launch.constants.items()}.get("D", 0)
         return self.launch.card != "sm_90" or head_dim > 128
 
-    def line(self, widths: tuple[int, int]) -> str:
-        """The row of the table, its first two columns padded to `widths`."""
+    def cells(self) -> dict[str, str]:
+        """The row of the printed table, by column."""
         launch, card = self.launch, CARDS[self.launch.card]
-        source = launch.sources[0] + (f" and {len(launch.sources) - 1} more" if launch.sources[1:] else "")
         resident = card.resident(self.registers, self.shared, self.warps)
-        numbers = (
-            self.registers, self.spill, self.shared, f"{self.shared / card.shared:.0%}",
-            resident, f"{resident * self.warps / card.warps:.0%}", self.matrix or "-",
-            f"{self.wide_loads}/{self.loads}", f"{self.wide_stores}/{self.stores}", f"{self.seconds:.1f}",
-        )  # fmt: skip
-        names = launch.name.ljust(widths[0]), launch.variant.ljust(widths[1]), launch.card
-        return LINE(*names, *("-" * len(numbers) if self.error else numbers), source)
+        facts = {
+            "regs": self.registers, "spill": self.spill, "shared": self.shared,
+            "used": f"{self.shared / card.shared:.0%}", "blocks": resident,
+            "occ": f"{resident * self.warps / card.warps:.0%}", "matrix": self.matrix or "-",
+            "ld128": f"{self.wide_loads}/{self.loads}", "st128": f"{self.wide_stores}/{self.stores}",
+            "sec": f"{self.seconds:.1f}",
+        }  # fmt: skip
+        cells = {head: f"{'-' if self.error else fact!s:>{max(6, len(head))}}" for head, fact in facts.items()}
+        more = f" and {len(launch.sources) - 1} more" if launch.sources[1:] else ""
+        names = {"kernel": launch.name, "variant": launch.variant, "card": f"{launch.card:6}"}
+        return names | cells | {"launched by": launch.sources[0] + more}
 
 
-@contextmanager
-def autocast() -> Iterator[None]:
-    """`torch.autocast(..., torch.bfloat16)` on the meta device, where torch has none and may not be asked."""
+def run_model(config: ModelConfig, sequences: int) -> None:
+    """Evaluation, then forward and backward of a training step, in mixed bf16. torch has no autocast for meta tensors,
+    so it is imitated."""
     linear = F.linear
+    with torch.device("meta"):
+        model = GPT(config, bind(KernelChoice(every="triton"), "cuda"))
+        ids = torch.empty(sequences, config.seq_len, dtype=torch.int64)
     with (
         patch.object(torch, "is_autocast_enabled", lambda device: True),
         patch.object(torch, "get_autocast_dtype", lambda device: torch.bfloat16),
         patch.object(F, "linear", lambda x, w, bias: linear(x.bfloat16(), w.bfloat16(), bias)),
     ):
-        yield
-
-
-def run_model(config: ModelConfig, sequences: int) -> None:
-    """Evaluation, then forward and backward of a training step, in mixed bf16."""
-    with torch.device("meta"):
-        model = GPT(config, bind(KernelChoice(every="triton"), "cuda"))
-        ids = torch.empty(sequences, config.seq_len, dtype=torch.int64)
-    with autocast():
         with torch.no_grad():
             model(ids, ids, "sum")
         loss = model(ids, ids, "sum")
@@ -211,7 +205,7 @@ def run_model(config: ModelConfig, sequences: int) -> None:
 
 
 def workloads() -> Iterator[tuple[str, Callable[[], None]]]:
-    """What launches kernels: a name, and a function to call."""
+    """Everything that launches kernels: a name, and a function to call."""
     for op in OPS.values():
         for shape in (*op.bench_shapes, *op.compiled_shapes) if "triton" in op.implementations else ():
             case = Case(op, shape, torch.bfloat16, META)
@@ -222,17 +216,32 @@ def workloads() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "llama_1b", partial(run_model, llama.resolved(128256), 4)
 
 
+def own_workloads(name: str, op_name: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """What launches the kernels of a user's implementation of an op."""
+    op = OPS[op_name]
+    function = own.load(name, op)
+    for shape in op.bench_shapes:
+        case = Case(op, shape, torch.bfloat16, META)
+        yield f"{op.name} {written(shape)}", case.call(function, case.passes[-1]).run
+
+
+def every_candidate(tuner: Autotuner, *arguments: object, **options: object) -> None:
+    """Launch each candidate of an autotuner, in place of the fastest."""
+    for candidate in tuner.configs:
+        tuner.fn.run(*arguments, **options | candidate.all_kwargs())
+
+
 def record(card: str, sources: Iterable[tuple[str, Callable[[], None]]]) -> list[Launch]:
     """The distinct compilations that the sources ask for on a card."""
     asked, found = [], {}
 
     def note(kernel, key, signature, device, constants, options, attributes, warmup):
-        """Stands in for compiling; Triton launches nothing when it is given no compiled kernel."""
+        """Replaces the compiler. Without a compiled kernel Triton launches nothing."""
         asked.append(((kernel, key), Launch(kernel, card, signature, constants, attributes, options)))
 
     device = {"get_current_target": CARDS[card].target, "get_current_device": card, "get_current_stream": 0}
     driver.set_active(SimpleNamespace(**{name: lambda *_, value=value: value for name, value in device.items()}))
-    with on_meta(), patch.object(JITFunction, "_do_compile", note):
+    with on_meta(), patch.object(JITFunction, "_do_compile", note), patch.object(Autotuner, "run", every_candidate):
         for name, run in sources:
             asked.clear()
             run()
@@ -245,61 +254,51 @@ def record(card: str, sources: Iterable[tuple[str, Callable[[], None]]]) -> list
 
 
 def compile_launch(launch: Launch) -> Row:
-    """Compile, and read from the machine code what it needs and does."""
+    """Compile a launch and read its machine code."""
     source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
     start = time.perf_counter()
     compiled = triton.compile(source, target=CARDS[launch.card].target, options=launch.options.__dict__)
     seconds = time.perf_counter() - start
-    facts = _read_amdgcn(compiled.asm["amdgcn"]) if "amdgcn" in compiled.asm else _read_cubin(compiled)
+    registers, spill, code = _read_amdgcn(compiled) if "amdgcn" in compiled.asm else _read_cubin(compiled)
+    names = re.findall(INSTRUCTION, code, re.MULTILINE)
+    loads, stores = ([name for name in names if re.match(pattern, name)] for pattern in (LOAD, STORE))
+    wide_loads, wide_stores = (sum(bool(re.search(WIDE, name)) for name in kind) for kind in (loads, stores))
+    matrix = Counter(found[0] for found in (re.search(MATRIX, name) for name in names) if found)
     tiles = re.findall(r"tt\.dot .* tensor<(?:\d+x)*(\d+)x\d+xb?f16> \*", compiled.asm["ttir"])
-    shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
-    return Row(launch, "", seconds, warps, shared=shared, tiles=tuple(map(int, tiles)), **facts)
+    return Row(
+        launch, seconds=seconds, warps=compiled.metadata.num_warps, registers=registers, spill=spill,
+        shared=compiled.metadata.shared, tiles=tuple(map(int, tiles)),
+        matrix=" ".join(f"{number} {name}" for name, number in matrix.items()), loads=len(loads),
+        wide_loads=wide_loads, stores=len(stores), wide_stores=wide_stores, code=code,
+    )  # fmt: skip
 
 
-def _read_cubin(compiled: triton.compiler.CompiledKernel) -> dict:
-    """Resources and instructions of NVIDIA machine code. A bulk (TMA) copy counts as wide."""
+def _read_cubin(compiled: triton.compiler.CompiledKernel) -> tuple[int, int, str]:
+    """Registers, bytes spilled and the machine code, on NVIDIA."""
+    cache = get_cache_manager(compiled.hash)
+    cubin, listing = cache.get_file(f"{compiled.name}.cubin"), cache.get_file("nvdisasm.txt")
 
     def run(tool: str, *options: str) -> str:
         command = [getattr(triton.knobs.nvidia, tool).path, *options, cubin]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
-    cache = get_cache_manager(compiled.hash)
-    cubin, listing = cache.get_file(f"{compiled.name}.cubin"), cache.get_file("nvdisasm.txt")
     if listing is None:  # takes a quarter of a second, as long as compiling
         listing = cache.put(run("nvdisasm", "-c", "-ndf"), "nvdisasm.txt", binary=False)
-    code = Path(listing).read_text()
     usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", run("cuobjdump", "-res-usage")))
-    names = re.findall(INSTRUCTION, code, re.MULTILINE)
-    matrix = [name for name in (name.partition(".")[0] for name in names) if name.endswith("MMA")]
-    loads = [name for name in names if name.startswith(("LDG", "UTMALDG", "UBLKCP"))]
-    stores = [name for name in names if name.startswith(("STG", "UTMASTG"))]
-    spill = int(usage["STACK"]) + int(usage["LOCAL"])
-    return _facts(int(usage["REG"]), spill, matrix, loads, stores, r"^U|\.(128|256)", code)
+    return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"]), Path(listing).read_text()
 
 
-def _read_amdgcn(code: str) -> dict:
-    """The same of AMD assembly. Scratch memory is a spill; scalars kept in vector registers are none."""
+def _read_amdgcn(compiled: triton.compiler.CompiledKernel) -> tuple[int, int, str]:
+    """The same on AMD. Scratch memory is a spill; scalars kept in vector registers are not."""
+    code = compiled.asm["amdgcn"]
     usage = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size): +(\d+)", code))
-    matrix = re.findall(r"^\s+v_(s?mfma)", code, re.MULTILINE)
-    loads, stores = (re.findall(rf"^\s+(?:global|buffer)_{k}_(\w+)", code, re.MULTILINE) for k in ("load", "store"))
-    spill = int(usage["private_segment_fixed_size"])
-    return _facts(int(usage["vgpr_count"]), spill, matrix, loads, stores, "dwordx4", code)
-
-
-def _facts(registers, spill, matrix, loads, stores, wide, code) -> dict:
-    """Fields of a `Row`; `wide` is what the names of 128-bit accesses match."""
-    return {
-        "registers": registers, "spill": spill, "code": code,
-        "matrix": " ".join(f"{number} {name}" for name, number in Counter(matrix).items()),
-        "loads": len(loads), "wide_loads": sum(bool(re.search(wide, name)) for name in loads),
-        "stores": len(stores), "wide_stores": sum(bool(re.search(wide, name)) for name in stores),
-    }  # fmt: skip
+    return int(usage["vgpr_count"]), int(usage["private_segment_fixed_size"]), code
 
 
 def is_serialized(code: str) -> bool:
-    """Whether a kernel waits for its HGMMAs one by one, as ptxas makes it where registers do not suffice.
+    """Whether a kernel waits for its HGMMAs one by one, which ptxas inserts when registers run out.
 
-    Products into the same registers are the steps of one `tl.dot`, to be issued back to back with a wait at their end.
+    Products into the same registers are the steps of one `tl.dot`, to be issued back to back and then waited for.
     """
     chained = waiting = 0
     into, waits = None, False
@@ -315,7 +314,7 @@ def is_serialized(code: str) -> bool:
 
 
 def compile_all(launches: list[Launch]) -> Iterator[Row]:
-    """A row for each launch, in order. Triton releases the GIL where it takes long, so that threads serve."""
+    """A row for each launch, in order. Threads suffice: Triton releases the GIL where it takes long."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for launch, future in [(launch, pool.submit(compile_launch, launch)) for launch in launches]:
             error = future.exception()
@@ -370,36 +369,51 @@ def write_baseline(version: str, accepted: dict[str, dict[str, int]]) -> None:
     (BASELINES / f"{version}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
+@program
 def main(argv: list[str] | None = None) -> int:
     """Compile, print and compare. Returns the exit code: 0 all is well, 1 something fails."""
-    parser = argparse.ArgumentParser(prog="python -m bench.compile", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m bench.compile", description=__doc__.partition("\n")[0])
     parser.add_argument("--arch", default="", help="only this card, such as 90, sm_90 or gfx942")
     parser.add_argument("--kernel", default="", help="only kernels with this in their name")
+    parser.add_argument("--implementation", default="", help="only a function of your own: path.py:function")
+    parser.add_argument("--op", choices=OPS, help="the op that it implements")
     parser.add_argument("--sass", action="store_true", help="print the machine code too")
     parser.add_argument("--update", action="store_true", help="make what is measured the baseline")
     args = parser.parse_args(argv)
     cards = [card for card in CARDS if args.arch in ("", card, card.removeprefix("sm_"))]
     if not cards:
         parser.error(f"--arch must be one of {', '.join(CARDS)}, not {args.arch}")
+    if bool(args.implementation) != bool(args.op):
+        parser.error("--implementation and --op, the op that it implements, go together")
+    if args.implementation and args.update:
+        parser.error("--update is for the kernels of this repository, not for --implementation")
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set, so that kernels would be interpreted: unset it to compile them")
 
     start, version, sources = time.perf_counter(), triton.__version__, list(workloads())
+    if args.implementation:
+        try:
+            sources = list(own_workloads(args.implementation, args.op))
+        except KernelError as error:
+            parser.error(str(error))
     everything = [launch for card in cards for launch in record(card, sources)]
     launches = [launch for launch in everything if args.kernel in launch.name]
     if not launches:
-        names = ", ".join(sorted({launch.name for launch in everything}))
+        names = ", ".join(sorted({launch.name for launch in everything})) or "none"
         parser.error(f"no kernel has {args.kernel!r} in its name; there are {names}")
     launches.sort(key=lambda launch: (launch.name, launch.variant, cards.index(launch.card)))
-    widths = max(len(launch.name) for launch in launches), max(len(launch.variant) for launch in launches)
-    print(LINE(COLUMNS[0].ljust(widths[0]), COLUMNS[1].ljust(widths[1]), *COLUMNS[2:]))
+    kernel, variant = (max(map(len, texts)) for texts in zip(*((x.name, x.variant) for x in launches), strict=True))
     rows = []
     for row in compile_all(launches):
+        cells = row.cells()
+        cells |= {"kernel": cells["kernel"].ljust(kernel), "variant": cells["variant"].ljust(variant)}
+        if not rows:
+            print(*(head.ljust(len(text)) for head, text in cells.items()))
         rows.append(row)
-        print(row.line(widths), *[row.code] * args.sass, sep="\n", flush=True)
+        print(" ".join(cells.values()), *[row.code] * args.sass, sep="\n", flush=True)
     print(*dict.fromkeys(row.error for row in rows if row.error), sep="\n\n")
 
-    baseline = read_baseline(version)
+    baseline = None if args.implementation else read_baseline(version)
     if args.update:
         others = {
             launch: measured
@@ -410,7 +424,9 @@ def main(argv: list[str] | None = None) -> int:
         write_baseline(version, baseline)
     accepted = baseline or {}
     found = [f"{row.launch}: {text}" for row in rows for text in failures(row, accepted.get(str(row.launch), {}))]
-    if baseline is None:
+    if args.implementation:
+        print("A kernel of your own has no baseline: only spills and limits count.")
+    elif baseline is None:
         print(f"There is no baseline for Triton {version}: only spills and limits count. --update adds one.")
     elif new := [str(row.launch) for row in rows if not row.error and str(row.launch) not in accepted]:
         found.append(f"{len(new)} are not in the baseline, the first is {new[0]}: --update accepts what is measured")

@@ -2,16 +2,15 @@
 
     python -m bench.gpu steps tune    some parts of it, in its order
 
-In this order: `tests`, the kernels' own, compiled, on all cores; `steps`, whole training steps; `kernels` and
-`attention`, beside their rivals; `tune`, other launch parameters. It installs nothing: torch, triton, numpy, pytest and
-pytest-benchmark do. Each part has a time limit, and what it has recorded stays, whatever becomes of the later ones.
-The exit code is 0 when all passed.
+In this order: `tests`, those of the kernels, compiled, on all cores; `steps`, whole training steps; `kernels` and
+`attention`, beside their rivals; `tune`, other launch parameters. It installs nothing and needs torch, triton, numpy,
+pytest and pytest-benchmark. Each part has a time limit, and its rows are kept whatever becomes of the later parts. The
+exit code is 0 if all passed.
 
-Compiling kernels takes nearly all of the tests' time, so they run in as many processes as there are cores. Each loads
-this module as a pytest plugin (it does without pytest-xdist): `pytest -p bench.gpu --shard=0/16` is every 16th test.
+Compiling kernels takes nearly all of the tests' time, so there is a process for each core. This module is also the
+pytest plugin that shares them out, without pytest-xdist: `pytest -p bench.gpu --shard=0/16` runs every 16th test.
 """
 
-import argparse
 import os
 import sys
 import time
@@ -22,40 +21,39 @@ from pathlib import Path
 import torch
 
 from bench import processes, records
+from runtime.config import Parser
+from runtime.program import program
 
 SUBJECTS = ("attention", "kernels", "triton", "cross_entropy", "adamw", "model", "capture")
 TESTS = [f"tests/test_{subject}.py" for subject in SUBJECTS]
-# Strides are arguments of a launch: at one shape they show all that they do. In float32, whose attention compiles
-# longest, the other shapes would be a third of it.
+# Strides are arguments of a launch, so one shape shows all they do; float32 attention takes longest to compile.
 NEEDED = "not (test_strided_inputs and attention-triton and not 2x17x17)"
 
-
-Part = tuple[str, float, list[list[str]]]  # its name, time limit in seconds, and commands, which run side by side
+Part = tuple[str, float, list[list[str]]]  # name, time limit in seconds, and commands, which run side by side
 
 
 def parts(results: Path, cores: int) -> list[Part]:
-    """All of them. Those that measure end by themselves some seconds before they are killed."""
+    """All parts, in order. Those that measure stop by themselves some seconds before they are killed."""
     python, to = [sys.executable, "-m"], f"--results={results}"
     pytest = [*python, "pytest", "-q", "-p", "no:cacheprovider"]
-    tests = [*pytest, *TESTS, "-k", NEEDED, "-p", "bench.gpu"]
+    tests, kernels = [*pytest, *TESTS, "-k", NEEDED, "-p", "bench.gpu"], [*pytest, "bench/bench_kernels.py", to]
     return [
         ("tests", 90, [[*tests, f"--shard={i}/{cores}"] for i in range(cores)]),
         ("steps", 85, [[*python, "bench.steps", to, "--seconds=80"]]),
-        ("kernels", 50, [[*pytest, "bench/bench_kernels.py", to, "--within=38"]]),
-        ("attention", 25, [[*pytest, "bench/bench_attention.py", to, "--within=17"]]),
+        ("kernels", 50, [[*kernels, "--within=38"]]),
+        ("attention", 25, [[*kernels, "--kernel=attention", "--within=17"]]),
         ("tune", 50, [[*python, "bench.tune", to, "--seconds=45"]]),
     ]
 
 
 def run_part(name: str, limit: float, commands: list[list[str]]) -> dict:
-    """Run the commands of a part, their output passing through. Returns the row to record, with the last line of a
-    command that failed, and the lines that say FAILED."""
+    """Run the commands of a part and show their output. Returns the row to record, with the last line of a command
+    that failed and the lines that say FAILED."""
     begin = time.monotonic()
     print(f"\n=== {name}: {' '.join(commands[0])}", flush=True)
     threads = {"OMP_NUM_THREADS": "1"} if len(commands) > 1 else {}
-    run = partial(processes.run, limit=limit, environment=threads, on_line=partial(print, flush=True))
     with ThreadPoolExecutor(len(commands)) as pool:
-        done = list(pool.map(run, commands))
+        done = list(pool.map(partial(processes.run, limit=limit, echo=True, **threads), commands))
     telling = next((each for each in done if each.status != "passed"), done[-1])
     print(*telling.errors, sep="\n", file=sys.stderr)
     failures = [line for each in done for line in each.lines if line.startswith("FAILED")]
@@ -70,14 +68,13 @@ def run_all(parts: list[Part], results: Path) -> int:
         rows.append(run_part(*part))
         records.append(results, "gpu", rows[-1])
     for row in rows:
-        print(
-            f"{row['part']:12s} {row['status']:14s} {row['seconds']:5.0f} s  {row['last']}", *row["failures"], sep="\n"
-        )
+        line = f"{row['part']:12s} {row['status']:14s} {row['seconds']:5.0f} s  {row['last']}"
+        print(line, *row["failures"], sep="\n")
     return int(any(row["status"] != "passed" for row in rows))
 
 
 def pytest_addoption(parser):
-    parser.addoption("--shard", help="i/n: of the tests, counted from 0, those whose number is i modulo n")
+    parser.addoption("--shard", help="i/n: every n-th test, starting with number i, counted from 0")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -87,12 +84,13 @@ def pytest_collection_modifyitems(config, items):
         items[:] = items[i::n]
 
 
+@program
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 when all passed, 1 otherwise and without a GPU."""
+    """Returns the exit code: 0 if all passed, 1 otherwise and without a GPU."""
     names = [name for name, *_ in parts(Path(), 1)]
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m bench.gpu", description=__doc__.partition("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(names)} (all)")
-    parser.add_argument("--results", type=Path, default=records.RESULTS, help="folder of the record (bench/results)")
+    parser.add_argument("--results", **records.OPTION)
     args = parser.parse_args(argv)
     if unknown := set(args.parts) - set(names):
         parser.error(f"no part is called {', '.join(sorted(unknown))}: there are {', '.join(names)}")

@@ -1,4 +1,4 @@
-"""An op timed by all that do it, in one process and in turns, once each was checked against float64."""
+"""Check and time an op: every implementation in one process and in turns, once each was compared with float64."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bench.rivals import RIVALS
-from bench.timing import Call, measure, reason, synchronize
+from bench.timing import Call, measure, patched, reason, synchronize
+from kernels import own
 from kernels.accuracy import Truth, evaluate, truth
 from kernels.launch import IMPLEMENTATIONS
+from kernels.sanitizer import sanitize
 from kernels.spec import Cost, Op
 from runtime.hardware import device_name, pick_device, rated_bandwidth, rated_flops
 
@@ -24,65 +26,51 @@ DEVICE = pick_device("auto")
 META = torch.device("meta")
 GPU = DEVICE.type == "cuda"
 DTYPE = torch.bfloat16 if GPU else torch.float32
-TURNS_S = 0.4 if GPU else 0.2  # seconds of timing for a case
+TURNS_S = 0.4 if GPU else 0.2  # seconds of timing per op, shape and pass
 RIVALS_ERROR = 4.0  # times what rounding explains: a rival may round more often than the reference does
-N_SM = 132  # of an H100
 
 
-def fewer_rows(shape: Mapping[str, int], parts: int = 2) -> dict[str, int]:
-    """The shape with a part of its rows or sequences; of a single sequence, a part of its tokens."""
-    sizes = dict(shape)
-    if "B" in sizes:
-        sizes["B"] = max(1, shape["B"] // parts)
-        sizes["T"] = max(1, min(shape["T"], shape["B"] * shape["T"] // parts // sizes["B"]))
-        if shape.get("S") == shape["T"]:
-            sizes["S"] = sizes["T"]
-    else:
-        key = "rows" if "rows" in sizes else "N"
-        sizes[key] = max(1, shape[key] // parts)
-    return sizes
+def halved(shape: Mapping[str, int], same_length: bool) -> dict[str, int]:
+    """The shape with half the rows or sequences. A single sequence has half the tokens, or with `same_length`, since
+    other lengths may run other kernels, the heads of one key head."""
+    if "B" not in shape:
+        key = "rows" if "rows" in shape else "N"
+        return dict(shape) | {key: max(1, shape[key] // 2)}
+    if shape["B"] > 1:
+        return dict(shape) | {"B": shape["B"] // 2}
+    if same_length:
+        return dict(shape) | {"H": shape["H"] // shape["KV"], "KV": 1}
+    tokens = max(1, shape["T"] // 2)
+    return dict(shape) | {"T": tokens} | ({"S": tokens} if shape.get("S") == shape["T"] else {})
 
 
-def fewer_rows_or_heads(shape: Mapping[str, int]) -> dict[str, int]:
-    """Sequences and rows stay as long as they are: other lengths may have other kernels."""
-    fewer = fewer_rows(shape)
-    if fewer.get("T") == shape.get("T"):
-        return fewer
-    return dict(shape) | {"H": shape["H"] // shape["KV"], "KV": 1}
-
-
-def shrink(shape: Mapping[str, int], fits: Callable[[Mapping], bool], smaller: Callable = fewer_rows) -> dict[str, int]:
-    """The shape, made smaller until it fits or cannot be made so."""
-    while not fits(shape) and (less := smaller(shape)) != shape:
+def shrink(
+    op: Op,
+    shape: Mapping[str, int],
+    itemsize: int,
+    max_bytes: float,
+    max_flops: float = math.inf,
+    same_length: bool = False,
+) -> dict[str, int]:
+    """The shape, halved until the cost of the op's forward fits, or as far as possible."""
+    while (cost := op.cost(shape, itemsize)).bytes > max_bytes or cost.flops > max_flops:
+        if (less := halved(shape, same_length)) == shape:
+            break
         shape = less
     return dict(shape)
 
 
-def cpu_shape(op: Op, shape: Mapping[str, int]) -> dict[str, int]:
-    """The shape with the rows of one SM, or fewer, to be timed on a CPU."""
-    return shrink(fewer_rows(shape, N_SM), lambda s: op.cost(s, DTYPE.itemsize).flops <= 2e9)
-
-
-def checked_shape(op: Op, shape: Mapping[str, int]) -> dict[str, int]:
-    """The shape with fewer sequences or rows, then fewer heads, so that float64 fits and takes little time."""
-
-    def fits(shape: Mapping[str, int]) -> bool:
-        cost = op.cost(shape, 2)
-        return cost.flops <= 5e10 and cost.bytes <= 2**26
-
-    return shrink(shape, fits, fewer_rows_or_heads)
-
-
 class Case:
-    """`op` at `shape`, on random inputs that are the same each time."""
+    """`op` at `shape`, on random inputs that are the same for a seed."""
 
     def __init__(self, op: Op, shape: Mapping[str, int], dtype: torch.dtype, device: torch.device):
         self.op, self.shape, self.dtype, self.device = op, shape, dtype, device
         self.passes = PASSES if op.differentiable else PASSES[:1]
 
-    def draw(self) -> tuple[dict, tuple[Tensor, ...]]:
-        """New inputs, those to differentiate requiring it, and the gradients arriving at the outputs (1 at a loss)."""
-        inputs = self.op.draw(self.shape, self.dtype, self.device)
+    def draw(self, seed: int = 0) -> tuple[dict, tuple[Tensor, ...]]:
+        """New inputs from a seed, the differentiable ones requiring a gradient, and the gradients of the outputs (1 for
+        a loss)."""
+        inputs = self.op.draw(self.shape, self.dtype, self.device, seed)
         for key in self.op.differentiable:
             inputs[key].requires_grad_()
         if not self.op.differentiable:
@@ -94,9 +82,9 @@ class Case:
         ones = torch.ones((), dtype=torch.float32, device=self.device)
         return inputs, tuple(torch.randn(x.shape, dtype=x.dtype, **options) if x.ndim else ones for x in outputs)
 
-    def call(self, function: Callable, name: str) -> Call:
+    def call(self, function: Callable, name: str, seed: int = 0) -> Call:
         """A call on inputs of its own. It returns outputs and gradients, or the arguments that the op writes to."""
-        inputs, upstream = self.draw()
+        inputs, upstream = self.draw(seed)
         leaves = [inputs[key] for key in self.op.differentiable]
         written = [x for key in self.op.mutates for x in tree_leaves(inputs[key]) if torch.is_tensor(x)]
 
@@ -109,8 +97,8 @@ class Case:
             outputs = as_tuple(function(**inputs))
             return *outputs, *torch.autograd.grad(outputs, leaves, upstream)
 
-        def restore():
-            drawn, _ = self.draw()
+        def restore(seed: int) -> None:
+            drawn, _ = self.draw(seed)
             with torch.no_grad():
                 for old, new in zip(tree_leaves(inputs), tree_leaves(drawn), strict=True):
                     if torch.is_tensor(old):
@@ -129,7 +117,7 @@ class Case:
     def least_seconds(self, name: str, card: str) -> float:
         """The least time of a pass at the rated speeds of a card's memory and tensor cores; 0 for an unknown card.
 
-        Of both passes in one call, the bytes of the one that moves more: the second may find in L2 what it reads."""
+        A backward may find in L2 what the forward left, so forward+backward is only charged the larger of the two."""
         total, forward = self.cost(name), self.cost("forward")
         moved = max(forward.bytes, total.bytes - forward.bytes)
         return max(moved / (rated_bandwidth(card) or math.inf), total.flops / (rated_flops(card) or math.inf))
@@ -146,7 +134,7 @@ def as_tuple(outputs) -> tuple[Tensor, ...]:
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """Host functions run on meta tensors, and so come as far as the launches of their kernels."""
+    """Run host functions on meta tensors, up to the launches of their kernels."""
     library = torch.library.Library("nanofuse", "IMPL")
     for name, function in IMPLEMENTATIONS.items():  # in place of the fake, which launches nothing
         library.impl(name, function, "Meta", allow_override=True)
@@ -158,9 +146,10 @@ def on_meta() -> Iterator[None]:
 
 
 def contenders(op: Op) -> tuple[dict[str, Callable], dict[str, str]]:
-    """Functions by name, ours first; and why others cannot be had here. `auto` only calls one of them."""
+    """Functions by name, ours first, and the reason why others are missing here. `auto` only calls one of them."""
     found = {name: f for name, f in op.implementations.items() if name not in ("torch", "auto")}
-    absent = {} if GPU or not found.pop("triton", None) else {"triton": "there is no GPU"}
+    kernels = {"triton"} | {name for name in found if own.is_own(name) and own.has_triton_kernels(name)}
+    absent = {} if GPU else {name: "there is no GPU" for name in kernels if found.pop(name, None)}
     found["torch"] = op.implementations["torch"]
     torch._dynamo.reset()
     found["torch.compile"] = torch.compile(op.implementations["torch"], fullgraph=True, dynamic=False)
@@ -173,7 +162,7 @@ def contenders(op: Op) -> tuple[dict[str, Callable], dict[str, str]]:
 
 
 def truth_of_written(op: Op, inputs: dict) -> Truth:
-    """The exact values of an op's arguments after it wrote to them; half-precision ones are rounded from that.
+    """The exact values of the arguments that an op has written to, those in half precision rounded afterwards.
 
     The reference may call fused operations over lists, which `truth` does not follow: rounding is taken to explain one
     unit in the last place."""
@@ -189,13 +178,14 @@ def truth_of_written(op: Op, inputs: dict) -> Truth:
 
 
 def check(op: Op, shape: Mapping[str, int], functions: Mapping[str, Callable], name: str) -> dict[str, dict]:
-    """Compare functions in a pass with float64, by the rule in kernels/accuracy.py, at a part of the shape.
+    """Compare functions in a pass with float64, by the rule in kernels/accuracy.py, at a shape where float64 fits.
 
-    Returns the largest `error` of each, over what rounding explains; and `failed`, the reason, where it is wrong or
-    raised. Results may be in another dtype than the reference's. Raises where a function has left the card unable to
-    work: all that follow would fail too."""
+    Returns the largest `error` of each over what rounding explains, and `failed`, the reason, if it is wrong or raised.
+    Results may be in another dtype than the reference's. Raises if a function has left the card unable to work: all
+    that follow would fail too."""
     op = op if name == PASSES[1] else replace(op, differentiable=())
-    inputs, _ = Case(op, checked_shape(op, shape), DTYPE, DEVICE).draw()
+    small = shrink(op, shape, 2, max_bytes=2**26, max_flops=5e10, same_length=True)
+    inputs, _ = Case(op, small, DTYPE, DEVICE).draw()
     exact = (truth_of_written if op.mutates else truth)(op, inputs)
     rivals, results = {"torch.compile", *RIVALS.get(op.name, ())}, {}
     for who, function in functions.items():
@@ -212,7 +202,10 @@ def check(op: Op, shape: Mapping[str, int], functions: Mapping[str, Callable], n
 
 
 def doubt(measured: dict, least: float) -> str | None:
-    """Why a measurement is not believed: other results after timing than before, or a speed beyond the card's."""
+    """Why a measurement is not believed: a timer was replaced, results changed while it was timed, or it is faster than
+    the card can be."""
+    if timers := patched():
+        return f"patched: {', '.join(timers)}"
     drift, allowed = measured["drift"], torch.finfo(DTYPE).eps + 1e-5
     if not drift <= allowed:
         return f"other results after it was timed: relative error {drift:.1e}, where {allowed:.1e} is allowed"
@@ -228,7 +221,9 @@ def contest(
     """Check and time functions in a pass. Returns the row to record, with medians, and the samples of each by name."""
     results, case = check(op, shape, functions, name), Case(op, shape, DTYPE, DEVICE)
     right = {who: f for who, f in functions.items() if "failed" not in results[who]}
-    calls = {who: lambda f=f: [case.call(f, name) for _ in range(case.input_sets())] for who, f in right.items()}
+    calls = {
+        who: lambda f=f: [case.call(f, name, seed) for seed in range(case.input_sets())] for who, f in right.items()
+    }
     samples, least = {}, case.least_seconds(name, device_name(DEVICE))
     for who, measured in measure(calls, TURNS_S).items():
         if "failed" not in measured and (why := doubt(measured, least)):
@@ -239,3 +234,14 @@ def contest(
     cost, dtype = case.cost(name), str(DTYPE).removeprefix("torch.")
     row = {"bench": "speed", "on": DEVICE.type, "op": op.name, "shape": dict(shape), "dtype": dtype, "pass": name}
     return row | {"bytes": cost.bytes, "flops": cost.flops, "ceiling": dict(ceiling), "results": results}, samples
+
+
+def bytes_moved(op: Op, shape: Mapping[str, int]) -> dict[str, float]:
+    """Bytes that the Triton kernels load and store in bf16 over the least possible, by pass, counted in Triton's
+    interpreter (TRITON_INTERPRET=1). What caches serve counts again; what matrix products of torch move does not."""
+    case, ratios = Case(op, shape, torch.bfloat16, torch.device("cpu")), {}
+    for name in case.passes:
+        with sanitize(bounds=False, races=False, overflow=False) as record:
+            case.call(op.implementations["triton"], name).run()
+        ratios[name] = (record.bytes_read + record.bytes_written) / case.cost(name).bytes
+    return ratios

@@ -1,13 +1,12 @@
 """The baseline of bench_train: nanoGPT's recipe for a CPU, written plainly, in eager float32.
 
-4 layers, 4 heads, 128 wide, blocks of 64, batches of 12; learned positions, LayerNorm, GELU, AdamW at 1e-3 falling to
-1e-4 by a cosine; on bytes, as it would be on characters. `python -m bench.nanogpt --seconds 60` prints one line of JSON
-per evaluation. Evaluating is not counted in its time.
+4 layers, 4 heads, 128 wide, blocks of 64, batches of 12; learned positions, LayerNorm, GELU; AdamW, 1e-3 to 1e-4 by a
+cosine; on bytes. `python -m bench.nanogpt --seconds 60` trains for so long and prints a line of JSON.
 """
 
-import argparse
 import json
 import math
+import sys
 import time
 
 import torch
@@ -17,7 +16,9 @@ from torch import Tensor, nn
 from data.batches import Batches, eval_batches
 from data.prepare import DataConfig, prepare
 from model.evaluate import evaluate
+from runtime.config import Parser, number
 from runtime.hardware import memory
+from runtime.program import program
 
 LAYERS, HEADS, WIDTH, BLOCK, BATCH = 4, 4, 128, 64, 12
 LR, FINAL_LR, WARMUP_STEPS = 1e-3, 1e-4, 100
@@ -72,32 +73,29 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, 
     optimizer.step()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seconds", type=float, required=True)
+@program
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="python -m bench.nanogpt", description=__doc__.partition("\n")[0])
+    parser.add_argument("--seconds", type=number(float, "(0, inf)"), required=True)
     parser.add_argument("--corpus", default="docstrings")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     data = prepare(DataConfig(corpus=args.corpus, tokenizer="bytes"), say=lambda line: None)
-    eval_set = eval_batches(data.val, BLOCK, 256, len(data.val))
-    lengths = torch.from_numpy(data.tokenizer.byte_lengths())
     torch.manual_seed(0)
     model, batches = NanoGPT(data.tokenizer.vocab_size), Batches(data.train, BLOCK, seed=0)
     optimizer = build_optimizer(model)
-    step, spent, evaluated = 0, 0.0, 0
-    while spent < args.seconds:
-        begin = time.perf_counter()
+    step, begin = 0, time.perf_counter()
+    while (spent := time.perf_counter() - begin) < args.seconds:
         cosine = 0.5 * (1 + math.cos(math.pi * spent / args.seconds))
         for group in optimizer.param_groups:
             group["lr"] = min(1.0, (step + 1) / WARMUP_STEPS) * (FINAL_LR + (LR - FINAL_LR) * cosine)
         train_step(model, optimizer, *batches.get(step * BATCH, BATCH))
         step += 1
-        spent += time.perf_counter() - begin
-        if (share := int(10 * spent / args.seconds)) > evaluated:
-            evaluated = share
-            row = {"step": step, "seconds": spent, "tok_s": step * BATCH * BLOCK / spent}
-            row |= evaluate(model, eval_set, lengths) | memory(torch.device("cpu"))
-            print(json.dumps(row | {"flops_per_token": model.flops_per_token()}), flush=True)
+    rate = {"tok_s": step * BATCH * BLOCK / spent, "flops_per_token": model.flops_per_token()}
+    lengths = torch.from_numpy(data.tokenizer.byte_lengths())
+    row = evaluate(model, eval_batches(data.val, BLOCK, 256, len(data.val)), lengths) | memory(torch.device("cpu"))
+    print(json.dumps({"steps": step, "seconds": spent, "digest": data.summary.get("digest")} | rate | row))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,7 +1,7 @@
 """Write the README's measured results from bench/results: `python -m bench.report`.
 
-A table is a list of rows, and a row holds the text of each column by its head. Only the newest rows are shown, of the
-machine that measured last; nothing between the README's markers is typed by hand.
+A table is a list of rows, each with the text of its cells by column head. It shows the newest rows of the machine that
+measured last. Nothing between the README's markers is typed by hand.
 """
 
 import math
@@ -12,84 +12,69 @@ from collections.abc import Callable
 from bench import records
 from bench.harness import PASSES
 from bench.processes import ROOT
+from runtime.config import Parser
+from runtime.program import program
 
 OURS = "triton"
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    """A column for each head that a row has, in the order they come; empty where a row has no text for it."""
+    """A column for each head of any row, in order of appearance; empty cells for rows without it."""
     heads = list(dict.fromkeys(head for row in rows for head in row))
     lines = [heads, ["---"] * len(heads), *([row.get(head, "") for head in heads] for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines).replace(" --- ", "---")
 
 
-def where(row: dict, *more: str) -> str:
-    return f"{', '.join((row['device'], *more))}, torch {row['torch']}, {row['date']}, commit {row['commit']}"
+def origin(row: dict) -> str:
+    """Device, versions, date and commit of a row."""
+    driver = [f"driver {row['driver']}"] if row.get("driver") else []
+    triton = [f"Triton {row['triton']}"] if row.get("triton") else []
+    return ", ".join([row["device"], *driver, *triton, f"torch {row['torch']}", row["date"], f"commit {row['commit']}"])
 
 
-def versions(row: dict) -> str:
-    return where(row, f"driver {row['driver']}", f"triton {row['triton']}")
-
-
-def interpreted(row: dict) -> str:
-    processor = {"device": row["device"].partition(",")[0]}
-    return where(row | processor, "one thread", f"triton {row['triton']} interpreted") + "."
-
-
-def card(row: dict) -> str:
-    most = row["ceiling"]
-    rates = f"The card copies {rate(most['copy'], 'B/s')} and multiplies {rate(most['matmul'], 'FLOP/s')}"
-    return f"{rates}; inputs cold in L2. One card: {versions(row)}."
-
-
-def newest(rows: list[dict], bench: str, device: str | None = None) -> list[dict]:
-    """The last row of each op, shape and pass, on the machine of the last of all."""
-    rows = [row for row in rows if (row["bench"], row.get("on")) == (bench, device)]
+def newest(rows: list[dict], *keys: str) -> list[dict]:
+    """The last row for each value of the keys, on the machine of the last row."""
     rows = [row for row in rows if row["device"] == rows[-1]["device"]]
-    return list({(row["op"], str(row["shape"]), row.get("pass")): row for row in rows}.values())
+    return list({str([row[key] for key in keys]): row for row in rows}.values())
 
 
 def written(shape: dict[str, int]) -> str:
     return " ".join(f"{key}={size}" for key, size in shape.items())
 
 
-def sees(shape: dict[str, int]) -> str:
-    """The keys of a causal mask, a window or documents."""
+def mask(shape: dict[str, int]) -> str:
     if "W" in shape:
-        return f"the last {shape['W']:,}"
-    return f"its document, T/{shape['T'] // shape['L']}" if "L" in shape else "all before it"
+        return f"window {shape['W']:,}"
+    return f"documents of T/{shape['T'] // shape['L']}" if "L" in shape else "causal"
 
 
 def bound(row: dict) -> tuple[float, str, float]:
-    """What limits an op: the bytes or FLOPs of a call, the unit of their rate, and the machine's best rate."""
+    """What limits an op: the bytes or FLOPs of a call, their unit, and the machine's best rate. FLOPs for attention."""
     copy, matmul = row["ceiling"]["copy"], row["ceiling"]["matmul"]
-    memory = row["bytes"] / copy > row["flops"] / matmul
-    return (row["bytes"], "B/s", copy) if memory else multiplied(row)
-
-
-def multiplied(row: dict) -> tuple[float, str, float]:
-    """`bound`, of the matrix products alone."""
-    return row["flops"], "FLOP/s", row["ceiling"]["matmul"]
+    if row["op"] != "attention" and row["bytes"] / copy > row["flops"] / matmul:
+        return row["bytes"], "B/s", copy
+    return row["flops"], "FLOP/s", matmul
 
 
 def rate(per_second: float, unit: str) -> str:
     return f"{per_second / 1e9:,.0f} GB/s" if unit == "B/s" else f"{per_second / 1e12:,.2f} TFLOP/s"
 
 
-def line(name: str, result: dict, amount: float, unit: str, most: float) -> str:
-    """A contender's result in words: a call does an `amount`, and the machine at best `most` a second."""
+def line(row: dict, name: str, result: dict) -> str:
+    """The result of a contender, for the terminal."""
     if "failed" in result:
         return f"  {name:22s} {result['failed']}"
+    amount, unit, best = bound(row)
     seconds = result.get("cold", result["warm"])
-    text = f"  {name:22s} {seconds * 1e6:11,.1f} us {rate(amount / seconds, unit):>15s} {amount / seconds / most:4.0%}"
+    text = f"  {name:22s} {seconds * 1e6:11,.1f} us {rate(amount / seconds, unit):>15s} {amount / seconds / best:4.0%}"
     if "host" in result:
-        text += f", {result['warm'] * 1e6:,.1f} us warm, {result['host'] * 1e6:,.1f} us of the host"
+        text += f", {result['warm'] * 1e6:,.1f} us warm, {result['host'] * 1e6:,.1f} us on the host"
         text += f", {result['memory'] / 2**20:,.0f} MiB" + ("" if result["graph"] else ", eager: the host waits")
     return f"{text}, error {result['error']:.2f} of what rounding explains"
 
 
 def cold(row: dict) -> dict[str, float]:
-    """Seconds of all that were timed."""
+    """Seconds of the contenders that were timed."""
     return {who: result["cold"] for who, result in row["results"].items() if "cold" in result}
 
 
@@ -98,129 +83,125 @@ def bold(text: str, best: bool) -> str:
 
 
 def train_table(rows: list[dict]) -> str:
-    """Our trainer beside the baseline, by bench."""
+    """Our trainer beside the baseline, for the same seconds and at equal shape."""
     by_bench = {row["bench"]: row for row in rows}
-    whole, shape = by_bench["equal wall-clock"], by_bench["equal shape"]
+    run, equal = by_bench["equal wall-clock"], by_bench["equal shape"]
     cells = []
     for name, precision in (("nanofuse", "bf16"), ("nanofuse, compiled before", "bf16"), ("nanogpt", "fp32")):
-        r = whole[name]
+        r = run[name]
         cells.append({
-            "": name, "bits a byte": f"{r['val_bpb']:.3f}",
-            "of the baseline's": f"{r['val_bpb'] / whole['nanogpt']['val_bpb']:.2f}", "seconds": f"{r['seconds']:.0f}",
+            "": name, "bits per byte": f"{r['val_bpb']:.3f}",
+            "vs nanogpt": f"{r['val_bpb'] / run['nanogpt']['val_bpb']:.2f}", "seconds": f"{r['seconds']:.0f}",
             "first step": f"{r['first_step']:.0f} s" if "first_step" in r else "",
-            "tok/s, steady": f"{r['tok_s']:,.0f}", "tok/s, wall": f"{r['tok_s_wall']:,.0f}",
-            "of matmul rate": f"{r['tok_s'] * r['flops_per_token'] / whole['matmul'][precision]:.0%}",
+            "tok/s, steady": f"{r['tok_s']:,.0f}", "tok/s, overall": f"{r['tok_s_wall']:,.0f}",
+            "of matmul rate": f"{r['tok_s'] * r['flops_per_token'] / run['matmul'][precision]:.0%}",
             "peak memory": f"{r['memory'] / 2**20:,.0f} MiB",
         })  # fmt: skip
-    mine, theirs = (shape[name]["tok_s"] for name in ("nanofuse", "nanogpt"))
-    ratios = f"At equal shape {mine:,.0f} against {theirs:,.0f} tok/s: {mine / theirs:.2f} times as many."
-    places = " ".join(dict.fromkeys(f"{where(row)}." for row in (shape, whole)))
-    return f"{markdown(cells)}\n\n{ratios} {places}"
+    ours, theirs = (equal[name]["tok_s"] for name in ("nanofuse", "nanogpt"))
+    text = f"At equal shape {ours:,.0f} tok/s against {theirs:,.0f}: {ours / theirs:.2f} times as fast."
+    if run.get("digest"):
+        text += f" Text: digest {run['digest'][:12]}."
+    return f"{markdown(cells)}\n\n{text} {' '.join(dict.fromkeys(f'{origin(row)}.' for row in (equal, run)))}"
+
+
+def timed(rows: list[dict], attention: bool) -> list[dict]:
+    """The newest rows of a GPU: of attention, or of all other ops."""
+    rows = [row for row in rows if row["on"] == "cuda" and (row["op"] == "attention") == attention]
+    return newest(rows, "op", "shape", "pass")
+
+
+def ceilings(row: dict) -> str:
+    rates = [rate(row["ceiling"]["copy"], "B/s"), rate(row["ceiling"]["matmul"], "FLOP/s")]
+    return f"This card copies {rates[0]} and multiplies {rates[1]}; inputs are cold in L2. One {origin(row)}."
 
 
 def kernels_table(rows: list[dict]) -> str:
-    """The kernels on a GPU: speed; without one: bytes and calls, and the speed of torch."""
-    timed = newest(rows, "speed", "cuda")
-    counted = [newest(rows, "bytes moved"), newest(rows, "speed", "cpu"), newest(rows, "host calls")]
-    return "\n\n".join(([gpu_table(timed)] if timed else []) + ([cpu_table(*counted)] if any(counted) else []))
-
-
-def gpu_table(rows: list[dict]) -> str:
+    """Our kernel beside its fastest rival."""
     cells = []
-    for row in sorted(rows, key=lambda row: row["op"]):
-        seconds, mine = cold(row), row["results"][OURS]
+    for row in sorted(timed(rows, attention=False), key=lambda row: row["op"]):
+        seconds, result = cold(row), row["results"][OURS]
         ours = seconds.pop(OURS, math.inf)
         rival = min(seconds, key=seconds.get, default=None)
         best = min(seconds.values(), default=math.inf)
         cell = {"op": row["op"], "shape": written(row["shape"]), "pass": row["pass"]}
-        cell["ours, us"] = mine.get("failed") or bold(f"{1e6 * ours:,.0f}", ours < best)
+        cell["ours, us"] = result.get("failed") or bold(f"{1e6 * ours:,.0f}", ours < best)
         cell["fastest rival, us"] = f"{rival} {bold(f'{1e6 * best:,.0f}', best < ours)}" if rival else ""
         if ours < math.inf:
             amount, _, most = bound(row)
-            cell |= {"limit, us": f"{1e6 * amount / most:,.0f}", "ours, of the limit": f"{amount / most / ours:.0%}"}
-            cell |= {"host, us": f"{1e6 * mine['host']:,.0f}", "memory": f"{mine['memory'] / 2**20:,.0f} MiB"}
+            cell |= {"limit, us": f"{1e6 * amount / most:,.0f}", "limit / ours": f"{amount / most / ours:.0%}"}
+            cell |= {"host, us": f"{1e6 * result['host']:,.0f}", "memory": f"{result['memory'] / 2**20:,.0f} MiB"}
         cells.append(cell)
-    most = "the limit is what moving the bytes takes at the speed of a copy, or the products at that of a large one"
-    return f"{markdown(cells)}\n\n{card(rows[-1])} There {most}."
-
-
-def cpu_table(moved: list[dict], speed: list[dict], called: list[dict]) -> str:
-    cells = []
-    for op in dict.fromkeys(row["op"] for row in (*moved, *speed, *called)):
-        cell = {"op": op}
-        for name in PASSES:
-            ratios = sorted(row[name][0] / row[name][1] for row in moved if row["op"] == op and name in row)
-            span = dict.fromkeys(f"{ratio:.3f}" for ratio in (ratios[:1] + ratios[-1:]))
-            cell[f"bytes moved, of the least: {name}"] = " to ".join(span)
-        for name in PASSES:
-            results = next((row["results"] for row in speed if (row["op"], row["pass"]) == (op, name)), {})
-            seconds = [results.get(who, {}).get("warm") for who in ("torch", "torch.compile")]
-            faster = f"{seconds[0] / seconds[1]:.2f}" if all(seconds) else "failed" if results else ""
-            cell[f"torch.compile, times eager's speed: {name}"] = faster
-        calls = [max(row["calls"][who].values()) for row in called if row["op"] == op for who in (OURS, "torch")]
-        cell["functions the host calls, forward and backward: ours, torch's"] = ", ".join(map(str, calls))
-        cells.append(cell)
-    return f"{markdown(cells)}\n\n{interpreted((*moved, *speed, *called)[-1])}"
+    limit = "The limit is the least bytes at the rate of a large copy, or the FLOPs at that of a large matrix product"
+    return f"{markdown(cells)}\n\n{limit}. {ceilings(timed(rows, attention=False)[-1])}"
 
 
 def attention_table(rows: list[dict]) -> str:
-    """Attention on a GPU: speed; without one: the products that its kernels make."""
-    timed, counted = newest(rows, "speed", "cuda"), newest(rows, "work done")
-    return "\n\n".join(([rivals_table(timed)] if timed else []) + ([work_table(counted)] if counted else []))
-
-
-def rivals_table(rows: list[dict]) -> str:
-    """TFLOP/s of all that were timed, a line for each shape, those of a width together, then by length."""
-    rows = sorted(rows, key=lambda row: (row["shape"]["D"], sees(row["shape"]), row["shape"]["T"]))
-    rivals = dict.fromkeys(who for row in rows for who in row["results"] if who != OURS)
+    """TFLOP/s of all contenders, a line for each shape, sorted by head dimension, mask and length."""
+    rows = timed(rows, attention=True)
+    names = dict.fromkeys([OURS, *(who for row in rows for who in row["results"])])
     cells = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (row["shape"]["D"], mask(row["shape"]), row["shape"]["T"])):
         shape, seconds = row["shape"], cold(row)
         heads = f"{shape['H']} of {shape['D']}" + (f", {shape['KV']} of keys" if shape["KV"] < shape["H"] else "")
-        empty = {f"{name}: {who}": "-" for name in PASSES for who in ("ours", *rivals)}
-        sizes = {"sequences": f"{shape['B']} x {shape['T']:,}", "heads": heads, "a query sees": sees(shape)}
-        cell = cells.setdefault(written(shape), sizes | empty)
+        sizes = {"sequences": f"{shape['B']} x {shape['T']:,}", "heads": heads, "mask": mask(shape)}
+        cell = cells.setdefault(written(shape), sizes | {f"{name}: {who}": "-" for name in PASSES for who in names})
         for who, taken in seconds.items():
             text = f"{row['flops'] / taken / 1e12:,.0f}"
-            cell[f"{row['pass']}: {'ours' if who == OURS else who}"] = bold(text, taken == min(seconds.values()))
-    return f"{markdown(list(cells.values()))}\n\nTFLOP/s on the scores that are not masked. {card(rows[-1])}"
-
-
-def work_table(rows: list[dict]) -> str:
-    cells = []
-    for row in rows:
-        ratios = {name: f"{row[name][0] / row[name][1]:.2f}" for name in ("forward", "backward")}
-        products = {f"products made, of those asked for: {name}": ratio for name, ratio in ratios.items()}
-        cells.append({"tokens": f"{row['shape']['T']:,}", "a query sees": sees(row["shape"])} | products)
-    said = "Asked for are the scores that are not masked: two products of them forward, five backward"
-    more = "a backward in two kernels makes seven of every tile, 1.40 times as many"
-    return f"{markdown(cells)}\n\n{said}; {more}. {interpreted(rows[-1])}"
+            cell[f"{row['pass']}: {who}"] = bold(text, taken == min(seconds.values()))
+    return f"{markdown(list(cells.values()))}\n\nTFLOP/s of the unmasked scores. {ceilings(rows[-1])}"
 
 
 def steps_table(rows: list[dict]) -> str:
-    """Whole training steps on the machine of the last row, the newest of each shape, variant and optimizer."""
-    timed = [row for row in rows if "failed" not in row and row["mfu"] and row["device"] == rows[-1]["device"]]
-    latest = {(row["shape"], row["variant"], row["optimizer"]): row for row in timed}.values()
-    cells = []
+    """Whole training steps on the machine of the last row: the newest of each shape, variant and optimizer."""
+    rows = [row for row in rows if "failed" not in row and row["mfu"] and row["device"] == rows[-1]["device"]]
+    latest, cells = newest(rows, "shape", "variant", "optimizer"), []
     for row in latest:
         best = min(other["ms"] for other in latest if other["shape"] == row["shape"])
         cells.append({
             "model": row["shape"], "sequences": f"{row['batch']} x {row['seq_len']:,}",
             "step": f"{row['variant']}, {row['optimizer']}", "ms": bold(f"{row['ms']:.1f}", row["ms"] == best),
             "tok/s": f"{row['tok_s']:,.0f}", "MFU": f"{row['mfu']:.1%}", "memory": f"{row['memory'] / 2**30:.1f} GiB",
-            "ms of the host": f"{row['host_ms']:.1f}",
+            "host, ms": f"{row['host_ms']:.1f}",
         })  # fmt: skip
-    said = "Captured and eager are the Triton kernels, torch the references, with SDPA"
-    said += "; MFU is of the card's rated FLOP/s"
-    return f"{markdown(cells)}\n\nOne card, in bf16: {versions(timed[-1])}. {said}." if cells else ""
+    said = "Captured and eager run the Triton kernels; torch and torch.compile the references with SDPA. MFU is of the"
+    return f"{markdown(cells)}\n\n{said} card's rated bf16 FLOP/s. One {origin(rows[-1])}." if cells else ""
+
+
+def pace(row: dict, result: dict) -> float:
+    """What is shown of a wait: seconds, or the amount per second."""
+    return result["amount"] / result["seconds"] if row["unit"] else result["seconds"]
+
+
+def paces(row: dict) -> list[str]:
+    """Every contender of a wait in words, ours first, with its memory where that was measured."""
+    unit = f"{row['unit']}/s" if row["unit"] else "s"
+    return [
+        f"{who} {pace(row, result):,.{0 if row['unit'] else 2}f} {unit}"
+        + (f", {result['memory'] / 1e6:,.0f} MB" if "memory" in result else "")
+        for who, result in row["results"].items()
+    ]
+
+
+def waits_table(rows: list[dict]) -> str:
+    """What a user waits for besides the step: ours, and a line for each that it is beside."""
+    cells = []
+    for row in newest(rows, "bench"):
+        (ours, *others), (first, *results) = paces(row), row["results"].values()
+        for other, result in zip(others, results, strict=True):
+            cells.append({
+                "what": row["bench"], "ours": ours.partition(" ")[2], "beside": other,
+                "ours / theirs": f"{pace(row, first) / pace(row, result):.2f}",
+            })  # fmt: skip
+    return f"{markdown(cells)}\n\nMedians; memory is anonymous. {origin(rows[-1])}."
 
 
 # The name between the README's markers, the record that it is written from, and how.
 TABLES: dict[str, tuple[str, Callable[[list[dict]], str]]] = {
     "results": ("train", train_table),
     "kernels": ("kernels", kernels_table),
-    "attention": ("attention", attention_table),
+    "attention": ("kernels", attention_table),
     "steps": ("steps", steps_table),
+    "waits": ("waits", waits_table),
 }
 
 
@@ -233,11 +214,13 @@ def fill(text: str, name: str, content: str) -> str:
     return filled
 
 
-def main() -> int:
+@program
+def main(argv: list[str] | None = None) -> int:
+    Parser(prog="python -m bench.report", description=__doc__.partition("\n")[0]).parse_args(argv)
     readme = ROOT / "README.md"
     text = readme.read_text()
     for name, (record, make) in TABLES.items():
-        if rows := records.read(records.RESULTS, record):
+        if rows := records.read(records.TRACKED, record):
             text = fill(text, name, make(rows))
     readme.write_text(text)
     return 0

@@ -1,13 +1,14 @@
-"""Other implementations of our ops, each behind the signature of its op: what the benches time beside ours.
+"""Other implementations of our ops, timed beside ours.
 
-`RIVALS[op][name]` imports what it needs and returns a function of the op's inputs, which the table of ops lists. It
-raises ImportError or AttributeError where this machine or this torch does not have it.
+`RIVALS[op][name]` imports what it needs and returns a function of the op's inputs. It raises ImportError or
+AttributeError if this machine or this version of torch does not have it.
 """
 
 import contextlib
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -16,106 +17,103 @@ from torch import Tensor
 from kernels.attention import visible
 from kernels.linear_cross_entropy import IGNORE
 
-
-def torch_rmsnorm():
-    def rmsnorm(x, gain, residual):
-        stream = x + residual
-        return F.rms_norm(stream, gain.shape, gain, 1e-6), stream
-
-    return rmsnorm
+RIVALS: dict[str, dict[str, Callable[[], Callable]]] = {}
 
 
-def liger_rmsnorm():
-    from liger_kernel.ops import LigerFusedAddRMSNormFunction as fused
+def rival(op: str, name: str, *needs: str) -> Callable[[Callable], Callable]:
+    """Register a function that takes the objects it `needs`, each `package.module:name`, and the inputs of the op."""
 
-    return lambda x, gain, residual: fused.apply(x, residual, gain, 1e-6, 0.0, "gemma")  # as we do: all in float32
+    def load(path: str):
+        module, _, attribute = path.partition(":")
+        return getattr(import_module(module), attribute)
 
+    def register(function: Callable) -> Callable:
+        RIVALS.setdefault(op, {})[name] = lambda: partial(function, *map(load, needs))
+        return function
 
-def quack_rmsnorm():
-    from quack import rmsnorm
-
-    return lambda x, gain, residual: rmsnorm(x, gain, residual=residual, prenorm=True)
-
-
-def _with_qk_norm(rotate: Callable) -> Callable:
-    """`rotate(q, k, cos, sin)` takes and returns `[B, T, H, D]`; nobody else norms in the same kernel."""
-
-    def rope(qkv, cos, sin, n_head, n_kv_head, q_gain, k_gain):
-        heads = qkv.unflatten(-1, (n_head + 2 * n_kv_head, -1))
-        q, k, v = heads.split((n_head, n_kv_head, n_kv_head), dim=-2)
-        q, k = F.rms_norm(q, q_gain.shape, q_gain, 1e-6), F.rms_norm(k, k_gain.shape, k_gain, 1e-6)
-        return *rotate(q, k, cos, sin), v
-
-    return rope
+    return register
 
 
-def liger_rope():
-    from liger_kernel.ops import LigerRopeFunction
-
-    def rotate(q, k, cos, sin):
-        cos, sin = (torch.cat((table, table), -1)[None] for table in (cos, sin))
-        return (x.transpose(1, 2) for x in LigerRopeFunction.apply(q.transpose(1, 2), k.transpose(1, 2), cos, sin))
-
-    return _with_qk_norm(rotate)
+@rival("rmsnorm", "F.rms_norm")
+def torch_rmsnorm(x, gain, residual):
+    stream = x + residual
+    return F.rms_norm(stream, gain.shape, gain, 1e-6), stream
 
 
-def quack_rope():
-    from quack.rotary import apply_rotary_emb
-
-    return _with_qk_norm(lambda q, k, cos, sin: (apply_rotary_emb(x, cos, sin) for x in (q, k)))
-
-
-def liger_swiglu():
-    from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction as fused
-
-    return lambda x: fused.apply(x)
+@rival("rmsnorm", "Liger", "liger_kernel.ops:LigerFusedAddRMSNormFunction")
+def liger_rmsnorm(fused, x, gain, residual):
+    return fused.apply(x, residual, gain, 1e-6, 0.0, "gemma")  # as ours: all in float32
 
 
-def torch_cross_entropy():
-    return lambda logits, targets: F.cross_entropy(logits, targets, ignore_index=IGNORE).float()
+@rival("rmsnorm", "QuACK", "quack:rmsnorm")
+def quack_rmsnorm(rmsnorm, x, gain, residual):
+    return rmsnorm(x, gain, residual=residual, prenorm=True)
 
 
-def liger_cross_entropy():
-    from liger_kernel.ops import LigerCrossEntropyFunction as function
-
-    def cross_entropy(logits, targets):
-        loss, *_ = function.apply(logits, targets, None, IGNORE)  # the gradient overwrites the logits
-        return loss
-
-    return cross_entropy
+def _heads(qkv: Tensor, n_head: int, n_kv_head: int, q_gain: Tensor, k_gain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v `[B, T, H, D]`, normed by torch: no rival norms in the kernel that rotates."""
+    heads = qkv.unflatten(-1, (n_head + 2 * n_kv_head, -1))
+    q, k, v = heads.split((n_head, n_kv_head, n_kv_head), dim=-2)
+    return F.rms_norm(q, q_gain.shape, q_gain, 1e-6), F.rms_norm(k, k_gain.shape, k_gain, 1e-6), v
 
 
-def quack_cross_entropy():
-    from quack import cross_entropy
-
-    return lambda logits, targets: cross_entropy(logits, targets, ignore_index=IGNORE)
-
-
-def torch_linear_cross_entropy():
-    function, options = F.linear_cross_entropy, torch.nn.modules.LinearCrossEntropyOptions()
-    return lambda x, head_weight, targets: function(x, head_weight, targets, ignore_index=IGNORE, options=options)
+@rival("rope", "Liger", "liger_kernel.ops:LigerRopeFunction")
+def liger_rope(function, qkv, cos, sin, **heads):
+    q, k, v = _heads(qkv, **heads)
+    cos, sin = (torch.cat((table, table), -1)[None] for table in (cos, sin))
+    q, k = (x.transpose(1, 2) for x in function.apply(q.transpose(1, 2), k.transpose(1, 2), cos, sin))
+    return q, k, v
 
 
-def liger_linear_cross_entropy():
-    from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction as function
-
-    def linear_cross_entropy(x, head_weight, targets):
-        bias = class_weights = softcap = None
-        smoothing, z_loss, return_z_loss, sum_in = 0.0, 0.0, False, torch.float32
-        options = bias, class_weights, IGNORE, z_loss, smoothing, "mean", softcap, return_z_loss, sum_in
-        return function.apply(x, head_weight, targets, *options)[0]
-
-    return linear_cross_entropy
+@rival("rope", "QuACK", "quack.rotary:apply_rotary_emb")
+def quack_rope(rotate, qkv, cos, sin, **heads):
+    q, k, v = _heads(qkv, **heads)
+    return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
-def quack_linear_cross_entropy():
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy as function
+@rival("swiglu", "Liger", "liger_kernel.ops.swiglu:LigerFusedGateUpSiLUMulFunction")
+def liger_swiglu(fused, x):
+    return fused.apply(x)
 
-    return lambda x, head_weight, targets: function(x, head_weight, targets, ignore_index=IGNORE)
+
+@rival("cross_entropy", "F.cross_entropy")
+def torch_cross_entropy(logits, targets):
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE).float()
 
 
-def sdpa_through(backend: str):
-    """SDPA by the one backend, given a mask, made once, where its own causal one is not enough."""
+@rival("cross_entropy", "Liger", "liger_kernel.ops:LigerCrossEntropyFunction")
+def liger_cross_entropy(function, logits, targets):
+    return function.apply(logits, targets, None, IGNORE)[0]  # the gradient overwrites the logits
+
+
+@rival("cross_entropy", "QuACK", "quack:cross_entropy")
+def quack_cross_entropy(function, logits, targets):
+    return function(logits, targets, ignore_index=IGNORE)
+
+
+LINEAR = "linear_cross_entropy"
+
+
+@rival(LINEAR, "F.linear_cross_entropy", f"torch.nn.functional:{LINEAR}", "torch.nn.modules:LinearCrossEntropyOptions")
+def torch_linear_cross_entropy(function, options, x, head_weight, targets):
+    return function(x, head_weight, targets, ignore_index=IGNORE, options=options())
+
+
+@rival(LINEAR, "Liger", "liger_kernel.ops:LigerFusedLinearCrossEntropyFunction")
+def liger_linear_cross_entropy(function, x, head_weight, targets):
+    bias = class_weights = softcap = None
+    smoothing, z_loss, return_z_loss, sum_in = 0.0, 0.0, False, torch.float32
+    options = bias, class_weights, IGNORE, z_loss, smoothing, "mean", softcap, return_z_loss, sum_in
+    return function.apply(x, head_weight, targets, *options)[0]
+
+
+@rival(LINEAR, "QuACK", "quack.linear_cross_entropy:chunked_linear_cross_entropy")
+def quack_linear_cross_entropy(function, x, head_weight, targets):
+    return function(x, head_weight, targets, ignore_index=IGNORE)
+
+
+def sdpa(backend: str) -> Callable:
+    """SDPA with one backend, given a mask, which is kept, if its own causal one is not enough."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     chosen, kept = getattr(SDPBackend, backend), cache(visible)
@@ -140,7 +138,7 @@ def sdpa_through(backend: str):
 
 
 def _refusal(call: Callable[[], object]) -> str:
-    """Why a backend of SDPA does not take a call: it warns of that, and of each backend that is switched off."""
+    """Why a backend of SDPA refuses a call, from its warnings, without those about backends that are switched off."""
     with warnings.catch_warnings(record=True) as said, contextlib.suppress(RuntimeError):
         warnings.simplefilter("always")
         call()
@@ -148,7 +146,7 @@ def _refusal(call: Callable[[], object]) -> str:
     return " ".join(text for text in texts if not text.endswith(("because:", "disabled.")))
 
 
-def flex_attention():
+def flex_attention() -> Callable:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
@@ -171,20 +169,10 @@ def flex_attention():
     return attention
 
 
-def flash_attention_2():
-    from flash_attn import flash_attn_func, flash_attn_varlen_func
-
-    return _flash_attention(flash_attn_func, flash_attn_varlen_func)
-
-
-def flash_attention_3():
-    from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
-
-    return _flash_attention(flash_attn_func, flash_attn_varlen_func)
-
-
-def _flash_attention(dense: Callable, packed: Callable) -> Callable:
-    """Documents are sequences of their own, one after the other; where each begins is found once."""
+def flash_attention(module: str) -> Callable:
+    """FlashAttention by its module. It takes packed documents as sequences of their own."""
+    library = import_module(module)
+    dense, packed = library.flash_attn_func, library.flash_attn_varlen_func
 
     @cache
     def lengths(documents: Tensor) -> tuple[Tensor, Tensor, int, int]:
@@ -200,32 +188,17 @@ def _flash_attention(dense: Callable, packed: Callable) -> Callable:
             out = dense(q, k, v, **options)
         else:
             out = packed(*(x.flatten(0, 1) for x in (q, k, v)), *lengths(documents), **options)
-        out = out[0] if isinstance(out, tuple) else out  # some releases give the log-sum-exp too
+        out = out[0] if isinstance(out, tuple) else out  # some releases return the log-sum-exp too
         return out.view(q.shape)
 
     return attention
 
 
-RIVALS: dict[str, dict[str, Callable[[], Callable]]] = {
-    "rmsnorm": {"F.rms_norm": torch_rmsnorm, "Liger": liger_rmsnorm, "QuACK": quack_rmsnorm},
-    "rope": {"Liger": liger_rope, "QuACK": quack_rope},
-    "attention": {
-        "SDPA flash": partial(sdpa_through, "FLASH_ATTENTION"),
-        "SDPA cuDNN": partial(sdpa_through, "CUDNN_ATTENTION"),
-        "SDPA efficient": partial(sdpa_through, "EFFICIENT_ATTENTION"),
-        "FlexAttention": flex_attention,
-        "FlashAttention 2": flash_attention_2,
-        "FlashAttention 3": flash_attention_3,
-    },
-    "swiglu": {"Liger": liger_swiglu},
-    "cross_entropy": {
-        "F.cross_entropy": torch_cross_entropy,
-        "Liger": liger_cross_entropy,
-        "QuACK": quack_cross_entropy,
-    },
-    "linear_cross_entropy": {
-        "F.linear_cross_entropy": torch_linear_cross_entropy,
-        "Liger": liger_linear_cross_entropy,
-        "QuACK": quack_linear_cross_entropy,
-    },
+RIVALS["attention"] = {
+    "SDPA flash": partial(sdpa, "FLASH_ATTENTION"),
+    "SDPA cuDNN": partial(sdpa, "CUDNN_ATTENTION"),
+    "SDPA efficient": partial(sdpa, "EFFICIENT_ATTENTION"),
+    "FlexAttention": flex_attention,
+    "FlashAttention 2": partial(flash_attention, "flash_attn"),
+    "FlashAttention 3": partial(flash_attention, "flash_attn_interface"),
 }

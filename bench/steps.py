@@ -1,11 +1,11 @@
-"""Whole training steps of train.py's own Trainer, on random tokens: `python -m bench.steps`.
+"""Time whole training steps of train.py's Trainer on random tokens: `python -m bench.steps`.
 
     python -m bench.steps --shape 124M --variant captured    one of them
 
 Four models, each with the Triton kernels, captured in CUDA graphs and eager, and with the references and SDPA under
-torch.compile: milliseconds and tokens a second, the share of the card's rated FLOP/s (MFU), memory, the host's time to
-launch a step, and the card's time by kernel. Each is a process of its own. Some work side by side, the largest first:
-they build and compile together, and each is alone on the card while it is timed.
+torch.compile: time and tokens per second, MFU, memory, the host's time to launch a step, and device time by kernel.
+Each is a process of its own. Some run side by side, the largest first: they build and compile together, and each is
+alone on the card while it is timed.
 """
 
 import argparse
@@ -21,10 +21,13 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from bench import processes, records
 from bench.processes import card_held
 from bench.timing import synchronize
+from runtime.config import Parser, number
+from runtime.program import program
 from train import Trainer, configure
 
 Knobs = dict[str, object]
@@ -57,7 +60,7 @@ SIDE_BY_SIDE = 6  # processes: the memory of the six largest together is within 
 
 
 def trainer_of(knobs: Knobs, folder: Path) -> Trainer:
-    """A trainer with these knobs and the defaults of train.py, whose run and corpus are in `folder`."""
+    """A trainer with these knobs and otherwise the defaults of train.py; its run and corpus are in `folder`."""
     (folder / "defaults.py").touch()
     text = folder / "text.txt"
     text.write_text("Steps are timed on random tokens; a trainer has a corpus all the same.\n" * 2000)
@@ -69,7 +72,7 @@ def trainer_of(knobs: Knobs, folder: Path) -> Trainer:
 
 
 def measure(trainer: Trainer, lock: Path) -> dict:
-    """Time the trainer's steps. `ms` is the median of some samples, each of several steps."""
+    """Time the trainer's steps; `ms` is the median of samples of several steps each."""
     shape, batch, gpu = trainer.model.config, trainer.config.batch_size, trainer.device.type == "cuda"
     tokens = torch.randint(shape.vocab_size, (2, batch, shape.seq_len))
     inputs, targets = tokens.pin_memory() if gpu else tokens
@@ -106,8 +109,6 @@ def measure(trainer: Trainer, lock: Path) -> dict:
 
 def by_kernel(step) -> list[tuple[float, float, str]]:
     """Milliseconds and launches a step of each kernel, and its name; those that take longest first."""
-    from torch.profiler import ProfilerActivity, profile
-
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         for _ in range(PROFILED):
             step()
@@ -120,13 +121,14 @@ def by_kernel(step) -> list[tuple[float, float, str]]:
 
 
 def run(shape: str, variant: str, lock: Path, deadline: float) -> dict:
-    """The row of a process that measures a shape and variant; `failed`, the reason, in it where there is none."""
+    """The row of a shape and variant, measured in a process of its own; it holds `failed`, the reason, if there are no
+    figures."""
     row = {"bench": "steps", "shape": shape, "variant": variant}
     if (left := deadline - time.monotonic()) <= 0:
         return row | {"failed": "not begun: the time was up"}
     command = [sys.executable, "-m", "bench.steps", f"--shape={shape}", f"--variant={variant}", f"--lock={lock}"]
     ended = processes.run(command, left)
-    return row | ({"failed": ended.failure} if ended.failure else json.loads(ended.lines[-1]))
+    return row | ({"failed": ended.failure} if ended.failure else ended.said)
 
 
 def line(row: dict) -> str:
@@ -134,19 +136,18 @@ def line(row: dict) -> str:
     if "failed" in row:
         return f"{start} {row['failed']}"
     text = f"{start} {row['ms']:7.1f} ms {row['tok_s']:11,.0f} tok/s {row['mfu'] or 0:6.1%} MFU "
-    text += (
-        f"{(row['memory'] or 0) / 2**30:5.1f} GiB {row['host_ms']:6.1f} ms of the host, first {row['first_s']:.1f} s"
-    )
+    text += f"{(row['memory'] or 0) / 2**30:5.1f} GiB, host {row['host_ms']:6.1f} ms, first {row['first_s']:.1f} s"
     return "\n".join([text, *(f"      {ms:7.3f} ms {count:5.0f} {name}" for ms, count, name in row["kernels"][:12])])
 
 
+@program
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 1 where a shape and variant has no figures."""
-    parser = argparse.ArgumentParser(prog="python -m bench.steps", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m bench.steps", description=__doc__.partition("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, help="only this one")
     parser.add_argument("--variant", choices=VARIANTS, help="only this one")
-    parser.add_argument("--seconds", type=float, default=300, help="stop after so long (300)")
-    parser.add_argument("--results", type=Path, default=records.RESULTS, help="folder of the record (bench/results)")
+    parser.add_argument("--seconds", type=number(float, "(0, inf)"), default=300, help="stop after so long (300)")
+    parser.add_argument("--results", **records.OPTION)
     parser.add_argument("--lock", type=Path, help=argparse.SUPPRESS)  # of the process of one shape and variant
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,14 +1,14 @@
-"""Time other launch parameters of every kernel on this card beside its table's: `python -m bench.tune`.
+"""Time candidates of every kernel's launch parameters on this card beside its table's: `python -m bench.tune`.
 
     python -m bench.tune --kernel attention    kernels by a part of the name of their op or their own
 
-The candidates of a size take the place of the table's entry in turn. All are compiled, checked against float64, then
-timed by CUDA-graph replay in turns, in bf16; a kernel of a backward within forward and backward. A candidate that
-raises, is wrong, or spills more than the table's entry is listed with the reason. At the end are the entries for the
-tables: it is for you to write them there.
+Each candidate of a size replaces the table's entry in turn. All are compiled, checked against float64, then timed in
+turns by CUDA-graph replay, in bf16; a backward kernel within forward and backward. A candidate that raises, is wrong or
+spills more than the table's entry is listed with the reason. The entries for the tables are printed last; they are
+yours to write there.
 
-Each size of a kernel has a process of its own, since an illegal access ends a process. It is begun again without the
-candidate that was running. Some processes work side by side: while one is alone on the card, the others compile.
+Each size of a kernel has a process of its own, since an illegal access ends a process; it is then started again without
+the candidate that was running. Some run side by side: one is alone on the card while the others compile.
 """
 
 import argparse
@@ -40,6 +40,8 @@ from kernels import OPS
 from kernels.common import card
 from kernels.launch import triton
 from kernels.spec import LaunchTable, Op
+from runtime.config import Parser, number
+from runtime.program import program
 
 CHILD = [sys.executable, "-m", "bench.tune"]
 # Sizes of an op that are begun while another op begins one, after its part of a 124M model's training step.
@@ -65,7 +67,7 @@ class Job:
         return PASSES[self.table.backward]
 
     def variant(self, entry: Any | None) -> Callable:
-        """The op by `entry`, None for the table as it is. It stays in the table for the backward."""
+        """The op with `entry` in the table, where the backward finds it too; None leaves the table as it is."""
 
         def function(**inputs):
             by_card = self.table.entries[self.size]
@@ -78,25 +80,25 @@ class Job:
 
 
 def jobs(part: str = "") -> list[Job]:
-    """All whose name has `part` in it: by turns, those with the largest weight more often."""
-    found = []
-    for op in OPS.values():
-        for table in op.launches:
-            for i, size in enumerate(table.entries, 1):
-                found.append((i / WEIGHTS.get(op.name, 1), Job(op, table, size)))
-    return [job for _, job in sorted(found, key=itemgetter(0)) if part in job.name]
+    """All whose name contains `part`, the ops in turns, those of a large weight more often."""
+    tables = [(op, table) for op in OPS.values() for table in op.launches]
+    turns = [
+        (i / WEIGHTS.get(op.name, 1), Job(op, table, size))
+        for op, table in tables for i, size in enumerate(table.entries, 1)
+    ]  # fmt: skip
+    return [job for _, job in sorted(turns, key=itemgetter(0)) if part in job.name]
 
 
 # In the process of one job.
 
 
 def say(event: dict) -> None:
-    """To the process that started this one: the candidate that it is `trying`, or the `row` at the end."""
+    """Tell the parent process which candidate this one is `trying`, or its `row` at the end."""
     print(json.dumps(event), flush=True)
 
 
 def watched(functions: Mapping[str, Callable]) -> dict[str, Callable]:
-    """The functions, which say when another one of them is tried, and end the process if that one hangs."""
+    """The functions, which say when another of them is tried, and end the process if that one hangs."""
     trying = [""]
 
     def call(name: str, **inputs):
@@ -110,8 +112,8 @@ def watched(functions: Mapping[str, Callable]) -> dict[str, Callable]:
 
 
 def compile_all(job: Job, functions: Mapping[str, Callable]) -> dict[str, list]:
-    """Compile the kernels that each function launches, side by side, and run none of them. Returns them, or futures of
-    them; one that does not compile raises its error when it is launched."""
+    """Compile the kernels that each function launches, side by side, without running any. Returns them or futures of
+    them. One that does not compile raises when it is launched."""
     kernels, launched, run = {name: [] for name in functions}, [], triton.JITFunction.run
 
     def compile_only(*args, warmup, **options):
@@ -131,15 +133,15 @@ def compile_all(job: Job, functions: Mapping[str, Callable]) -> dict[str, list]:
 
 
 def spills(kernels: Iterable) -> int:
-    """Bytes per thread that the worst of the kernels spills. Triton knows it once a kernel has been loaded."""
+    """Bytes per thread that the worst of the kernels spills, known once a kernel is loaded."""
     done = (kernel.result() if hasattr(kernel, "result") else kernel for kernel in kernels)
     return 4 * max((getattr(kernel, "n_spills", 0) for kernel in done), default=0)
 
 
 def tune(job: Job, most: int, lock: Path, known: Mapping[str, str]) -> dict:
-    """Try up to `most` candidates; `known` are those not to be tried, and why. Returns the row to record: the table's
-    `own` entry, None where this card does not run the kernel, and the `results`, best first, each with seconds by shape
-    and their mean ratio to those of `own` (or the first that could be timed), or `failed`. It changes the table."""
+    """Try up to `most` candidates, except those `known` to fail, with the reason. Returns the row to record: the
+    table's `own` entry (None if this card does not run the kernel) and the `results`, best first, each with seconds by
+    shape and their mean ratio to those of `own` (or the first that was timed), or `failed`. It changes the table."""
     own, shapes = job.table.pick(job.size, card(DEVICE)), job.table.shapes(job.size)
     entries = list(dict.fromkeys([own, *job.table.candidates(job.size)]))[: most + 1]
     failed = {repr(entry): known[repr(entry)] for entry in entries if repr(entry) in known}
@@ -177,40 +179,34 @@ def tune(job: Job, most: int, lock: Path, known: Mapping[str, str]) -> dict:
 # In the process that starts the others.
 
 
-class Tuner:
-    """Tunes jobs, and prints and records the row of each. No job begins when 0.75 of the seconds are over, and all are
-    killed at their end. `untried` are the jobs without a row."""
+def attempt(job: Job, most: int, lock: Path, results: Path, last_start: float, deadline: float) -> dict | None:
+    """The row of a job, printed and recorded. Its process is started again after each candidate that ends it, until
+    `last_start`, and killed at the `deadline`. None if there is no row by then."""
+    known: dict[str, str] = {}
+    while time.monotonic() < last_start and len(known) < RESTARTS:
+        options = {"job": job.name, "candidates": most, "lock": lock, "known": json.dumps(known)}
+        command = [*CHILD, *(f"--{key}={value}" for key, value in options.items())]
+        ended = processes.run(command, deadline - time.monotonic())
+        if row := ended.said.get("row"):
+            records.append(results, "tune", row)
+            print(table(row), flush=True)
+            return row
+        trying = ended.said.get("trying", "")
+        print(f"{job.name} {trying}: ended its process: {ended.failure}", flush=True)
+        if not trying:
+            break
+        known[trying] = ended.failure
+    return None
 
-    def __init__(self, results: Path, seconds: float, most: int):
-        self.results, self.most, self.rows, self.untried = results, most, [], []
-        self.last_start, self.deadline = (time.monotonic() + part * seconds for part in (0.75, 1))
 
-    def run(self, wanted: list[Job], workers: int) -> None:
-        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
-            list(pool.map(partial(self.tune, lock=Path(folder, "lock")), wanted))
-
-    def tune(self, job: Job, lock: Path) -> None:
-        """One job, begun again after each candidate that ends its process."""
-        known: dict[str, str] = {}
-        while time.monotonic() < self.last_start and len(known) < RESTARTS:
-            events = {"trying": ""}
-
-            def hear(line: str, events=events) -> None:
-                if line.startswith("{"):
-                    events.update(json.loads(line))
-
-            options = {"job": job.name, "candidates": self.most, "lock": lock, "known": json.dumps(known)}
-            command = [*CHILD, *(f"--{key}={value}" for key, value in options.items())]
-            ended = processes.run(command, self.deadline - time.monotonic(), on_line=hear)
-            if row := events.get("row"):
-                self.rows.append(row)
-                records.append(self.results, "tune", row)
-                return print(table(row), flush=True)
-            print(f"{job.name} {events['trying']}: ended its process: {ended.failure}", flush=True)
-            if not events["trying"]:
-                break
-            known[events["trying"]] = ended.failure
-        self.untried.append(job.name)
+def tune_all(wanted: list[Job], most: int, results: Path, seconds: float, workers: int) -> tuple[list[dict], list[str]]:
+    """The rows of the jobs, and the names of those that have none. No job starts after 0.75 of the seconds."""
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
+        limits = {"last_start": begin + 0.75 * seconds, "deadline": begin + seconds}
+        one = partial(attempt, most=most, lock=Path(folder, "lock"), results=results, **limits)
+        rows = list(pool.map(one, wanted))
+    return [row for row in rows if row], [job.name for job, row in zip(wanted, rows, strict=True) if not row]
 
 
 def table(row: dict) -> str:
@@ -226,7 +222,7 @@ def table(row: dict) -> str:
 
 
 def entry(row: dict) -> str:
-    """The entry of a size and this card: the fastest where it gains more than noise, else the table's own."""
+    """The entry of a size for this card: the fastest if it gains more than noise, else the table's own."""
     best, own, start = row["results"][0], row["own"], f'    {row["size"]}: "{row["card"]}": '
     own_failed = next((each.get("failed") for each in row["results"] if each["entry"] == own), None)
     if "failed" in best:
@@ -239,20 +235,21 @@ def entry(row: dict) -> str:
 
 
 def entries(rows: list[dict]) -> str:
-    """The entries by table, ready to be written there."""
+    """The entries of each table, ready to be written there."""
     tables: dict[str, list[str]] = {}
     for row in rows:
         tables.setdefault(f"entries of {row['op']}'s {row['kernel']}:", []).append(entry(row))
     return "\n".join(line for head, lines in tables.items() for line in (head, *lines))
 
 
+@program
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 1 where no size was timed; exits with 2 without a GPU."""
-    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.partition("\n")[0])
+    """Returns the exit code: 0, or 1 if no size was timed; exits with 2 without a GPU."""
+    parser = Parser(prog="python -m bench.tune", description=__doc__.partition("\n")[0])
     parser.add_argument("--kernel", default="", help="a part of the name of an op or a kernel (all)")
-    parser.add_argument("--candidates", type=int, default=8, help="to try of a size, at most (8)")
-    parser.add_argument("--seconds", type=float, default=150, help="for all (150)")
-    parser.add_argument("--results", type=Path, default=records.RESULTS, help="folder of the record (bench/results)")
+    parser.add_argument("--candidates", type=number(int, "[1, inf)"), default=8, help="to try of a size, at most (8)")
+    parser.add_argument("--seconds", type=number(float, "(0, inf)"), default=150, help="for all (150)")
+    parser.add_argument("--results", **records.OPTION)
     for option in ("--job", "--lock", "--known"):  # of the process of one job
         parser.add_argument(option, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -263,12 +260,12 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         instead = "`python -m bench.compile` shows registers and spills without one"
         parser.exit(2, f"bench.tune times a GPU, and torch finds none here: {instead}\n")
-    tuner = Tuner(args.results, args.seconds, args.candidates)
-    tuner.run(jobs(args.kernel), workers=max(1, min(6, (os.cpu_count() or 1) // 3)))
-    print(entries(tuner.rows))
-    if tuner.untried:
-        print(f"not tried in {args.seconds:g} s: {', '.join(tuner.untried)}")
-    return 0 if tuner.rows else 1
+    workers = max(1, min(6, (os.cpu_count() or 1) // 3))
+    rows, untried = tune_all(jobs(args.kernel), args.candidates, args.results, args.seconds, workers)
+    print(entries(rows))
+    if untried:
+        print(f"not tried in {args.seconds:g} s: {', '.join(untried)}")
+    return 0 if rows else 1
 
 
 if __name__ == "__main__":

@@ -261,3 +261,38 @@ def test_baselines_and_refusals():
 
 if __name__ == "__main__":
     print(json.dumps({"compile_seeds": compile_seeds, "run_gate": run_gate}[sys.argv[1]]()))
+
+
+OWN = """
+import torch, triton, triton.language as tl
+
+@triton.autotune([triton.Config({"BLOCK": size}) for size in (256, 512)], key=["n"])
+@triton.jit
+def _mine(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, tl.load(x_ptr + i, mask=i < n), mask=i < n)
+
+class Mine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        y = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+        _mine[lambda meta: (triton.cdiv(y.numel(), meta["BLOCK"]),)](x, y, y.numel())
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return torch.cat((dy, dy), -1)
+
+def mine(x, activation="silu", gated=True):
+    return Mine.apply(x)
+"""
+
+
+def test_kernels_of_a_users_file_are_compiled_with_each_candidate_of_an_autotuner(tmp_path):
+    (tmp_path / "mine.py").write_text(OWN)
+    command = [sys.executable, "-m", "bench.compile", "--arch=90", "--op=swiglu", "--implementation"]
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [*command, f"{tmp_path}/mine.py:mine"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "2 compilations of 1 kernels" in done.stdout, done
+    assert "BLOCK=256" in done.stdout and "BLOCK=512" in done.stdout

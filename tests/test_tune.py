@@ -176,20 +176,18 @@ def test_a_candidate_that_ends_its_process_is_named_and_the_rest_are_timed(monke
     monkeypatch.setattr(tune, "CHILD", [sys.executable, "-c", CHILD.format(folder=str(Path(__file__).parent))])
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    tuner = tune.Tuner(tmp_path, seconds=100, most=3)
-    tuner.run([JOB], workers=1)
+    rows, untried = tune.tune_all([JOB], 3, tmp_path, seconds=100, workers=1)
     said = "doubling double 'narrow' Tile(block=3, num_warps=4): ended its process: an illegal access"
     assert said in capsys.readouterr().out
-    assert [row["size"] for row in tuner.rows] == ["'narrow'"] and not tuner.untried
-    failed = {result["entry"]: result["failed"] for result in tuner.rows[0]["results"] if "failed" in result}
-    assert failed == {repr(WRONG): "an illegal access"} and len(tuner.rows[0]["results"]) == 4
+    assert [row["size"] for row in rows] == ["'narrow'"] and not untried
+    failed = {result["entry"]: result["failed"] for result in rows[0]["results"] if "failed" in result}
+    assert failed == {repr(WRONG): "an illegal access"} and len(rows[0]["results"]) == 4
     assert tune.records.read(tmp_path, "tune")[0]["card"] == tune.card(tune.DEVICE)
 
 
 def test_what_there_was_no_time_for_is_said(tmp_path):
-    tuner = tune.Tuner(tmp_path, seconds=-1, most=3)
-    tuner.run([JOB, JOB], workers=2)
-    assert tuner.untried == ["doubling double 'narrow'"] * 2 and not tuner.rows
+    rows, untried = tune.tune_all([JOB, JOB], 3, tmp_path, seconds=-1, workers=2)
+    assert untried == ["doubling double 'narrow'"] * 2 and not rows
 
 
 def test_sizes_are_tried_by_turns_those_of_the_heaviest_ops_first(monkeypatch):
@@ -275,10 +273,9 @@ def test_candidates_are_compiled_and_not_launched(tmp_path):
     assert done.stdout.splitlines() == ["1 None", "8 None", "failed", "8"], done.stderr
 
 
-def test_without_a_gpu_it_says_what_to_use_instead():
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "bench.tune"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.returncode == 2 and done.stdout == ""
-    (line,) = done.stderr.splitlines()
-    assert "times a GPU" in line and re.search(r"`python -m bench\.compile`", line)
+def test_without_a_gpu_it_says_what_to_use_instead(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as refusal:
+        tune.main([])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert refusal.value.code == 2 and "times a GPU" in line and re.search(r"`python -m bench\.compile`", line)
