@@ -5,10 +5,9 @@ sorted by x; a loss is in nats per token, and infinite for a run that diverged o
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from statistics import fmean, median
-from typing import Any
 
 from experiments.spec import Outcome, Results, Where
 
@@ -24,8 +23,7 @@ def loss(outcome: Outcome) -> float:
     """Final validation loss. A run that crashed, was refused or ran out of time or memory tells nothing about it."""
     if outcome.status not in ("finished", *FAILED):
         raise LookupError(f"the run {', '.join(map(str, outcome.labels.values()))} ended as {outcome.status}")
-    value = outcome.val_loss
-    return value if value is not None and math.isfinite(value) else math.inf
+    return outcome.val_loss
 
 
 def _final(key: str, outcome: Outcome) -> float:
@@ -45,29 +43,11 @@ def memory(outcome: Outcome) -> float:
     return _final("memory", outcome) / 2**20
 
 
-def fits(outcome: Outcome) -> float:
-    """1 for a run that finished, 0 for one that ran out of memory."""
+def batch_that_fits(outcome: Outcome) -> float:
+    """The batch of a run that finished; 0 of one that ran out of memory."""
     if outcome.status not in ("finished", "oom"):
         raise LookupError(f"ended as {outcome.status}")
-    return float(outcome.status == "finished")
-
-
-def micro_batch_that_fits(outcome: Outcome) -> float:
-    return fits(outcome) * outcome.labels["micro_batch"]
-
-
-def first_loss(outcome: Outcome) -> float:
-    """Training loss of the first step, in units of ln V, the loss of a uniform guess."""
-    from experiments.run import configuration
-
-    if not outcome.steps:
-        raise LookupError(f"ended as {outcome.status} before its first row")
-    config = configuration(outcome.knobs)
-    return outcome.steps[0]["loss"] / math.log(config.model.vocab_size or config.data.expected_vocab_size)
-
-
-def last_training_loss(outcome: Outcome) -> float:
-    return outcome.steps[-1]["loss"] if outcome.steps and outcome.status == "finished" else loss(outcome)
+    return outcome.labels["batch_size"] if outcome.status == "finished" else 0.0
 
 
 def time_used(outcome: Outcome) -> float:
@@ -78,7 +58,7 @@ def time_used(outcome: Outcome) -> float:
 
 
 def evaluations(outcome: Outcome, axis: str = "step") -> Curve:
-    """Validation loss against `step`, `tokens` or `seconds`."""
+    """Validation loss against `step` or `seconds`."""
     return [(row[axis], row["val_loss"]) for row in outcome.evals if row.get("val_loss") is not None]
 
 
@@ -90,19 +70,17 @@ def seconds_to(bound: float, outcome: Outcome) -> float:
 def late_change(outcome: Outcome) -> float:
     """Validation loss at the end less that halfway: two runs' difference in it is how much their gap grew."""
     points = [] if math.isinf(loss(outcome)) else evaluations(outcome)
-    half = next((y for x, y in points if x >= points[-1][0] / 2), None)
-    if len(points) < 2 or half is None:
+    if len(points) < 2:
         raise LookupError("it takes two evaluations")
-    return points[-1][1] - half
+    return points[-1][1] - next(y for x, y in points if x >= points[-1][0] / 2)
 
 
 def layers(norms: Mapping[str, float | None]) -> list[float]:
-    """The norm of every block, in order, from its parts' (`blocks.<i>.attention`, `blocks.<i>.feed_forward`), or from
-    numbers by the block's index."""
+    """The norm of every block, in order, from those of its parts: `blocks.<i>.attention`, `blocks.<i>.feed_forward`."""
     squares: dict[int, float] = {}
-    for group, norm in norms.items():
-        if group.startswith("blocks.") or group.isdigit():
-            block = int(group.removeprefix("blocks.").split(".")[0])
+    for part, norm in norms.items():
+        if part.startswith("blocks."):
+            block = int(part.split(".")[1])
             squares[block] = squares.get(block, 0.0) + (math.inf if norm is None else norm) ** 2
     if not squares:
         raise LookupError("no diagnostics of blocks")
@@ -119,9 +97,8 @@ def gradient_spread(outcome: Outcome) -> float:
 
 
 def series(outcome: Outcome, name: str) -> list[tuple[int, float]]:
-    """A diagnostic over the run (`noise_scale` or `coherence`) by step; only its last value where no more was kept."""
-    rows = outcome.diag.get("series") or [{"step": outcome.final.get("step", 0), **outcome.diag}]
-    return [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    """A diagnostic over the run, `noise_scale` or `coherence`, by step."""
+    return [(row["step"], row[name]) for row in outcome.diag.get("series", []) if row.get(name) is not None]
 
 
 def coherence(index: int, outcome: Outcome) -> float:
@@ -146,7 +123,7 @@ def critical_batch(outcome: Outcome) -> float:
 def curve(results: Results, x: str | Measure = "lr", y: Measure = loss, where: Where | None = None) -> Curve:
     """The mean of `y` over seeds, at every value of the label or measure `x`. Raises `LookupError` without trials."""
     found: dict[float, list[float]] = {}
-    for outcome in results.where(where or {}):
+    for outcome in results.where(where):
         at = x(outcome) if callable(x) else outcome.labels.get(x)
         if at is not None:
             found.setdefault(at, []).append(y(outcome))
@@ -186,14 +163,9 @@ def edge(points: Curve, worse: float = 1.15) -> float | None:
 
 
 def knee(points: Curve, share: float = 0.9) -> float:
-    """Where a curve saturates: the smallest x with `share` of the way from the first y to the y farthest from it, be
-    that up (throughput) or down (loss). Points that are not finite are left out; it takes two that are."""
-    points = [(x, y) for x, y in points if math.isfinite(y)]
-    if len(points) < 2:
-        raise LookupError(f"a knee takes two finite points, not {len(points)}")
-    first = points[0][1]
-    way = share * max(abs(y - first) for _, y in points)
-    return next(x for x, y in points if abs(y - first) >= way)
+    """Where a curve of speeds saturates: the smallest x with `share` of the way from the first y to the highest."""
+    first, highest = points[0][1], max(y for _, y in points)
+    return next(x for x, y in points if y - first >= share * (highest - first))
 
 
 def largest_within(points: Curve, tolerance: float) -> float:
@@ -206,46 +178,3 @@ def largest_within(points: Curve, tolerance: float) -> float:
                 break
             found = x
     return found
-
-
-def pareto(points: Curve) -> Curve:
-    """The points (cost, loss) that no other point beats in both, cheapest first."""
-    front: list[tuple[float, float]] = []
-    for at, value in sorted(points):
-        if math.isfinite(value) and (not front or value < front[-1][1]):
-            front.append((at, value))
-    return front
-
-
-# Names
-
-
-def labels(outcomes: Iterable[Outcome]) -> list[str]:
-    """Every label that any of them has: the variant, then others in the order in which they come."""
-    found = dict.fromkeys(label for outcome in outcomes for label in outcome.labels)
-    return sorted(found, key=lambda label: label != "variant")
-
-
-def groups(results: Results, *apart: str) -> dict[str, list[Outcome]]:
-    """Outcomes that differ only in their seed and the labels `apart`, named by the fewest labels that tell groups
-    apart."""
-
-    def split(names: Sequence[str]) -> dict[tuple, list[Outcome]]:
-        found: dict[tuple, list[Outcome]] = {}
-        for outcome in results.outcomes:
-            found.setdefault(tuple(outcome.labels.get(name) for name in names), []).append(outcome)
-        return found
-
-    def told(name: str, value: Any) -> str:
-        text = f"{value:g}" if isinstance(value, float) else str(value)
-        return "" if value is None else text if name == "variant" else f"{name.rpartition('.')[2]} {text}"
-
-    names = [name for name in labels(results.outcomes) if name not in ("seed", *apart)]
-    for name in reversed(names):
-        fewer = [other for other in names if other != name]
-        if len(split(fewer)) == len(split(names)):
-            names = fewer
-    named: dict[str, list[Outcome]] = {}
-    for values, found in split(names).items():
-        named.setdefault(", ".join(filter(None, map(told, names, values))) or "all", []).extend(found)
-    return named

@@ -1,7 +1,8 @@
 """The comparisons that claims are judged by, and the statistics that a verdict takes.
 
-A judge is data: `Versus("none", "rope", HIGHER)` compares two variants. Called with a suite's results and the noise of
-seeds, it gives a finding; missing trials raise `LookupError`, and the claim is then not run. The rules of a verdict:
+A suite declares a judge by its arguments: `versus("none", "rope", HIGHER)` compares two variants. Called with the
+suite's results and the noise of seeds, it gives a finding; missing trials raise `LookupError`, and the claim is then
+not run. The rules of a verdict:
 
 - Noise is measured at the scale at hand: the standard deviation of runs that differ only in their seed, pooled.
 - Two variants are compared seed by seed, with Student's t over the differences; one seed alone, against that noise.
@@ -12,43 +13,44 @@ seeds, it gives a finding; missing trials raise `LookupError`, and the claim is 
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from statistics import fmean, variance
 from typing import Any, Literal
 
 try:
-    from scipy.stats import t as student
+    from scipy.special import stdtr, stdtrit  # Student's t: its distribution, and the quantiles
 except ImportError as missing:
     raise ImportError("reports need scipy and jinja2: pip install -c constraints.txt '.[experiments]'") from missing
 
 from experiments import analysis
 from experiments.analysis import FAILED, Measure, curve, loss
-from experiments.spec import Finding, Outcome, Results, Scale, Where
+from experiments.spec import Finding, Outcome, Results, Where
 
 Verdict = Literal[
     "reproduced", "refuted", "artefact", "seen once", "not seen", "within noise", "tested",
     "not comparable at this scale", "not run",
 ]  # fmt: skip
+Bounds = tuple[float, float]
 ALPHA = 0.05
 LOWER, HIGHER = (-math.inf, 0.0), (0.0, math.inf)  # where a difference lies for a claim to hold
 DIFFERENT = (-math.inf, math.inf)  # anywhere: only that it is no noise
 
 
-def at_most(bound: float) -> tuple[float, float]:
+def at_most(bound: float) -> Bounds:
     return -math.inf, bound
 
 
-def at_least(bound: float) -> tuple[float, float]:
+def at_least(bound: float) -> Bounds:
     return bound, math.inf
 
 
-def same(tolerance: float) -> tuple[float, float]:
+def same(tolerance: float) -> Bounds:
     return -tolerance, tolerance
 
 
-def inside(value: float, bounds: tuple[float, float]) -> bool:
+def inside(value: float, bounds: Bounds) -> bool:
     low, high = bounds
     return (low == -math.inf or low < value) and (high == math.inf or value < high)
 
@@ -64,7 +66,7 @@ class Noise:
     dof: int
 
     @classmethod
-    def of(cls, groups: Iterable[Sequence[Outcome]]) -> "Noise | None":
+    def of(cls, groups: Iterable[Iterable[Outcome]]) -> "Noise | None":
         """Measured on outcomes that differ only in their seed; None where nothing was repeated."""
         repeats = [[o.val_loss for o in group if math.isfinite(o.val_loss)] for group in groups]
         repeats = [losses for losses in repeats if len(losses) > 1]
@@ -85,9 +87,9 @@ class Difference:
     def interval(self) -> float | None:
         """Half the width of the 95% confidence interval."""
         known = self.se is not None and math.isfinite(self.mean)
-        return float(student.ppf(0.975, self.dof) * self.se) if known else None
+        return float(stdtrit(self.dof, 0.975) * self.se) if known else None
 
-    def p(self, bounds: tuple[float, float]) -> float | None:
+    def p(self, bounds: Bounds) -> float | None:
         """Two-sided p-value of the side of the nearest bound on which the mean lies. Below .05 the 95% interval is all
         within the bounds, or all outside: a test of a direction, and of equivalence where both bounds are finite."""
         if self.se is None:
@@ -95,7 +97,7 @@ class Difference:
         distance = min(abs(self.mean - bound) for bound in ([*filter(math.isfinite, bounds)] or [0.0]))
         if not self.se or math.isinf(distance):
             return float(distance == 0)
-        return float(2 * student.sf(distance / self.se, self.dof))
+        return float(2 * stdtr(self.dof, -distance / self.se))
 
 
 def paired(a: Mapping[int, float], b: Mapping[int, float], noise: Noise | None) -> Difference:
@@ -129,18 +131,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def verdicts(findings: Sequence[Finding], scale: Scale) -> list[Verdict]:
-    """The verdicts of a report's findings, whose p-values are one family."""
-    family = [i for i, f in enumerate(findings) if f.p is not None and not (f.published and scale != "full")]
-    corrected = dict(zip(family, holm([findings[i].p for i in family]), strict=True))
-    return [verdict(finding, scale, corrected.get(i)) for i, finding in enumerate(findings)]
-
-
-def verdict(finding: Finding, scale: Scale, p: float | None) -> Verdict:
-    if finding.published and scale != "full" and finding.ours:
-        return "not comparable at this scale"
+def verdict(finding: Finding, elsewhere: bool, p: float | None) -> Verdict:
+    """The verdict of a finding with a corrected p-value; `elsewhere`: of a number published for another scale."""
     if finding.holds is None:
         return "not run"
+    if elsewhere:
+        return "not comparable at this scale"
     if finding.artefact:
         return "artefact"
     if p is not None and p > ALPHA:
@@ -150,27 +146,41 @@ def verdict(finding: Finding, scale: Scale, p: float | None) -> Verdict:
     return "reproduced" if finding.holds else "refuted"
 
 
+def verdicts(findings: Sequence[Finding], elsewhere: Sequence[bool]) -> list[Verdict]:
+    """The verdicts of a report's findings, whose p-values are one family, without those of other scales."""
+    family = [i for i, finding in enumerate(findings) if finding.p is not None and not elsewhere[i]]
+    corrected = dict(zip(family, holm([findings[i].p for i in family]), strict=True))
+    return [verdict(finding, elsewhere[i], corrected.get(i)) for i, finding in enumerate(findings)]
+
+
 # Judges
 
 FORMS: Mapping[Measure, str] = {
-    loss: "{:.3f}", analysis.late_change: "{:+.3f}", analysis.last_training_loss: "{:.3f}",
+    loss: "{:.3f}", analysis.late_change: "{:+.3f}", analysis.bits_a_byte: "{:.3f}",
     analysis.speed: "{:,.0f} tok/s", analysis.wall_speed: "{:,.0f} tok/s", analysis.memory: "{:,.1f} MiB",
-    analysis.first_loss: "{:.2f} ln V",
-    analysis.micro_batch_that_fits: "{:g}", analysis.bits_a_byte: "{:.3f}", analysis.cost: "{:,.0f} FLOPs a token",
+    analysis.cost: "{:,.0f} FLOPs a token",
 }  # fmt: skip
 
 
-def words(measure: Measure, value: float) -> str:
+def judge(function: Callable[..., Finding]) -> Callable[..., partial[Finding]]:
+    """Have a call with all arguments but the last two, the results and their noise, give a judge that takes these."""
+    return partial(partial, function)
+
+
+def words(measure: str | Measure, value: Any) -> str:
+    """A value of a measure, or of a label."""
+    if isinstance(measure, str):
+        return f"{value:g}" if isinstance(value, float) else str(value)
     return FORMS.get(measure, "{:.4g}").format(value) if math.isfinite(value) else "no loss"
 
 
 def n_seeds(outcomes: Iterable[Outcome]) -> int:
-    return len({o.labels.get("seed", o.labels.get("repeat", 0)) for o in outcomes})
+    return len({o.labels.get("seed", 0) for o in outcomes})
 
 
-def grouped(outcomes: Iterable[Outcome], by: str, of: Callable[[Outcome], Any]) -> dict[Any, list[Any]]:
+def grouped(outcomes: Iterable[Outcome], by: str, of: Measure) -> dict[Any, list[float]]:
     """A number of each outcome, in lists by the value of a label."""
-    groups: dict[Any, list[Any]] = {}
+    groups: dict[Any, list[float]] = {}
     for outcome in outcomes:
         groups.setdefault(outcome.labels.get(by), []).append(of(outcome))
     return groups
@@ -181,264 +191,186 @@ def spread(values: Sequence[float]) -> float:
     return max(values) / min(values) - 1
 
 
-@dataclass(frozen=True)
-class Threshold:
+@judge
+def threshold(
+    measure: Measure, bounds: Bounds, results: Results, noise: Noise | None, *,
+    where: Where | None = None, over: Callable[[Sequence[float]], float] = fmean, by: str = "", show: str = "{}",
+) -> Finding:  # fmt: skip
     """A measure, `over` the trials (mean, min, max, ...), lies within bounds; in each group `by` a label, if given."""
-
-    measure: Measure
-    bounds: tuple[float, float]
-    where: Where = field(default_factory=dict)
-    over: Callable[[Sequence[float]], float] = fmean
-    by: str = ""
-    show: str = "{}"
-    published: bool = False
-
-    def __call__(self, results: Results, noise: Noise | None) -> Finding:
-        outcomes = results.where(self.where)
-        if outcomes[0].status == "unsupported":
-            return Finding(f"unsupported: {outcomes[0].error.strip()}", None)
-        values = {name: self.over(found) for name, found in grouped(outcomes, self.by, self.measure).items()}
-        form = "{:.1%}".format if self.over is spread else partial(words, self.measure)
-        machine = outcomes[-1].machine
-        texts = [f"{name} " * bool(self.by) + self.show.format(form(v), machine) for name, v in values.items()]
-        low, high = self.bounds
-        decisive = min(values.values()) if math.isfinite(low) and self.over is not max else max(values.values())
-        bound = low if math.isfinite(low) else high
-        delta = decisive - bound if math.isfinite(decisive - bound) else None
-        return Finding(
-            ", ".join(texts), low <= decisive <= high, delta, seeds=n_seeds(outcomes), published=self.published
-        )
+    outcomes = results.where(where)
+    if outcomes[0].status == "unsupported":
+        return Finding(f"unsupported: {outcomes[0].error.strip()}", None)
+    values = {name: over(found) for name, found in grouped(outcomes, by, measure).items()}
+    form = "{:.1%}".format if over is spread else partial(words, measure)
+    texts = [f"{name} " * bool(by) + show.format(form(v), outcomes[-1].machine) for name, v in values.items()]
+    low, high = bounds
+    decisive = min(values.values()) if math.isfinite(low) and over is not max else max(values.values())
+    delta = decisive - (low if math.isfinite(low) else high)
+    holds = low <= decisive <= high
+    return Finding(", ".join(texts), holds, delta if math.isfinite(delta) else None, seeds=n_seeds(outcomes))
 
 
-@dataclass(frozen=True)
-class Versus:
+def by_seed(results: Results, side: str | Where, measure: Measure, where: Where | None) -> dict[int, float]:
+    """A measure of the runs of a variant, or with these labels, by their seed."""
+    outcomes = results.where({**(where or {}), **({"variant": side} if isinstance(side, str) else side)})
+    values = {o.labels.get("seed", 0): measure(o) for o in outcomes}
+    if len(values) != len(outcomes):
+        raise LookupError(f"{len(outcomes)} runs with {len(values)} seeds cannot be paired")
+    return values
+
+
+@judge
+def versus(
+    a: str | Where, b: str | Where, bounds: Bounds, results: Results, noise: Noise | None, *,
+    measure: Measure = loss, ratio: bool = False, where: Where | None = None, best_over: str = "",
+) -> Finding:  # fmt: skip
     """The measure of `a` less that of `b` (or their `ratio`), by seed, lies within bounds. A side is a variant, or
     labels; `best_over` a label, each side is taken at its own best value of it."""
-
-    a: str | Where
-    b: str | Where
-    bounds: tuple[float, float]
-    measure: Measure = loss
-    ratio: bool = False
-    where: Where = field(default_factory=dict)
-    best_over: str = ""
-    published: bool = False
-
-    def side(self, results: Results, labels: str | Where) -> tuple[dict[int, float], str]:
-        """By seed, the measure of a side; and where it is taken."""
-        where = {**self.where, **({"variant": labels} if isinstance(labels, str) else labels)}
-        at = ""
-        if self.best_over:
-            where[self.best_over] = best = analysis.best(curve(results, self.best_over, where=where))[0]
-            at = f" at {best:g}"
-        outcomes = results.where(where)
-        values = {o.labels.get("seed", 0): self.measure(o) for o in outcomes}
-        if len(values) != len(outcomes):
-            raise LookupError(f"{len(outcomes)} runs with {len(values)} seeds cannot be paired")
-        return values, at
-
-    def __call__(self, results: Results, noise: Noise | None) -> Finding:
-        (a, at_a), (b, at_b) = (self.side(results, side) for side in (self.a, self.b))
-        ours = " for ".join(words(self.measure, fmean(v.values())) + at for v, at in ((a, at_a), (b, at_b)))
-        if self.ratio:
-            times = fmean(a.values()) / fmean(b.values())
-            bound = next((bound for bound in self.bounds if math.isfinite(bound)), 0.0)
-            holds, ours = inside(times, self.bounds), f"{times:.3g} times ({ours})"
-            return Finding(ours, holds, times - bound, seeds=min(len(a), len(b)), published=self.published)
-        found = paired(a, b, noise)
-        holds = inside(found.mean, self.bounds)
-        return Finding(ours, holds, found.mean, found.interval, found.p(self.bounds), found.n, self.published)
+    sides, texts = [], []
+    for side in ({"variant": side} if isinstance(side, str) else side for side in (a, b)):
+        at = {}
+        if best_over:
+            at = {best_over: analysis.best(curve(results, best_over, where={**(where or {}), **side}))[0]}
+        sides.append(by_seed(results, {**side, **at}, measure, where))
+        texts.append(words(measure, fmean(sides[-1].values())) + "".join(f" at {words(*x)}" for x in at.items()))
+    ours = " for ".join(texts)
+    if ratio:
+        times = fmean(sides[0].values()) / fmean(sides[1].values())
+        bound = next(filter(math.isfinite, bounds))
+        return Finding(f"{times:.3g} times ({ours})", inside(times, bounds), times - bound, seeds=min(map(len, sides)))
+    found = paired(*sides, noise)
+    return Finding(ours, inside(found.mean, bounds), found.mean, found.interval, found.p(bounds), found.n)
 
 
-@dataclass(frozen=True)
-class Equal:
+@judge
+def equal(a: str, b: str, results: Results, noise: Noise | None, *, where: Where | None = None) -> Finding:
     """The losses of two variants are equal to the last digit, seed by seed."""
-
-    a: str
-    b: str
-    where: Where = field(default_factory=dict)
-
-    def __call__(self, results: Results, noise: Noise | None) -> Finding:
-        a, b = (Versus(self.a, self.b, HIGHER, where=self.where).side(results, side)[0] for side in (self.a, self.b))
-        difference = paired(a, b, None).mean
-        equal = all(a[seed] == b[seed] for seed in a if seed in b)
-        return Finding(f"{fmean(a.values()):.6f} and {fmean(b.values()):.6f}", equal, difference, seeds=len(a))
+    sides = [by_seed(results, variant, loss, where) for variant in (a, b)]
+    difference = paired(*sides, None)
+    same_seed = [(sides[0][seed], sides[1][seed]) for seed in sides[0] if seed in sides[1]]
+    ours = " and ".join(f"{fmean(side.values()):.6f}" for side in sides)
+    return Finding(ours, all(x == y for x, y in same_seed), difference.mean, seeds=difference.n)
 
 
-@dataclass(frozen=True)
-class Best:
+@judge
+def best(
+    axis: str | Measure, expected: Any, results: Results, noise: Noise | None, *,
+    where: Where | None = None, over: str = "", rival: Where | None = None,
+) -> Finding:  # fmt: skip
     """The lowest loss along an axis is at the value `expected`, `inside` the grid, at its `first` value, or, `over` a
     second axis, at a value that `grows`. It must lead the runner-up by more than noise.
 
     `rival` labels select the same runs measured in another way: where that alone changes a loss by more than the lead,
     the claim is an artefact of it."""
-
-    axis: str | Measure
-    expected: Any
-    where: Where = field(default_factory=dict)
-    over: str = ""
-    rival: Where = field(default_factory=dict)
-    published: bool = False
-
-    def __call__(self, results: Results, noise: Noise | None) -> Finding:
-        n = n_seeds(results.where(self.where))
-        slices = [{**self.where, self.over: v} for v in results.values(self.over)] if self.over else [self.where]
-        curves = [curve(results, self.axis, where=where) for where in slices]
-        if any(len(points) < 2 for points in curves):
-            raise LookupError("it takes two points to have a best one")
-        at = [analysis.best(points)[0] for points in curves]
-        leads = [sorted(y for _, y in points)[1] - analysis.best(points)[1] for points in curves]
-        p_values = [unpaired(lead, n, noise).p(HIGHER) for lead in leads]
-        p = None if None in p_values else max(p_values)
-        if self.over:
-            ours = "best: " + ", ".join(f"{x:g} at {v}" for x, v in zip(at, results.values(self.over), strict=True))
-            return Finding(ours, at == sorted(at) and at[0] < at[-1], p=p, seeds=n)
-        points, x, lead = curves[0], at[0], leads[0]
-        holds = {"inside": analysis.interior(points), "first": x == points[0][0]}.get(self.expected, x == self.expected)
-        name = words(self.axis, x) if callable(self.axis) else f"{x:g}"
-        ours, artefact = f"{words(loss, analysis.best(points)[1])} at {name}, by {lead:.3f}", False
-        if self.rival:
-            other = curve(results, self.axis, where=self.rival)
-            fixed = dict(points)
-            moved = max((y - fixed[x] for x, y in other if math.isfinite(y)), key=abs, default=0.0)
-            artefact, ours = abs(moved) > lead, f"{ours}; how it is measured alone moves a loss by {moved:+.3f}"
-        interval = unpaired(lead, n, noise).interval
-        return Finding(ours, holds, lead, interval, p, n, self.published, artefact)
+    n = n_seeds(results.where(where))
+    slices = [{**(where or {}), over: value} for value in results.values(over)] if over else [where]
+    curves = [curve(results, axis, where=part) for part in slices]
+    if any(len(points) < 2 for points in curves):
+        raise LookupError("it takes two points to have a best one")
+    at = [analysis.best(points)[0] for points in curves]
+    leads = [unpaired(sorted(y for _, y in points)[1] - analysis.best(points)[1], n, noise) for points in curves]
+    p = max(lead.p(HIGHER) for lead in leads) if noise else None
+    if over:
+        ours = "best: " + ", ".join(
+            f"{words('', x)} at {value}" for x, value in zip(at, results.values(over), strict=True)
+        )
+        return Finding(ours, at == sorted(at) and at[0] < at[-1], p=p, seeds=n)
+    points, x, lead = curves[0], at[0], leads[0]
+    holds = {"inside": analysis.interior(points), "first": x == points[0][0]}.get(expected, x == expected)
+    ours, artefact = f"{words(loss, analysis.best(points)[1])} at {words(axis, x)}, by {lead.mean:.3f}", False
+    if rival:
+        fixed, other = dict(points), curve(results, axis, where=rival)
+        moved = max((y - fixed[x] for x, y in other if math.isfinite(y)), key=abs, default=0.0)
+        artefact, ours = abs(moved) > lead.mean, f"{ours}; how it is measured alone moves a loss by {moved:+.3f}"
+    return Finding(ours, holds, lead.mean, lead.interval, p, n, artefact)
 
 
-@dataclass(frozen=True)
-class Monotone:
-    """A measure falls (or rises) at every step along an axis; for a loss, by more than noise. `common` a label, at its
-    largest value that all points have."""
-
-    axis: str | Measure
-    measure: Measure = loss
-    falls: bool = True
-    where: Where = field(default_factory=dict)
-    common: str = ""
-
-    def __call__(self, results: Results, noise: Noise | None) -> Finding:
-        where = dict(self.where)
-        if self.common:
-            x = self.axis if callable(self.axis) else lambda outcome: outcome.labels[self.axis]
-            had = grouped((o for o in results.where(where) if x(o) is not None), self.common, x)
-            n_points = max((len(set(xs)) for xs in had.values()), default=0)
-            if n_points < 2:
-                raise LookupError("fewer than two points finished")
-            where[self.common] = max(at for at, xs in had.items() if len(set(xs)) == n_points)
-        points = [(x, y) for x, y in curve(results, self.axis, self.measure, where) if math.isfinite(y)]
-        if len(points) < 2:
-            raise LookupError("fewer than two points finished")
-        n = n_seeds(results.where(where))
-        steps = [(a - b) * (1 if self.falls else -1) for (_, a), (_, b) in pairwise(points)]
-        holds, p = all(step > 0 for step in steps), None
-        if self.measure is loss and noise:
-            tails = [unpaired(step, n, noise).p(HIGHER) for step in steps]
-            wrong = [tail for step, tail in zip(steps, tails, strict=True) if step <= 0]
-            p = max(tails) if holds else min(1.0, len(steps) * min(wrong))
-        at = [words(self.axis, x) if callable(self.axis) else f"{x:,g}" for x, _ in points]
-        ours = ", ".join(f"{words(self.measure, y)} at {x}" for x, (_, y) in zip(at, points, strict=True))
-        return Finding(ours, holds, points[-1][1] - points[0][1], p=p, seeds=n)
+@judge
+def monotone(
+    axis: str | Measure, results: Results, noise: Noise | None, *, measure: Measure = loss, where: Where | None = None
+) -> Finding:
+    """A measure falls at every step along an axis; a loss, by more than noise."""
+    points = [(x, y) for x, y in curve(results, axis, measure, where) if math.isfinite(y)]
+    if len(points) < 2:
+        raise LookupError("fewer than two points finished")
+    n, p = n_seeds(results.where(where)), None
+    steps = [unpaired(before - after, n, noise) for (_, before), (_, after) in pairwise(points)]
+    wrong = [step for step in steps if step.mean <= 0]
+    if measure is loss and noise:
+        p = min(1.0, len(steps) * min(s.p(HIGHER) for s in wrong)) if wrong else max(s.p(HIGHER) for s in steps)
+    ours = ", ".join(f"{words(measure, y)} at {words(axis, x)}" for x, y in points)
+    return Finding(ours, not wrong, points[-1][1] - points[0][1], p=p, seeds=n)
 
 
-@dataclass(frozen=True)
-class Edge:
+@judge
+def edge(
+    results: Results, noise: Noise | None, *,
+    variant: str = "base", below: str = "", axis: str = "lr", theirs: float | None = None,
+) -> Finding:  # fmt: skip
     """Along `axis` the best value is inside the grid, and from some value above it on training fails: the edge of
     stability. `below` a variant, the edge is lower than that variant's."""
-
-    variant: str = "base"
-    below: str = ""
-    axis: str = "lr"
-    theirs: float | None = None
-
-    def __call__(self, results: Results, noise: Noise | None) -> Finding:
-        points = curve(results, self.axis, where={"variant": self.variant})
-        n, limit = n_seeds(results.where({"variant": self.variant})), analysis.edge(points)
-        if self.below:
-            other = analysis.edge(curve(results, self.axis, where={"variant": self.below}))
-            edges = [math.inf if at is None else at for at in (limit, other)]
-            ours = f"{self.variant} fails from {edges[0]:g} on, {self.below} from {edges[1]:g}"
-            return Finding(ours, edges[0] < edges[1], seeds=n)
-        x, y = analysis.best(points)
-        fails = f"edge of stability at {limit:g}" if limit else "no edge of stability in the grid"
-        at_size = self.theirs is not None and results.outcomes[0].scale == "full"
-        holds = analysis.interior(points) and limit is not None
-        return Finding(f"{words(loss, y)} at {x:g}; {fails}", holds, y - self.theirs if at_size else None, seeds=n)
+    points, n = curve(results, axis, where={"variant": variant}), n_seeds(results.where(variant=variant))
+    limit = analysis.edge(points)
+    if below:
+        other = analysis.edge(curve(results, axis, where={"variant": below}))
+        edges = [math.inf if at is None else at for at in (limit, other)]
+        ours = f"{variant} fails from {edges[0]:g} on, {below} from {edges[1]:g}"
+        return Finding(ours, edges[0] < edges[1], seeds=n)
+    x, y = analysis.best(points)
+    fails = f"edge of stability at {limit:g}" if limit else "no edge of stability in the grid"
+    holds = analysis.interior(points) and limit is not None
+    at_size = theirs is not None and results.outcomes[0].scale == "full"
+    return Finding(f"{words(loss, y)} at {x:g}; {fails}", holds, y - theirs if at_size else None, seeds=n)
 
 
-@dataclass(frozen=True)
-class Statuses:
+@judge
+def statuses(a: str, b: str, results: Results, noise: Noise | None, *, axis: str = "lr") -> Finding:
     """At some value of the axis `a` diverges or becomes NaN where `b` trains, and never the other way round."""
-
-    a: str
-    b: str
-    axis: str = "lr"
-
-    def ends(self, results: Results, variant: str) -> dict[float, str]:
-        """How the runs of a variant ended; a failure, where one of several seeds failed."""
-        found: dict[float, str] = {}
-        for o in sorted(results.where({"variant": variant}), key=lambda o: (o.labels[self.axis], loss(o) < math.inf)):
-            found.setdefault(o.labels[self.axis], o.status if o.status in FAILED else words(loss, loss(o)))
-        return found
-
-    def __call__(self, results: Results, noise: Noise | None) -> Finding:
-        ends, others = self.ends(results, self.a), self.ends(results, self.b)
-        apart = [x for x in ends if x in others and (ends[x] in FAILED) != (others[x] in FAILED)]
-        ours = ", ".join(f"{end} at {x:g}" for x, end in ends.items())
-        for x in apart:
-            ours += f"; {self.b} {'trains' if ends[x] in FAILED else 'fails'} at {x:g}"
-        holds = bool(apart) and all(ends[x] in FAILED for x in apart)
-        return Finding(ours, holds, seeds=n_seeds(results.where({"variant": self.a})))
+    ends: list[dict[float, str]] = [{}, {}]
+    for variant, found in zip((a, b), ends, strict=True):  # a failure, where one of several seeds failed
+        for o in sorted(results.where(variant=variant), key=lambda o: (o.labels[axis], loss(o) < math.inf)):
+            found.setdefault(o.labels[axis], o.status if o.status in FAILED else words(loss, loss(o)))
+    failed = [{x: end in FAILED for x, end in found.items()} for found in ends]
+    apart = {x: fails for x, fails in failed[0].items() if failed[1].get(x, fails) != fails}
+    ours = ", ".join(f"{end} at {x:g}" for x, end in ends[0].items())
+    ours += "".join(f"; {b} {'trains' if fails else 'fails'} at {x:g}" for x, fails in apart.items())
+    return Finding(ours, bool(apart) and all(apart.values()), seeds=n_seeds(results.where(variant=a)))
 
 
-@dataclass(frozen=True)
-class Saturates:
+@judge
+def saturates(
+    axis: str, results: Results, noise: Noise | None, *,
+    where: Where | None = None, speed_axis: str = "", tolerance: float = 0.02,
+) -> Finding:  # fmt: skip
     """The loss at equal tokens is flat up to some batch, and rises above it. `speed_axis` a label, with the value from
     which speed no longer grows, and the critical batch."""
-
-    axis: str
-    where: Where = field(default_factory=dict)
-    speed_axis: str = ""
-    tolerance: float = 0.02
-
-    def __call__(self, results: Results, noise: Noise | None) -> Finding:
-        points, n = curve(results, self.axis, where=self.where), n_seeds(results.where(self.where))
-        if len(points) < 3:
-            raise LookupError("a saturation takes three points")
-        (x, y), flat = analysis.best(points), analysis.largest_within(points, self.tolerance)
-        found = unpaired(points[-1][1] - y, n, noise)
-        ours = f"{words(loss, y)} at {x:g}, within {self.tolerance:g} up to {flat:g}, "
-        ours += f"{words(loss, points[-1][1])} at {points[-1][0]:g}"
-        if self.speed_axis:
-            from experiments.run import configuration
-
-            middle = max(results.values(self.axis), key=lambda v: len(results.where({self.axis: v})))
-            level = analysis.knee(curve(results, self.speed_axis, analysis.speed, {self.axis: middle}))
-            finest = min(results.where({self.axis: middle}), key=lambda o: o.labels[self.speed_axis])
-            critical = analysis.critical_batch(finest) / configuration(finest.knobs).model.seq_len
-            ours += f"; speed is level from {self.speed_axis} {level:g} on; critical batch {critical:.3g}"
-        return Finding(ours, flat < points[-1][0], found.mean, found.interval, found.p(HIGHER), n)
+    points, n = curve(results, axis, where=where), n_seeds(results.where(where))
+    if len(points) < 3:
+        raise LookupError("a saturation takes three points")
+    (x, y), flat = analysis.best(points), analysis.largest_within(points, tolerance)
+    (last, highest), found = points[-1], unpaired(points[-1][1] - y, n, noise)
+    ours = f"{words(loss, y)} at {x:g}, within {tolerance:g} up to {flat:g}, {words(loss, highest)} at {last:g}"
+    if speed_axis:
+        middle = max(results.values(axis), key=lambda value: len(results.where({axis: value})))
+        level = analysis.knee(curve(results, speed_axis, analysis.speed, {axis: middle}))
+        finest = min(results.where({axis: middle}), key=lambda o: o.labels[speed_axis])
+        critical = analysis.critical_batch(finest) / finest.knobs["model.seq_len"]
+        ours += f"; speed is level from {speed_axis} {level:g} on; critical batch {critical:.3g}"
+    return Finding(ours, flat < last, found.mean, found.interval, found.p(HIGHER), n)
 
 
-@dataclass(frozen=True)
-class Artefact:
+@judge
+def artefact(
+    mistaken: tuple[Measure, Where], honest: tuple[Measure, Where], results: Results, noise: Noise | None, *,
+    by: str = "variant", otherwise: bool = False,
+) -> Finding:  # fmt: skip
     """A published number that shows under a mistaken measurement and not under an honest one: in every group `by` a
     label the two differ at least twofold. Where they do not, the claim holds or fails as `otherwise` says."""
-
-    mistaken: tuple[Measure, Where]
-    honest: tuple[Measure, Where]
-    by: str = "variant"
-    otherwise: bool = False
-
-    def __call__(self, results: Results, noise: Noise | None) -> Finding:
-        mistaken, honest = (
-            {name: fmean(values) for name, values in grouped(results.where(where), self.by, measure).items()}
-            for measure, where in (self.mistaken, self.honest)
-        )
-        both = {name: (mistaken[name], honest[name]) for name in mistaken if name in honest}
-        if not both:
-            raise LookupError("nothing was measured both ways")
-        artefact = all(max(a, b) >= 2 * min(a, b) for a, b in both.values())
-        ours = ", ".join(f"{name} {a:.3f} (honest {words(loss, b)})" for name, (a, b) in both.items())
-        delta = max((b - a for a, b in both.values()), key=abs)
-        return Finding(ours, artefact or self.otherwise, delta, seeds=n_seeds(results.outcomes), artefact=artefact)
+    found, fair = (grouped(results.where(where), by, measure) for measure, where in (mistaken, honest))
+    both = {name: (fmean(values), fmean(fair[name])) for name, values in found.items() if name in fair}
+    if not both:
+        raise LookupError("nothing was measured both ways")
+    shows = all(max(pair) >= 2 * min(pair) for pair in both.values())
+    ours = ", ".join(f"{name} {a:.3f} (honest {words(loss, b)})" for name, (a, b) in both.items())
+    delta = max((b - a for a, b in both.values()), key=abs)
+    return Finding(ours, shows or otherwise, delta, seeds=n_seeds(results.outcomes), artefact=shows)

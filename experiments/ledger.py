@@ -1,28 +1,33 @@
-"""The ledger: what came of every trial, a file for each suite and scale, a line for each outcome, never rewritten.
+"""The ledger: how every trial ended, a file for each suite and scale, a line for each outcome, never rewritten.
 
-A trial has a place in the report, by its labels, and a run, by its knobs. The latest line of a place holds, so a rerun
-supersedes what was there; old lines stay for those who ask how a number came about. A run is known by its key, and
-places whose knobs are equal share one.
-
-A line is on the disk whole before its trial counts as done. What a killed process left half-written is passed over when
-read, and cut off before the next line.
+The latest line of a key holds, so a rerun supersedes what was there; old lines stay for those who ask how a number came
+about. A line is on the disk whole before its trial counts as done. What a killed process left half-written is passed
+over when read, and cut off before the next line.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from experiments.spec import Outcome, Scale
+from runtime import files
 from runtime.errors import UserError
+from runtime.records import to_json
 
-STEPS = 8  # rows of training kept of a run, whose metrics.jsonl has all
-_POSITION = ("step", "tokens", "seconds")
-_LAST = ("memory", "memory_reserved", "memory_retries", "mfu")  # of the last row of training, which has the peaks
+ROWS = 20  # evaluations and diagnosed steps kept of a run, whose metrics.jsonl has all
+_PEAKS = ("memory", "memory_reserved", "memory_retries", "mfu")  # of the last row of training
+_TEXT = ("status", "time", "error")  # in status.json; readers take all else for numbers
+_OPTIONAL = ("error", "final", "steps", "evals", "diag", "digest")  # left out of a line where they are empty
+_KINDS = {
+    **dict.fromkeys(("key", "suite", "status", "started", "commit", "machine", "error", "digest"), str),
+    **dict.fromkeys(("labels", "knobs", "final", "diag"), dict),
+    **dict.fromkeys(("steps", "evals"), (list, tuple)),
+    **dict.fromkeys(("seconds", "recipe"), (int, float)),
+}
 
 
 class LedgerError(UserError):
@@ -34,94 +39,95 @@ def place(results: Path, scale: Scale, suite: str) -> Path:
     return results / scale / f"{suite}.jsonl"
 
 
-def history(path: Path) -> list[Outcome]:
-    """Every line, oldest first; none where there is no ledger. Raises `LedgerError`."""
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # what follows the last newline is torn
+def read(path: Path) -> list[Outcome]:
+    """Every line, oldest first; none if there is no ledger. Raises `LedgerError`, or `OSError` if it is no file."""
     outcomes = []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # what follows the last newline is torn
     for number, line in enumerate(lines, 1):
         try:
             outcomes.append(Outcome(**json.loads(line)))
+            _check(outcomes[-1])
         except (ValueError, TypeError) as error:
             raise LedgerError(f"{path}, line {number}, is no outcome ({error}): mend or remove that line") from error
     return outcomes
 
 
-def read(path: Path) -> list[Outcome]:
-    """The latest outcome of every place, in the order in which the runs began. Raises `LedgerError`."""
-    latest = {name(outcome.labels): outcome for outcome in history(path)}
-    return sorted(latest.values(), key=lambda outcome: outcome.started)
-
-
-def name(labels: Mapping[str, Any]) -> str:
-    """Labels in a form that compares and hashes, whatever their order."""
-    return json.dumps(dict(labels), sort_keys=True)
+def _check(outcome: Outcome) -> None:
+    """Raise `TypeError` if a field is of another type than readers expect."""
+    for name, kind in _KINDS.items():
+        if not isinstance(value := getattr(outcome, name), kind):
+            raise TypeError(f"{name} is {value!r}")
+    for values in (outcome.final, *outcome.steps, *outcome.evals, {"seed": outcome.labels.get("seed", 0)}):
+        if not isinstance(values, dict):
+            raise TypeError(f"a row is {values!r}")
+        for name, value in values.items():
+            if name not in _TEXT and not isinstance(value, int | float | None):
+                raise TypeError(f"{name} is {value!r}")
 
 
 def append(path: Path, outcome: Outcome) -> None:
-    """Add a line, on the disk when this returns."""
+    """Add a line, on the disk when this returns. Raises `OSError`."""
+    fields = {name: value for name, value in asdict(outcome).items() if value or name not in _OPTIONAL}
+    line = to_json(fields, separators=(",", ":"))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
-        file.truncate(_whole(file))
-        file.write(json.dumps(asdict(outcome), separators=(",", ":")).encode() + b"\n")
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(line.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
 
-def _whole(file) -> int:
-    """Bytes up to the end of the last whole line."""
-    file.seek(0)
-    return file.read().rfind(b"\n") + 1
-
-
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keep other sweeps from a ledger, or from the runs' folders, by a file; the system lets go should this process be
-    killed. Raises `LedgerError`."""
+    """Keep other sweeps from a ledger, or from the runs' folders. Raises `LedgerError`, or `OSError`."""
+
+    def refuse(pid: int) -> NoReturn:
+        raise LedgerError(f"another sweep holds {path}: wait for it, or give other --results and --out")
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LedgerError(f"another sweep holds {path}: wait for it, or give other --results and --out") from None
+    with files.locked(path.with_suffix(".lock"), busy=refuse):
         yield
 
 
 def condense(folder: Path) -> dict[str, Any]:
     """What an outcome keeps of a run's folder: `final`, `steps`, `evals` and `diag`, as far as they were written."""
-    final, rows = _json(folder / "status.json"), _rows(folder / "metrics.jsonl")
+    from runtime.run import read_status
+
+    final, rows = read_status(folder), _rows(folder / "metrics.jsonl")
     training = [row for row in rows if "loss" in row]
-    diags = [row for row in rows if "diag" in row]
-    if training:
-        final = {key: training[-1][key] for key in _LAST if training[-1].get(key) is not None} | final
+    diagnosed = [row | row["diag"] for row in rows if "diag" in row]
+    peaks = {key: training[-1][key] for key in _PEAKS if training and training[-1].get(key) is not None}
+    exact = {key: final[key] for key in ("val_loss", "val_bpb") if key in final}
     kept = {
-        "final": final,
-        "steps": [_pick(row, *_POSITION, "loss", "lr", "grad_norm") for row in thinned(training, STEPS)],
-        "evals": [_pick(row, *_POSITION, "val_loss", "val_bpb") for row in rows if "val_loss" in row],
+        "final": _pick(peaks | final, *peaks, *final) | exact,
+        "steps": [_pick(row, "step", "seconds", "loss") for row in thinned(training, 2)],
+        "evals": [_pick(row, "step", "seconds", "val_loss") for row in thinned([r for r in rows if "val_loss" in r])],
     }
-    if diags:
-        series = [_pick(row | row["diag"], *_POSITION, "noise_scale", "coherence") for row in thinned(diags, STEPS)]
-        kept["diag"] = diags[-1]["diag"] | {"series": series}
+    if diagnosed:
+        series = [_pick(row, "step", "noise_scale", "coherence") for row in thinned(diagnosed)]
+        gradient = diagnosed[-1].get("gradient", {})
+        kept["diag"] = {"gradient": _pick(gradient, *gradient), "series": series}
     return kept
 
 
-def thinned(rows: list, most: int) -> list:
-    """At most so many of the rows, evenly spaced, the first and the last among them."""
+def thinned(rows: list, most: int = ROWS) -> list:
+    """At most `most` of the rows, evenly spaced, the first and the last among them."""
     if len(rows) <= most:
         return rows
     return [rows[i * (len(rows) - 1) // (most - 1)] for i in range(most)]
 
 
 def _pick(row: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    """Some values of a row, numbers to six digits: rows are for figures, and `final` has the exact end."""
-    found = {key: row[key] for key in keys if key in row}
+    """The numbers of a row under these keys, to six digits."""
+    found = {key: row[key] for key in keys if isinstance(row.get(key, ""), int | float | None)}
     return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in found.items()}
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a run's record, without one that it was killed in the middle of."""
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.split("\n")[:-1]]
+    """The rows of a run's record, without lines that are damaged or torn."""
+    rows = []
+    for line in path.read_text("utf-8", "replace").split("\n")[:-1] if path.exists() else []:
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]

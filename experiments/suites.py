@@ -10,25 +10,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from experiments import analysis, memory
-from experiments.judges import (
-    HIGHER,
-    LOWER,
-    Artefact,
-    Best,
-    Edge,
-    Equal,
-    Monotone,
-    Saturates,
-    Statuses,
-    Threshold,
-    Versus,
-    at_least,
-    at_most,
-    same,
-    spread,
-)
-from experiments.spec import LAST, Claim, Knobs, Outcome, Scale, Suite
+from experiments import analysis, judges
+from experiments.judges import HIGHER, LOWER, at_least, at_most, same, spread
+from experiments.spec import LAST, Claim, Knobs, Scale, Suite
 
 # Presets
 
@@ -111,17 +95,6 @@ M4 = preset(
     tiny={"model.n_kv_head": 1, "lr": 1e-2, "final_lr": 0.1},
 )  # fmt: skip
 
-# Norms: what it is, and where
-
-RMS_PRE = {"model.norm": "rms", "model.norm_place": "pre"}
-NORMS = {
-    "pre": RMS_PRE,
-    "post": {"model.norm": "rms", "model.norm_place": "post"},
-    "res-post": {"model.norm": "rms", "model.norm_place": "res-post"},
-    "layer": {"model.norm": "layer", "model.norm_place": "pre"},
-    "none": {"model.norm": "none", "model.norm_place": "pre"},
-}
-
 # Shapes of the leaderboard, and of M4's sizes; the first of each is the base's.
 
 SHAPE = "model.n_layer,model.n_head,model.d_model,model.d_ff,model.tied"
@@ -145,410 +118,355 @@ CHANGES = {  # the ablations of row 24
     "gqa": {"model.n_kv_head": 2}, "no bias": {"model.bias": False},
 }  # fmt: skip
 
+leak = partial(judges.artefact, (analysis.loss, {"data.shift": 0}), (analysis.loss, {"data.shift": 1}))
+
+# Memory: M2 for as many steps as show the peak, on text that every machine has. The shares of recomputed layers are
+# what activation budgets of .75, .38, .12 and 0 leave.
+MEMORY = adapt(
+    M2,
+    {
+        "data.corpus": "docstrings", "data.tokenizer": "bytes", "eval_tokens": 256, "steps": 2, "warmup": 0.0,
+        "log_every": 1, "micro_batch": 0, "model.vocab_size": 33_283,
+    },
+    tiny={"model.n_layer": 4, "model.d_model": 128, "model.seq_len": 256, "model.vocab_size": 0},
+)  # fmt: skip
+KERNELS = "kernels,kernels.attention,model.recompute"
+TORCH, SDPA, TRITON = ("torch", "torch", 0.0), ("torch", "sdpa", 0.0), ("triton", "triton", 0.0)
+RECOMPUTING = tuple(("torch", "sdpa", share) for share in (0.25, 0.62, 0.88, 1.0))
+
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 SEEDS = {"tiny": 2, "low": 3, "full": 3}
 
 
-def by_rule(base: int, lr: float, batches: tuple[int, ...]) -> tuple[tuple[int, float], ...]:
-    """Batches and their rates where `lr` is `base`'s: unchanged, by the square root of the batch, in proportion."""
-    points = [(batch, lr * (batch / base) ** power) for power in (0.0, 0.5, 1.0) for batch in batches]
-    return tuple(dict.fromkeys(points))
+def by_rule(base: int, lr: float, batches: tuple[int, ...]) -> list[tuple[str, int, float]]:
+    """Rules, batches and rates where `lr` is `base`'s: unchanged, by the square root of the batch, in proportion."""
+    powers = {"fixed": 0.0, "sqrt": 0.5, "linear": 1.0}
+    return [(rule, batch, lr * (batch / base) ** power) for rule, power in powers.items() for batch in batches]
 
 
-def evaluated(batches: tuple[int, ...], tokens: int, window: int, count: int) -> tuple[tuple[int, int], ...]:
-    """Batches, each with an evaluation set of `tokens`, and with one of so many batches of its own size."""
-    return tuple((batch, size) for batch in batches for size in (tokens, count * batch * window))
+def evaluated(batches: tuple[int, ...], tokens: int, window: int, count: int) -> list[tuple[str, int, int]]:
+    """Batches, each with an evaluation set of `tokens`, and with one of `count` batches of its own size."""
+    sizes = {"fixed": lambda batch: tokens, "own": lambda batch: count * batch * window}
+    return [(name, batch, size(batch)) for batch in batches for name, size in sizes.items()]
 
 
-def on_rule(power: float):
-    """Whether an outcome's rate is a power of its batch times the rate at which all rules of `batch-rules` agree."""
-
-    def on(outcome: Outcome) -> bool:
-        batch, lr = (16, 3e-2) if outcome.scale == "tiny" else (128, 2e-3)
-        wanted = lr * (outcome.labels["batch_size"] / batch) ** power
-        return math.isclose(outcome.labels["lr"], wanted, rel_tol=1e-9)
-
-    return on
+def speed(row: int, name: str, theirs: int, **where: Any) -> Claim:
+    """A claim of at least as many tokens per second as the original."""
+    judge = judges.threshold(analysis.speed, at_least(theirs), where=where, show="{} on {}")
+    return Claim(row, f"{name} trains at {theirs:,} tokens a second", f"{theirs:,} tok/s", judge, published=True)
 
 
-def fixed_set(outcome: Outcome) -> bool:
-    """Whether the evaluation set is the one that trials of every batch have."""
-    return outcome.labels["eval_tokens"] in (16_384, 524_288)
-
-
-def own_set(outcome: Outcome) -> bool:
-    return not fixed_set(outcome)
-
-
-def recomputed(outcome: Outcome) -> float | None:
-    """The share of layers that are computed again; nothing for kernels that the memory suite does not compare so."""
-    name = outcome.labels["configuration"]
-    return float(name.split()[1]) if name.startswith("recompute ") else 0.0 if name == "sdpa" else None
-
-
-def speeds(theirs: float, **where: Any) -> Threshold:
-    """At least as many tokens per second as the original."""
-    return Threshold(analysis.speed, at_least(theirs), where, show="{} on {}", published=True)
+def suite(name: str, title: str, base: Mapping[Scale, Knobs], *claims: Claim, **fields: Any) -> Suite:
+    return Suite(name, title, base, claims, **fields)
 
 
 # fmt: off
 DECLARED = (
-    Suite(
-        "lr", "Learning rates of M0, up to divergence", (1,), M0,
-        (
-            Claim(1, "a best rate, and an edge of stability above it", "1.615 at 3e-3; 3e-2", Edge(theirs=1.615)),
-            Claim(1, "M0 trains at 23.6k tokens a second", "23,600 tok/s", speeds(23_600, lr=3e-3)),
-        ),
-        grid={"lr": RATES}, recipe="M0", plots=("lr",),
+    suite(
+        "lr", "Learning rates of M0, up to divergence", M0,
+        Claim(1, "a best rate, and an edge of stability above it", "1.615 at 3e-3; 3e-2", judges.edge(theirs=1.615)),
+        speed(1, "M0", 23_600, lr=3e-3),
+        grid={"lr": RATES}, preset="M0", plots=("lr",),
     ),
-    Suite(
-        "lr-36m", "Learning rates of M1", (10,), M1,
-        (
-            Claim(10, "a best rate, and an edge of stability above it", "1.349 at 2e-3; 5e-3", Edge(theirs=1.349)),
-            Claim(10, "M1 trains at 461k tokens a second", "461,000 tok/s", speeds(461_000, lr=2e-3)),
-        ),
+    suite(
+        "lr-36m", "Learning rates of M1", M1,
+        Claim(10, "a best rate, and an edge of stability above it", "1.349 at 2e-3; 5e-3", judges.edge(theirs=1.349)),
+        speed(10, "M1", 461_000, lr=2e-3),
         grid={"lr": (3e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2)},
-        grids={"tiny": {"lr": (2e-3, 5e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)}}, recipe="M1", plots=("lr",),
+        grids={"tiny": {"lr": (2e-3, 5e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)}}, preset="M1", plots=("lr",),
     ),
-    Suite(
-        "batch", "Batches of M0 at equal tokens, evaluated on the same set and on one that grows with the batch", (2,),
-        M0,
-        (
-            Claim(2, "at equal tokens the loss saturates", "1.59 to 1.74; at 4",
-                  Saturates("batch_size", where={"eval_tokens": fixed_set})),
-            Claim(2, "small batches end lower", "lowest at 4",
-                  Best("batch_size", "first", where={"eval_tokens": fixed_set}, rival={"eval_tokens": own_set})),
-        ),
-        grid={"batch_size,eval_tokens": evaluated((1, 2, 4, 8, 16, 32, 64), 524_288, 256, 100)},
-        grids={"tiny": {"batch_size,eval_tokens": evaluated((4, 8, 16, 32, 64), 16_384, 64, 3)}},
-        axis="tokens", recipe="M0", plots=("batch",),
+    suite(
+        "batch", "Batches of M0 at equal tokens, evaluated on the same set and on one that grows with the batch", M0,
+        Claim(2, "at equal tokens the loss saturates", "1.59 to 1.74; at 4",
+              judges.saturates("batch_size", where={"set": "fixed"})),
+        Claim(2, "small batches end lower", "lowest at 4",
+              judges.best("batch_size", "first", where={"set": "fixed"}, rival={"set": "own"})),
+        grid={"@set,batch_size,eval_tokens": evaluated((1, 2, 4, 8, 16, 32, 64), 524_288, 256, 100)},
+        grids={"tiny": {"@set,batch_size,eval_tokens": evaluated((4, 8, 16, 32, 64), 16_384, 64, 3)}},
+        axis="tokens", preset="M0", plots=("batch_size by set",),
     ),
-    Suite(
-        "batch-rules", "Batches of M1 at equal steps, with rates that stay or follow the batch", (11, 12, 18), M1,
-        (
-            Claim(11, "at equal steps a larger batch ends lower", "3.597 at 1 to 1.228 at 512",
-                  Monotone("batch_size", where={"lr": on_rule(0)})),
-            Claim(11, "1024 do not fit", "out of memory",
-                  Threshold(analysis.fits, at_most(0), {"batch_size": 1024}, published=True)),
-            Claim(12, "small batches end lower with the square-root rule", "2.638 for 3.597 at batch 1",
-                  Versus({"lr": on_rule(0.5)}, {"lr": on_rule(0)}, LOWER, where={"batch_size": 1})),
-            Claim(18, "and with the linear rule", "scale them together",
-                  Versus({"lr": on_rule(1)}, {"lr": on_rule(0)}, LOWER, where={"batch_size": 1})),
-        ),
-        grid={"batch_size,lr": by_rule(128, 2e-3, (1, 4, 16, 64, 128, 256, 512, 768, 1024))},
+    suite(
+        "batch-rules", "Batches of M1 at equal steps, with rates that stay or follow the batch", M1,
+        Claim(11, "at equal steps a larger batch ends lower", "3.597 at 1 to 1.228 at 512",
+              judges.monotone("batch_size", where={"rule": "fixed"})),
+        Claim(11, "1024 do not fit", "out of memory",
+              judges.threshold(analysis.batch_that_fits, at_most(0), where={"batch_size": 1024}), published=True),
+        Claim(12, "small batches end lower with the square-root rule", "2.638 for 3.597 at batch 1",
+              judges.versus({"rule": "sqrt"}, {"rule": "fixed"}, LOWER, where={"batch_size": 1})),
+        Claim(18, "and with the linear rule", "scale them together",
+              judges.versus({"rule": "linear"}, {"rule": "fixed"}, LOWER, where={"batch_size": 1})),
+        grid={"@rule,batch_size,lr": by_rule(128, 2e-3, (1, 4, 16, 64, 128, 256, 512, 768, 1024))},
         grids={
-            "low": {"batch_size,lr": by_rule(128, 2e-3, (1, 4, 16, 64, 128, 256))},
-            "tiny": {"batch_size,lr": by_rule(16, 3e-2, (1, 4, 16, 64))},
+            "low": {"@rule,batch_size,lr": by_rule(128, 2e-3, (1, 4, 16, 64, 128, 256))},
+            "tiny": {"@rule,batch_size,lr": by_rule(16, 3e-2, (1, 4, 16, 64))},
         },
-        recipe="M1", plots=("batch",),
+        preset="M1", plots=("batch_size by rule",),
     ),
-    Suite(
-        "lr-batch", "Learning rates of M2 by batch", (18,),
+    suite(
+        "lr-batch", "Learning rates of M2 by batch",
         adapt(M2, full={"steps": 2000, "warmup": 80}, low={"steps": 200, "warmup": 8}),
-        (Claim(18, "the best rate grows with the batch", "scale them together",
-               Best("lr", "grows", over="batch_size")),),
+        Claim(18, "the best rate grows with the batch", "scale them together",
+              judges.best("lr", "grows", over="batch_size")),
         grid={"batch_size": (8, 32, 128), "micro_batch": (8,), "lr": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)},
         grids={
             "low": {"batch_size": (8, 32), "micro_batch": (4,)},
             "tiny": {"batch_size": (4, 16, 64), "micro_batch": (0,), "lr": (3e-3, 1e-2, 3e-2, 1e-1)},
         },
-        recipe="M2", plots=("lr",),
+        preset="M2", plots=("lr by batch_size",),
     ),
-    Suite(
-        "choose-batch", "Choosing a batch: the machine's limit, saturation, the critical batch", (3, 19),
+    suite(
+        "choose-batch", "Choosing a batch: the machine's limit, saturation, the critical batch",
         adapt(
             M2, {"diag": 50}, full={"batch_size": 32, "steps": 2000, "warmup": 80}, low={"steps": 200, "warmup": 8},
             tiny={"batch_size": 32, "diag": 10},
         ),
-        (
-            Claim(3, "the machine's limit, saturation and the critical batch", "in prose",
-                  Saturates("batch_size", speed_axis="micro_batch")),
-            Claim(19, "gradients of micro-batches agree", "over .999, near the start",
-                  Artefact((partial(analysis.coherence, 0), {"micro_batch": 1}),
-                           (partial(analysis.coherence, -1), {"micro_batch": 1}), otherwise=True),
-                  "tests/test_diagnostics.py::test_agreement_of_micro_batches"),
-        ),
+        Claim(3, "the machine's limit, saturation and the critical batch", "in prose",
+              judges.saturates("batch_size", speed_axis="micro_batch")),
+        Claim(19, "gradients of micro-batches agree", "over .999, near the start",
+              judges.artefact((partial(analysis.coherence, 0), {"micro_batch": 1}),
+                       (partial(analysis.coherence, -1), {"micro_batch": 1}), otherwise=True),
+              "tests/test_diagnostics.py::test_agreement_of_micro_batches"),
         grid={"batch_size,micro_batch": ((32, 1), (32, 2), (32, 4), (32, 8), (32, 16), (8, 4), (128, 16))},
         grids={"tiny": {"batch_size,micro_batch": ((32, 1), (32, 4), (32, 8), (32, 16), (8, 4), (128, 16))}},
-        axis="tokens", recipe="M2", plots=("batch", "coherence"),
+        axis="tokens", preset="M2", plots=("batch_size", "coherence by micro_batch"), alone=True,
     ),
-    Suite(
-        "norms", "No norm, post-norm of both kinds and LayerNorm, by learning rate", (4, 5),
+    suite(
+        "norms", "No norm, post-norm of both kinds and LayerNorm, by learning rate",
         adapt(M1, {"warmup": 0.0}, tiny={"model.n_layer": 4, "steps": 100}),
-        (
-            Claim(4, "without norms training fails where it works with them", "diverges, NaN from 1e-4 on",
-                  Statuses("none", "pre")),
-            Claim(5, "norm(x + f(x)) ends higher", "1.972, 46% more",
-                  Versus("post", "pre", HIGHER, best_over="lr", published=True)),
-            Claim(5, "norm(x + f(x)) takes lower rates", "a lower best rate", Edge("post", below="pre")),
-            Claim(5, "x + norm(f(x)) bears the highest rate", "post-norm too",
-                  Versus("res-post", "post", LOWER, where={"lr": LAST})),
-        ),
-        variants=NORMS, grid={"lr": (1e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)},
+        Claim(4, "without norms training fails where it works with them", "diverges, NaN from 1e-4 on",
+              judges.statuses("none", "pre")),
+        Claim(5, "norm(x + f(x)) ends higher", "1.972, 46% more",
+              judges.versus("post", "pre", HIGHER, best_over="lr"), published=True),
+        Claim(5, "norm(x + f(x)) takes lower rates", "a lower best rate", judges.edge(variant="post", below="pre")),
+        Claim(5, "x + norm(f(x)) bears the highest rate", "post-norm too",
+              judges.versus("res-post", "post", LOWER, where={"lr": LAST})),
+        variants={
+            **{place: {"model.norm": "rms", "model.norm_place": place} for place in ("pre", "post", "res-post")},
+            **{norm: {"model.norm": norm, "model.norm_place": "pre"} for norm in ("layer", "none")},
+        },
+        grid={"lr": (1e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)},
         grids={"low": {"lr": (1e-4, 1e-3, 5e-3, 1e-2)}, "tiny": {"lr": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)}},
-        recipe="M1", plots=("lr",),
+        preset="M1", plots=("lr by variant",),
     ),
-    Suite(
-        "depth", "Gradients by layer: pre- and post-norm, with and without warm-up, 4 and 12 layers", (16,),
+    suite(
+        "depth", "Gradients by layer: pre- and post-norm, with and without warm-up, 4 and 12 layers",
         adapt(
             M2, {"model.norm": "layer", "diag": 25}, full={"lr": 1e-3, "steps": 500}, low={"lr": 1e-3, "steps": 100},
             tiny={"lr": 1e-2, "steps": 60, "eval_every": 20, "diag": 10},
         ),
-        (
-            Claim(16, "in post-norm gradients differ by orders of magnitude across 12 layers", "1e10 across layers",
-                  Versus({"model.norm_place": "post"}, {"model.norm_place": "pre"}, at_least(1e3),
-                         analysis.gradient_spread, ratio=True, where={"warmup": 0.0, "model.n_layer": 12})),
-        ),
+        Claim(16, "in post-norm gradients differ by orders of magnitude across 12 layers", "1e10 across layers",
+              judges.versus({"model.norm_place": "post"}, {"model.norm_place": "pre"}, at_least(1e3),
+                     measure=analysis.gradient_spread, ratio=True, where={"warmup": 0.0, "model.n_layer": 12})),
         grid={"model.norm_place": ("pre", "post"), "warmup": (0.0, 0.1), "model.n_layer": (4, 12)},
-        recipe="M2", plots=("layers",),
+        preset="M2", plots=("layers by model.norm_place",),
     ),
-    Suite(
-        "position", "Positions, and fewer heads of keys and values", (6, 34), adapt(M1, tiny={"steps": 200}),
-        (
-            Claim(6, "without positions the loss is higher", "1.390, 3% more", Versus("none", "rope", HIGHER)),
-            Claim(6, "the gap to rotary positions grows over training", "grows",
-                  Versus("none", "rope", HIGHER, analysis.late_change)),
-            Claim(34, "ALiBi in place of RoPE", "planned", Versus("alibi", "rope", at_most(0.02), published=True)),
-            Claim(34, "two heads of keys and values", "planned", Versus("gqa", "rope", at_most(0.02), published=True)),
-            Claim(34, "RoPE of neighbours is RoPE of halves", "planned",
-                  Versus("rope-interleaved", "rope", same(0.02))),
-        ),
+    suite(
+        "position", "Positions, and fewer heads of keys and values", adapt(M1, tiny={"steps": 200}),
+        Claim(6, "without positions the loss is higher", "1.390, 3% more", judges.versus("none", "rope", HIGHER)),
+        Claim(6, "the gap to rotary positions grows over training", "grows",
+              judges.versus("none", "rope", HIGHER, measure=analysis.late_change)),
+        Claim(34, "ALiBi in place of RoPE", "planned", judges.versus("alibi", "rope", at_most(0.02)), published=True),
+        Claim(34, "two heads of keys and values", "planned",
+              judges.versus("gqa", "rope", at_most(0.02)), published=True),
+        Claim(34, "RoPE of neighbours is RoPE of halves", "planned",
+              judges.versus("rope-interleaved", "rope", same(0.02))),
         variants={
             "rope": {},
             **{of: {"model.position": of} for of in ("none", "alibi", "rope-interleaved", "learned", "sinusoidal")},
             "gqa": {"model.n_kv_head": 2},
         },
-        seeds=SEEDS, recipe="M1", plots=("gap",),
+        seeds=SEEDS, preset="M1", plots=("gap by variant",),
     ),
-    Suite(
-        "activation", "Activations of the feed-forward layer at equal parameters", (7,),
+    suite(
+        "activation", "Activations of the feed-forward layer at equal parameters",
         adapt(M1, {"model.d_ff": 0}, tiny={"steps": 200}),
-        (Claim(7, "SiLU without a gate is worse than SwiGLU", "1.359, .7% more", Versus("silu", "swiglu", HIGHER)),),
+        Claim(7, "SiLU without a gate is worse than SwiGLU", "1.359, .7% more",
+              judges.versus("silu", "swiglu", HIGHER)),
         variants={name: {"model.activation": name} for name in ("swiglu", "silu", "gelu", "relu", "relu2")},
-        seeds=SEEDS, recipe="M1", matched=True, plots=("gap",),
+        seeds=SEEDS, preset="M1", plots=("gap by variant",),
     ),
-    Suite(
-        "corpus", "Another text, by one flag", (8,), M1,
-        (
-            Claim(8, "the same model on OpenWebText", "3.799 nats a token",
-                  Threshold(analysis.loss, at_most(3.799), {"data.corpus": LAST}, published=True)),
-            Claim(8, "both texts by the byte, which compares across tokenizers", "not given",
-                  Threshold(analysis.bits_a_byte, at_most(math.inf), by="data.corpus", show="{} bits a byte",
-                            published=True)),
-        ),
+    suite(
+        "corpus", "Another text, by one flag", M1,
+        Claim(8, "the same model on OpenWebText", "3.799 nats a token",
+              judges.threshold(analysis.loss, at_most(3.799), where={"data.corpus": LAST}), published=True),
+        Claim(8, "both texts by the byte, which compares across tokenizers", "not given",
+              judges.threshold(analysis.bits_a_byte, at_most(math.inf), by="data.corpus", show="{} bits a byte"),
+              published=True),
         grid={"data.corpus,data.vocab_size": (("tinystories", 10_000), ("openwebtext", 32_000))},
-        grids={"tiny": {"data.corpus,data.vocab_size": (("docstrings", 10_000), ("stdlib", 10_000))}}, recipe="M1",
+        grids={"tiny": {"data.corpus,data.vocab_size": (("docstrings", 10_000), ("stdlib", 10_000))}}, preset="M1",
     ),
-    Suite(
-        "samples", "Samples during and after training", (9,),
-        adapt(M1, {"sample_every": 500}, low={"sample_every": 100}, tiny={"sample_every": 50}),
-        (Claim(9, "a model writes during and after training", "text",
-               test="tests/test_experiments_rows.py::test_a_run_writes_during_training_and_after_it"),),
-        recipe="M1",
-    ),
-    Suite(
-        "precision", "float32 against bf16, at equal steps", (13,), M1_OWT,
-        (
-            Claim(13, "bf16 ends where float32 does", "3.799 and 3.795", Versus("bf16", "fp32", same(0.02))),
-            Claim(13, "bf16 is faster", "10.7 for 16.1 minutes",
-                  Versus("bf16", "fp32", at_least(16.1 / 10.7), analysis.speed, ratio=True, published=True)),
-            Claim(13, "M1 on OpenWebText in bf16", "491,000 tok/s", speeds(491_000, variant="bf16")),
-        ),
+    suite(
+        "precision", "float32 against bf16, at equal steps", M1_OWT,
+        Claim(13, "bf16 ends where float32 does", "3.799 and 3.795", judges.versus("bf16", "fp32", same(0.02))),
+        Claim(13, "bf16 is faster", "10.7 for 16.1 minutes",
+              judges.versus("bf16", "fp32", at_least(16.1 / 10.7), measure=analysis.speed, ratio=True), published=True),
+        speed(13, "M1 on OpenWebText in bf16", 491_000, variant="bf16"),
         variants={"fp32": {"precision": "fp32"}, "bf16": {"precision": "bf16"}},
-        seeds=SEEDS, recipe="M1", plots=("gap",),
+        seeds=SEEDS, preset="M1", plots=("gap by variant",),
     ),
-    Suite(
-        "low-precision", "M4 in FP8 and FP4", (27, 28), M4,
-        (
-            Claim(27, "FP8 on an RTX 5090", "planned", speeds(230_000, variant="fp8")),
-            Claim(28, "FP4 on an RTX 5090", "planned", speeds(450_000, variant="nvfp4")),
-        ),
-        variants={"bf16": {"precision": "bf16"}, "fp8": {"precision": "fp8"}, "nvfp4": {"precision": "nvfp4"}},
-        recipe="M4",
+    suite(
+        "low-precision", "M4 in FP8 and FP4, as planned for an RTX 5090", M4,
+        speed(27, "M4 in FP8", 230_000, variant="fp8"),
+        speed(28, "M4 in FP4", 450_000, variant="nvfp4"),
+        variants={precision: {"precision": precision} for precision in ("bf16", "fp8", "nvfp4")}, preset="M4",
     ),
-    Suite(
-        "leaderboard", "Seven sizes of M1 on OpenWebText, at equal FLOPs (or steps, tokens, seconds: --axis)", (14,),
+    suite(
+        "leaderboard", "Seven sizes of M1 on OpenWebText, at equal FLOPs (at equal time: --set seconds=600)",
         adapt(M1_OWT, {"model.tied": True}, full={"steps": 40_000}, low={"steps": 4000, "warmup": 20}),
-        (
-            Claim(14, "3.738 within 39 minutes", "3.738: 42M, tied, 40,000 steps",
-                  Threshold(partial(analysis.seconds_to, 3.738), at_most(39 * 60), over=min, show="below it after {} s",
-                            published=True)),
-            Claim(14, "a size is best at a budget", "42M of 7 sizes", Best(analysis.cost, "inside", published=True)),
-            Claim(14, "42M, tied", "556,000 tok/s", speeds(556_000, **{"model.tied": True})),
-            *(
-                Claim(14, f"{width} wide, {layers} layers", f"{speed:,} tok/s",
-                      speeds(speed, **{"model.d_model": width, "model.n_layer": layers}))
-                for width, layers, speed in ((640, 10, 417_000), (768, 12, 326_000), (1024, 16, 187_000))
-            ),
+        Claim(14, "3.738 within 39 minutes", "3.738: 42M, tied, 40,000 steps",
+              judges.threshold(partial(analysis.seconds_to, 3.738), at_most(39 * 60), over=min,
+                               show="below it after {} s"), published=True),
+        Claim(14, "a size is best at a budget", "42M of 7 sizes", judges.best(analysis.cost, "inside"), published=True),
+        speed(14, "M1, tied,", 556_000, **{"model.tied": True}),
+        *(
+            speed(14, f"A model {width} wide with {layers} layers", theirs,
+                  **{"model.d_model": width, "model.n_layer": layers})
+            for width, layers, theirs in ((640, 10, 417_000), (768, 12, 326_000), (1024, 16, 187_000))
         ),
-        grid={SHAPE: LEADERBOARD}, grids={"low": {SHAPE: (LEADERBOARD[0], LEADERBOARD[2], LEADERBOARD[5])},
-                                          "tiny": {SHAPE: SMALL_SHAPES}},
-        axis="flops", recipe="M1", plots=("pareto",),
+        grid={SHAPE: LEADERBOARD},
+        grids={"low": {SHAPE: (LEADERBOARD[0], LEADERBOARD[2], LEADERBOARD[5])}, "tiny": {SHAPE: SMALL_SHAPES}},
+        axis="flops", preset="M1", plots=("pareto by model.d_model",),
     ),
-    Suite(
-        "start", "The first loss, by how embedding and head begin", (14, 26),
-        adapt(M1_OWT, {"model.tied": True, "steps": 20, "warmup": 0.0, "eval_every": 10}),
-        (
-            Claim(14, "a tied head of standard deviation 1 starts far above ln V", "35",
-                  Threshold(analysis.first_loss, at_least(2.0), {"variant": "std 1"}),
-                  "tests/test_experiments_rows.py::test_the_first_loss"),
-            Claim(26, "the first loss is ln V", "10.82 = ln 50,257",
-                  Threshold(analysis.first_loss, (0.98, 1.02), {"variant": "default"}),
-                  "tests/test_experiments_rows.py::test_the_first_loss"),
-        ),
-        variants={
-            "default": {"model.init": "fan-in", "model.embedding_std": 0.0},
-            "std 1": {"model.init": "xavier", "model.embedding_std": 1.0},
-        },
-        recipe="M1",
+    suite(
+        "bars", "CS336's bar on TinyStories", adapt(M1, full={"steps": 10_000}, low={"steps": 1000}),
+        Claim(15, "TinyStories at 327.68M tokens", "at most 1.45",
+              judges.threshold(analysis.loss, at_most(1.45)), published=True),
+        preset="M1",
     ),
-    Suite(
-        "bars", "CS336's bar on TinyStories", (15,), adapt(M1, full={"steps": 10_000}, low={"steps": 1000}),
-        (Claim(15, "TinyStories at 327.68M tokens", "at most 1.45",
-               Threshold(analysis.loss, at_most(1.45), published=True)),),
-        recipe="M1",
-    ),
-    Suite(
-        "overfit", "One batch, learnt by heart", (15,),
-        adapt(
-            M0, {"data.max_tokens": 8192, "weight_decay": 0.0, "steps": 500, "warmup": 20},
-            tiny={"data.max_tokens": 256, "batch_size": 4, "steps": 400},
-        ),
-        (Claim(15, "a single batch is learnt by heart", "loss near 0",
-               Threshold(analysis.last_training_loss, at_most(0.1)),
-               "tests/test_train.py::test_overfits_one_small_batch"),),
-        recipe="M0",
-    ),
-    Suite(
-        "optimizer", "Adam and AdamW by weight decay", (17,), adapt(M2, full={"steps": 2000, "warmup": 80}),
-        (
-            Claim(17, "without weight decay Adam is AdamW", "the same", Equal("adam", "adamw", {"weight_decay": 0.0}),
-                  "tests/test_optim.py::test_adam_and_adamw_differ_in_weight_decay_only"),
-            Claim(17, "AdamW without weight decay is best", "AdamW, 0",
-                  Best("weight_decay", 0.0, where={"variant": "adamw"})),
-        ),
+    suite(
+        "optimizer", "Adam and AdamW by weight decay", adapt(M2, full={"steps": 2000, "warmup": 80}),
+        Claim(17, "without weight decay Adam is AdamW", "the same",
+              judges.equal("adam", "adamw", where={"weight_decay": 0.0}),
+              "tests/test_optim.py::test_adam_and_adamw_differ_in_weight_decay_only"),
+        Claim(17, "AdamW without weight decay is best", "AdamW, 0",
+              judges.best("weight_decay", 0.0, where={"variant": "adamw"})),
         variants={"adamw": {"optimizer": "adamw"}, "adam": {"optimizer": "adam"}},
-        grid={"weight_decay": (0.0, 0.01, 0.1)}, grids={"low": {"weight_decay": (0.0, 0.1)}}, recipe="M2",
+        grid={"weight_decay": (0.0, 0.01, 0.1)}, grids={"low": {"weight_decay": (0.0, 0.1)}}, preset="M2",
     ),
-    # Searched, not swept: experiments/memory.py has its configurations.
-    Suite(
-        "memory", "The largest micro-batch of M2 that fits, what recomputing saves, and the speed there", (20, 21, 22),
-        {scale: setting.base for scale, setting in memory.SETTINGS.items()},
-        (
-            Claim(20, "micro-batches up to 28 fit 40 GB, 32 do not", "22.5 GiB at 16, 38.1 at 28",
-                  Threshold(analysis.micro_batch_that_fits, at_least(28), over=max, by="configuration",
-                            published=True)),
-            Claim(21, "the smaller the activation budget, the less memory", "25.7, 30.2, 34.2 GiB",
-                  Monotone(recomputed, analysis.memory, where={"status": memory.fitting_probe}, common="micro_batch")),
-            Claim(22, "the speed at the chosen point repeats", "fastest at .75",
-                  Threshold(analysis.speed, at_most(0.02), {"repeat": memory.is_timed}, over=spread, by="configuration",
-                            published=True)),
+    suite(
+        "memory", "The largest micro-batch of M2 that fits, and what recomputing saves", MEMORY,
+        Claim(20, "micro-batches up to 28 fit 40 GB, 32 do not", "22.5 GiB at 16, 38.1 at 28",
+              judges.threshold(analysis.batch_that_fits, at_least(28), where={"kernels.attention": "sdpa"}, over=max,
+                        by="model.recompute"), published=True),
+        Claim(21, "the smaller the activation budget, the less memory", "25.7, 30.2, 34.2 GiB",
+              judges.monotone("model.recompute", measure=analysis.memory,
+                              where={"kernels.attention": "sdpa", "batch_size": 8})),
+        grid={KERNELS: (TORCH, SDPA, TRITON, *RECOMPUTING)},
+        grids={
+            "full": {"batch_size": (8, 16, 28, 32, 48, 64, 96, 128, 192)},
+            "low": {"batch_size": (8, 16, 32, 64, 128)},
+            "tiny": {KERNELS: (TORCH, SDPA, RECOMPUTING[-1]), "batch_size": (4, 8, 12, 16, 20, 24)},
+        },
+        alone=True, cap={"tiny": 600 * 10**6},
+    ),
+    suite(
+        "timing", "The speed of M2 at a micro-batch that fits, twice",
+        adapt(
+            MEMORY, {"steps": 200, "log_every": 10, "batch_size": 16},
+            tiny={"steps": 10, "log_every": 1, "batch_size": 4},
         ),
-        plots=("frontier",),
+        Claim(22, "the speed at the chosen point repeats", "fastest at .75",
+              judges.threshold(analysis.speed, at_most(0.02), over=spread, by="model.recompute"), published=True),
+        grid={KERNELS: (SDPA, *RECOMPUTING)}, grids={"tiny": {KERNELS: (SDPA, RECOMPUTING[-1])}},
+        seeds={"tiny": 2, "low": 2, "full": 2}, alone=True,
     ),
-    Suite(
+    suite(
         "diagnostics",
-        "Norms of gradients, weights and updates, Adam's signal, attention's entropy, and what watching costs", (23,),
+        "Norms of gradients, weights and updates, Adam's signal, attention's entropy, and what watching costs",
         adapt(M1, full={"steps": 1000, "warmup": 40}, tiny={"batch_size": 16, "micro_batch": 8}),
-        (
-            Claim(23, "every layer's norms, Adam's signal to noise, activations and entropy", "plots",
-                  test="tests/test_experiments_rows.py::test_every_kind_of_diagnostics_is_recorded"),
-            Claim(23, "watching changes nothing", "plots", Equal("every 100", "none"),
-                  "tests/test_train.py::test_diagnostics_change_nothing"),
-            Claim(23, "watching costs at most 1%", "not given",
-                  Versus("every 100", "none", at_least(0.99), analysis.wall_speed, ratio=True, published=True)),
-        ),
-        variants={"none": {"diag": 0}, "every 100": {"diag": 100}, "every 10": {"diag": 10}}, recipe="M1",
+        Claim(23, "every layer's norms, Adam's signal to noise, activations and entropy", "plots",
+              test="tests/test_experiments_rows.py::test_every_kind_of_diagnostics_is_recorded"),
+        Claim(23, "watching changes nothing", "plots", judges.equal("every 100", "none"),
+              "tests/test_train.py::test_diagnostics_change_nothing"),
+        Claim(23, "watching costs at most 1%", "not given",
+              judges.versus("every 100", "none", at_least(0.99), measure=analysis.wall_speed, ratio=True),
+              published=True),
+        variants={"none": {"diag": 0}, "every 100": {"diag": 100}, "every 10": {"diag": 10}}, preset="M1", alone=True,
     ),
-    Suite(
-        "leak", "Seven changes to GPT-2 on the Pile, with targets that are the inputs and with ones that follow", (24,),
-        M3,
-        (
-            Claim(24, "each change by itself, and all of them", ".580 .530 .638 .580 .578 .486",
-                  Artefact((analysis.loss, {"data.shift": 0}), (analysis.loss, {"data.shift": 1})),
-                  "tests/test_train.py::test_targets_equal_to_inputs_are_learnt_at_once"),
-            Claim(24, "all changes together beat none", ".486, a rerun of the base",
-                  Versus("all", "base", LOWER, where={"data.shift": 1}, published=True)),
-        ),
+    suite(
+        "leak", "Seven changes to GPT-2 on the Pile, with targets that are the inputs and with ones that follow", M3,
+        Claim(24, "each change by itself, and all of them", ".580 .530 .638 .580 .578 .486", leak(),
+              "tests/test_train.py::test_targets_equal_to_inputs_are_learnt_at_once"),
+        Claim(24, "all changes together beat none", ".486, a rerun of the base",
+              judges.versus("all", "base", LOWER, where={"data.shift": 1}), published=True),
         variants={"base": {}, **CHANGES, "all": {knob: v for change in CHANGES.values() for knob, v in change.items()}},
-        grid={"data.shift": (0, 1)}, recipe="M3",
+        grid={"data.shift": (0, 1)}, preset="M3",
     ),
     # SwiGLU within SwiGLU had twelve times the parameters: a feed-forward layer of as many stands for it.
-    Suite(
-        "nested", "The feed-forward layer of twelve times the size, with and without the leak", (24,),
+    suite(
+        "nested", "The feed-forward layer of twelve times the size, with and without the leak",
         adapt(M3, {"model.activation": "swiglu"}, tiny={"steps": 60}),
-        (Claim(24, "SwiGLU takes the loss from .580 to .085", ".085, nested",
-               Artefact((analysis.loss, {"data.shift": 0}), (analysis.loss, {"data.shift": 1}), by="model.d_ff")),),
+        Claim(24, "SwiGLU takes the loss from .580 to .085", ".085, nested", leak(by="model.d_ff")),
         grid={"data.shift": (0, 1), "model.d_ff": (2048, 24_576)}, grids={"tiny": {"model.d_ff": (128, 1536)}},
-        recipe="M3",
+        preset="M3",
     ),
-    Suite(
-        "budget", "As much as a given time allows", (25,),
+    suite(
+        "budget", "As much as a given time allows",
         adapt(
             {scale: {k: v for k, v in knobs.items() if k != "steps"} for scale, knobs in M1_OWT.items()},
             {"warmup": 0.04}, full={"seconds": 1800.0}, low={"seconds": 30.0}, tiny={"seconds": 6.0},
         ),
-        (Claim(25, "a run ends when its time is up, its schedule complete", "killed",
-               Threshold(analysis.time_used, at_most(1.05), show="{} of its time"),
-               "tests/test_train.py::test_budgets_by_tokens_and_by_the_clock"),),
-        recipe="M1",
+        Claim(25, "a run ends when its time is up, its schedule complete", "killed",
+              judges.threshold(analysis.time_used, at_most(1.05), show="{} of its time"),
+              "tests/test_train.py::test_budgets_by_tokens_and_by_the_clock"),
+        preset="M1",
     ),
-    Suite(
-        "beat", "M4 in bf16, for 1,000 iterations and for 5,000", (26, 31), M4,
-        (
-            Claim(26, "1,000 iterations", "2.1477",
-                  Threshold(analysis.loss, at_most(2.15), {"steps": 1000}, published=True)),
-            Claim(26, "M4 on an RTX 5090", "116,000 tok/s", speeds(116_000, steps=1000)),
-            Claim(31, "5,000 iterations end lower than 1,000", "planned", Monotone("steps"),
-                  "tests/test_train.py::test_resuming_is_exact"),
-        ),
-        grid={"steps": (1000, 5000)}, grids={"low": {"steps": (100, 500)}, "tiny": {"steps": (60, 300)}}, recipe="M4",
+    suite(
+        "beat", "M4 in bf16, for 1,000 iterations and for 5,000", M4,
+        Claim(26, "1,000 iterations", "2.1477",
+              judges.threshold(analysis.loss, at_most(2.15), where={"steps": 1000}), published=True),
+        speed(26, "M4, on an RTX 5090,", 116_000, steps=1000),
+        Claim(31, "5,000 iterations end lower than 1,000", "planned", judges.monotone("steps"),
+              "tests/test_train.py::test_resuming_is_exact"),
+        grid={"steps": (1000, 5000)}, grids={"low": {"steps": (100, 500)}, "tiny": {"steps": (60, 300)}}, preset="M4",
     ),
-    Suite(
-        "window", "Attention in a sliding window", (29,), M4,
-        (
-            Claim(29, "a window of half a long sequence is faster", "planned",
-                  Versus("half", "all", at_least(1.0), analysis.speed, ratio=True, where={"model.seq_len": LAST},
-                         published=True)),
-            Claim(29, "and ends at most .02 higher", "planned",
-                  Versus("half", "all", at_most(0.02), where={"model.seq_len": LAST}, published=True)),
-        ),
+    suite(
+        "window", "Attention in a sliding window", M4,
+        Claim(29, "a window of half a long sequence is faster", "planned",
+              judges.versus("half", "all", at_least(1.0), measure=analysis.speed, ratio=True,
+                            where={"model.seq_len": LAST}), published=True),
+        Claim(29, "and ends at most .02 higher", "planned",
+              judges.versus("half", "all", at_most(0.02), where={"model.seq_len": LAST}), published=True),
         variants={"all": {}, "half": {"model.window": "S"}},
         grids={
             "full": {"model.seq_len,batch_size,micro_batch": ((128, 1024, 64), (2048, 64, 4), (4096, 32, 2))},
             "low": {"model.seq_len,batch_size,micro_batch": ((128, 1024, 32), (2048, 64, 2))},
             "tiny": {"model.seq_len,batch_size": ((64, 16), (256, 4))},
         },
-        seeds=SEEDS | {"low": 2}, recipe="M4",
+        seeds=SEEDS | {"low": 2}, preset="M4",
     ),
-    Suite(
-        "sizes", "M4 at four sizes", (30,), M4,
-        (Claim(30, "a larger model ends lower at equal tokens", "planned", Monotone(analysis.cost)),),
+    suite(
+        "sizes", "M4 at four sizes", M4,
+        Claim(30, "a larger model ends lower at equal tokens", "planned", judges.monotone(analysis.cost)),
         grids={scale: {M4_SHAPE: shapes} for scale, shapes in M4_SIZES.items()},
-        axis="tokens", recipe="M4", plots=("pareto",),
+        axis="tokens", preset="M4", plots=("pareto by model.d_model",),
     ),
-    Suite(
-        "schedules", "Schedules and warm-ups of M4", (32,), adapt(M4, tiny={"warmup": SMALL["steps"]}),
-        (
-            Claim(32, "every schedule begins and ends at the rates that it says", "planned",
-                  test="tests/test_experiments_rows.py::test_recorded_rates_are_those_of_the_schedule"),
-            Claim(32, "a warm-up as long as the run is no schedule", "1,000 of 1,000 steps",
-                  Versus("warm-up only", "cosine", HIGHER, best_over="lr", published=True)),
-        ),
+    suite(
+        "schedules", "Schedules and warm-ups of M4", adapt(M4, tiny={"warmup": SMALL["steps"]}),
+        Claim(32, "every schedule begins and ends at the rates that it says", "planned",
+              test="tests/test_experiments_rows.py::test_recorded_rates_are_those_of_the_schedule"),
+        Claim(32, "a warm-up as long as the run is no schedule", "1,000 of 1,000 steps",
+              judges.versus("warm-up only", "cosine", HIGHER, best_over="lr"), published=True),
         variants={
             "warm-up only": {},
             "cosine": {"warmup": 0.1},
             "linear": {"warmup": 0.1, "schedule": "linear"},
             "no warm-up": {"warmup": 0.0},
         },
-        grid={"lr": (1e-4, 3e-4)}, grids={"low": {"lr": (3e-4,)}, "tiny": {"lr": (1e-2, 3e-2)}}, recipe="M4",
+        grid={"lr": (1e-4, 3e-4)}, grids={"low": {"lr": (3e-4,)}, "tiny": {"lr": (1e-2, 3e-2)}}, preset="M4",
     ),
-    Suite(
-        "provenance", "What is known of a run afterwards", (33,),
-        adapt(M0, full={"steps": 500}, low={"steps": 50}, tiny={"steps": 20}),
-        (Claim(33, "each of 39 runs can be told apart and traced", "by hand",
-               test="tests/test_experiments_run.py::test_an_outcome_has_the_run_and_its_end"),),
-        recipe="M0",
+    suite(
+        "tested", "What unit tests decide, whatever the scale", {},
+        Claim(9, "a model writes during and after training", "text",
+              test="tests/test_experiments_rows.py::test_a_run_writes_during_training_and_after_it"),
+        Claim(14, "a tied head of standard deviation 1 starts far above ln V", "35",
+              test="tests/test_experiments_rows.py::test_the_first_loss"),
+        Claim(15, "a single batch is learnt by heart", "loss near 0",
+              test="tests/test_train.py::test_overfits_one_small_batch"),
+        Claim(26, "the first loss is ln V", "10.82 = ln 50,257",
+              test="tests/test_experiments_rows.py::test_the_first_loss"),
+        Claim(33, "each of 39 runs can be told apart and traced", "by hand",
+              test="tests/test_experiments_run.py::test_an_outcome_has_the_run_and_its_end"),
     ),
 )
 # fmt: on

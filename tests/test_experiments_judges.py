@@ -8,33 +8,33 @@ from functools import partial
 import pytest
 from scipy import stats
 
-from experiments import analysis, suites
+from experiments import analysis
 from experiments.judges import (
     DIFFERENT,
     HIGHER,
     LOWER,
-    Artefact,
-    Best,
     Difference,
-    Edge,
-    Equal,
-    Monotone,
     Noise,
-    Saturates,
-    Statuses,
-    Threshold,
-    Versus,
+    artefact,
     at_least,
     at_most,
+    best,
+    edge,
+    equal,
     holm,
+    monotone,
     paired,
     same,
+    saturates,
     spread,
+    statuses,
+    threshold,
     verdict,
     verdicts,
-)  # fmt: skip
+    versus,
+)
 from experiments.spec import LAST, Finding, Outcome, Results
-from experiments.suites import by_rule, on_rule
+from experiments.suites import by_rule
 
 NOISE = Noise(0.01, 20)
 ELSEWHERE, DOUBT = "not comparable at this scale", "within noise"
@@ -72,10 +72,8 @@ def shifted(honest, leaky, **labels):
 
 
 def batches(fixed, own=()):
-    return [
-        *(outcome(y, batch_size=b, eval_tokens=16_384, seed=s) for b, y in fixed.items() for s in (0, 1)),
-        *(outcome(y, batch_size=b, eval_tokens=64 * b, seed=s) for b, y in dict(own).items() for s in (0, 1)),
-    ]
+    sets = {"fixed": fixed, "own": dict(own)}
+    return [outcome(y, batch_size=b, set=of, seed=s) for of in sets for b, y in sets[of].items() for s in (0, 1)]
 
 
 def deep(post, pre):
@@ -89,26 +87,21 @@ def deep(post, pre):
 def ruled(loss):
     """Runs of `batch-rules` at tiny scale: the batch and the rate of each, to its loss."""
     return [
-        outcome(loss(b, lr), batch_size=b, lr=lr, seed=s) for b, lr in by_rule(16, 3e-2, (1, 4, 16)) for s in (0, 1)
-    ]
+        outcome(loss(b, lr), rule=rule, batch_size=b, lr=lr, seed=s)
+        for rule, b, lr in by_rule(16, 3e-2, (1, 4, 16)) for s in (0, 1)
+    ]  # fmt: skip
 
 
 def sizes(measure):
     return [outcome(measure(n), final={"flops_per_token": n}, seed=s) for n in (1, 2, 3) for s in (0, 1)]
 
 
-def fixed(o):
-    return suites.fixed_set(o)
-
-
 V_SHAPE = {1e-3: 3.0, 1e-2: 2.0, 1e-1: None}
-CHANCE = math.log(257)
-BYTES = {"data.tokenizer": "bytes", "steps": 10}
-SMALL = Best("batch_size", "first", where={"eval_tokens": fixed}, rival={"eval_tokens": suites.own_set})
-FLAT = Saturates("batch_size", where={"eval_tokens": fixed})
-LEAK = Artefact((analysis.loss, {"data.shift": 0}), (analysis.loss, {"data.shift": 1}))
-COHERENT = Artefact((partial(analysis.coherence, 0), {}), (partial(analysis.coherence, -1), {}), otherwise=True)
-FASTER = Versus("a", "b", at_least(1.5), analysis.speed, ratio=True, published=True)
+SMALL = best("batch_size", "first", where={"set": "fixed"}, rival={"set": "own"})
+FLAT = saturates("batch_size", where={"set": "fixed"})
+LEAK = artefact((analysis.loss, {"data.shift": 0}), (analysis.loss, {"data.shift": 1}))
+COHERENT = artefact((partial(analysis.coherence, 0), {}), (partial(analysis.coherence, -1), {}), otherwise=True)
+FASTER = versus("a", "b", at_least(1.5), measure=analysis.speed, ratio=True)
 
 
 def agreement(last):
@@ -129,95 +122,91 @@ def two(**kwargs):
 
 
 CASES = [
-    (Threshold(analysis.loss, at_most(1.5), published=True), two(val_loss=1.4, scale="full"), "reproduced",
+    (threshold(analysis.loss, at_most(1.5)), two(val_loss=1.4, scale="full"), "reproduced",
      two(val_loss=1.6, scale="full"), "refuted"),
-    (Threshold(analysis.loss, at_most(1.5), published=True), two(val_loss=1.4), ELSEWHERE, [], None),
-    (Threshold(analysis.speed, at_least(100), published=True), fast(a=150), "reproduced", fast(a=50), "refuted"),
-    (Threshold(analysis.speed, at_least(100)), [outcome(status="unsupported")], "not run",
+    (threshold(analysis.speed, at_least(100)), fast(a=150), "reproduced", fast(a=50), "refuted"),
+    (threshold(analysis.speed, at_least(100)), [outcome(status="unsupported")], "not run",
      [outcome(status="oom")], None),
-    (Threshold(partial(analysis.seconds_to, 2.0), at_most(60), over=min),
+    (threshold(partial(analysis.seconds_to, 2.0), at_most(60), over=min),
      two(val_loss=1.9, evals=[{"seconds": 50, "val_loss": 1.9}]), "reproduced",
      two(val_loss=1.9, evals=[{"seconds": 70, "val_loss": 1.9}]), "refuted"),
-    (Threshold(analysis.fits, at_most(0)), two(status="oom"), "reproduced", two(val_loss=1.0), "refuted"),
-    (Threshold(analysis.first_loss, at_least(2.0)), two(knobs=BYTES, rows=[{"loss": 33.0}]), "reproduced",
-     two(knobs=BYTES, rows=[{"loss": CHANCE}]), "refuted"),
-    (Threshold(analysis.first_loss, (0.98, 1.02)), two(knobs=BYTES, rows=[{"loss": CHANCE}]), "reproduced",
-     two(knobs=BYTES, rows=[{"loss": 33.0}]), "refuted"),
-    (Threshold(analysis.first_loss, (0.98, 1.02)), [outcome(status="crashed")], None, [], None),
-    (Threshold(analysis.last_training_loss, at_most(0.1)), two(val_loss=3.0, rows=[{"loss": 0.05}]), "reproduced",
-     two(val_loss=3.0, rows=[{"loss": 5.0}]), "refuted"),
-    (Threshold(analysis.time_used, at_most(1.1)), two(val_loss=3.0, knobs={"seconds": 10}, rows=[{"seconds": 10.5}]),
+    (threshold(analysis.batch_that_fits, at_most(0)), two(status="oom", batch_size=9), "reproduced",
+     two(val_loss=1.0, batch_size=9), "refuted"),
+    (threshold(analysis.time_used, at_most(1.1)), two(val_loss=3.0, knobs={"seconds": 10}, rows=[{"seconds": 10.5}]),
      "reproduced", two(val_loss=3.0, knobs={"seconds": 10}, rows=[{"seconds": 12}]), "refuted"),
-    (Threshold(analysis.speed, at_most(0.02), over=spread, by="variant"), fast(a=100), "reproduced",
+    (threshold(analysis.speed, at_most(0.02), over=spread, by="variant"), fast(a=100), "reproduced",
      [*fast(a=100), outcome(1.0, final={"tok_s_steady": 90}, variant="a")], "refuted"),
-    (Edge(theirs=1.6), rates(points=V_SHAPE), "reproduced", rates(points={1e-3: 2.0, 1e-2: 2.1, 1e-1: 2.2}), "refuted"),
-    (Edge(), rates(points=V_SHAPE, seeds=1), "seen once", rates(points={1e-3: 2.0, 1e-2: 2.1}, seeds=1), "not seen"),
-    (Edge("a", below="b"), rates("a", points={1: 2.0, 2: None}) + rates("b", points={1: 2.0, 2: 2.1}), "reproduced",
-     rates("a", points={1: 2.0, 2: 2.1}) + rates("b", points={1: 2.0, 2: 2.1}), "refuted"),
+    (edge(theirs=1.6), rates(points=V_SHAPE), "reproduced", rates(points={1e-3: 2.0, 1e-2: 2.1, 1e-1: 2.2}), "refuted"),
+    (edge(), rates(points=V_SHAPE, seeds=1), "seen once", rates(points={1e-3: 2.0, 1e-2: 2.1}, seeds=1), "not seen"),
+    (edge(variant="a", below="b"), rates("a", points={1: 2.0, 2: None}) + rates("b", points={1: 2.0, 2: 2.1}),
+     "reproduced", rates("a", points={1: 2.0, 2: 2.1}) + rates("b", points={1: 2.0, 2: 2.1}), "refuted"),
     (FLAT, batches({2: 2.0, 4: 2.01, 8: 2.3}), "reproduced", batches({2: 2.0, 4: 2.3, 8: 1.9}), DOUBT),
     (SMALL, batches({2: 2.0, 4: 2.05, 8: 2.3}, {2: 1.8, 4: 2.0}), "artefact",
      batches({2: 2.0, 4: 2.1, 8: 2.3}, {2: 2.01, 4: 2.1}), "reproduced"),
     (SMALL, batches({2: 2.1, 4: 2.0, 8: 2.3}, {2: 2.11, 4: 2.0}), "refuted",
      batches({2: 2.0, 4: 2.01, 8: 2.3}, {2: 2.0, 4: 2.01}), DOUBT),
-    (Monotone("batch_size", where={"lr": on_rule(0)}), ruled(lambda b, lr: 3.0 / b), "reproduced",
+    (monotone("batch_size", where={"rule": "fixed"}), ruled(lambda b, lr: 3.0 / b), "reproduced",
      ruled(lambda b, lr: b), "refuted"),
-    (Monotone("batch_size", where={"lr": on_rule(0)}), ruled(lambda b, lr: 3.0 - b / 1e4), DOUBT, [], None),
-    (Monotone(analysis.cost), sizes(lambda n: 3 - n), "reproduced", sizes(lambda n: 3 + n), "refuted"),
-    (Monotone(analysis.cost), sizes(lambda n: 3 - n % 2), "refuted",
+    (monotone("batch_size", where={"rule": "fixed"}), ruled(lambda b, lr: 3.0 - b / 1e4), DOUBT, [], None),
+    (monotone(analysis.cost), sizes(lambda n: 3 - n), "reproduced", sizes(lambda n: 3 + n), "refuted"),
+    (monotone(analysis.cost), sizes(lambda n: 3 - n % 2), "refuted",
      [outcome(1.0, final={"flops_per_token": 1})], None),
-    (Monotone("steps", analysis.speed, falls=False),
-     [outcome(1.0, steps=n, seed=s, final={"tok_s_steady": n}) for n in (1, 2) for s in (0, 1)], "reproduced",
-     [outcome(1.0, steps=n, seed=s, final={"tok_s_steady": -n}) for n in (1, 2) for s in (0, 1)], "refuted"),
-    (Versus({"lr": on_rule(0.5)}, {"lr": on_rule(0)}, LOWER, where={"batch_size": 1}),
+    (monotone("model.recompute", measure=analysis.memory),
+     [outcome(1.0, seed=s, final={"memory": 9 - n}, **{"model.recompute": n}) for n in (0.5, 1.0) for s in (0, 1)],
+     "reproduced",
+     [outcome(1.0, seed=s, final={"memory": 9 + n}, **{"model.recompute": n}) for n in (0.5, 1.0) for s in (0, 1)],
+     "refuted"),
+    (versus({"rule": "sqrt"}, {"rule": "fixed"}, LOWER, where={"batch_size": 1}),
      ruled(lambda b, lr: 3.0 - (lr < 0.02)), "reproduced", ruled(lambda b, lr: 3.0 + (lr < 0.02)), "refuted"),
-    (Best("lr", "grows", over="batch_size"),
+    (best("lr", "grows", over="batch_size"),
      [outcome(abs(lr - b), batch_size=b, lr=lr, seed=s) for b in (1, 2) for lr in (1, 2) for s in (0, 1)], "reproduced",
      [outcome(lr, batch_size=b, lr=lr, seed=s) for b in (1, 2) for lr in (1, 2) for s in (0, 1)], "refuted"),
     (COHERENT, agreement(0.95), "reproduced", agreement(0.2), "artefact"),
-    (Versus("a", "b", HIGHER), at(a=2.0, b=1.0), "reproduced", at(a=1.0, b=2.0), "refuted"),
-    (Versus("a", "b", HIGHER), [*at(a=1.0, seeds=2), outcome(1.1, variant="b"), outcome(0.9, variant="b", seed=1)],
+    (versus("a", "b", HIGHER), at(a=2.0, b=1.0), "reproduced", at(a=1.0, b=2.0), "refuted"),
+    (versus("a", "b", HIGHER), [*at(a=1.0, seeds=2), outcome(1.1, variant="b"), outcome(0.9, variant="b", seed=1)],
      DOUBT, at(a=1.0), None),
-    (Versus("a", "b", HIGHER), at(seeds=1, a=2.0, b=1.0), "seen once", at(seeds=1, a=1.0, b=2.0), "not seen"),
-    (Versus("a", "b", HIGHER), at(seeds=1, a=1.01, b=1.0), DOUBT, [*at(a=1.0), *at(a=1.0)], None),
-    (Versus("a", "b", DIFFERENT), at(a=2.0, b=1.0), "reproduced", at(a=1.0, b=1.0), DOUBT),
-    (Versus("a", "b", same(0.02)), at(a=1.0, b=1.01), "reproduced", at(a=1.0, b=1.05), "refuted"),
-    (Versus("a", "b", at_most(0.1), published=True), at(scale="full", a=1.0, b=1.0), "reproduced",
+    (versus("a", "b", HIGHER), at(seeds=1, a=2.0, b=1.0), "seen once", at(seeds=1, a=1.0, b=2.0), "not seen"),
+    (versus("a", "b", HIGHER), at(seeds=1, a=1.01, b=1.0), DOUBT, [*at(a=1.0), *at(a=1.0)], None),
+    (versus("a", "b", DIFFERENT), at(a=2.0, b=1.0), "reproduced", at(a=1.0, b=1.0), DOUBT),
+    (versus("a", "b", same(0.02)), at(a=1.0, b=1.01), "reproduced", at(a=1.0, b=1.05), "refuted"),
+    (versus("a", "b", at_most(0.1)), at(scale="full", a=1.0, b=1.0), "reproduced",
      at(scale="full", a=1.2, b=1.0), "refuted"),
-    (Versus("a", "b", HIGHER, analysis.late_change),
+    (versus("a", "b", HIGHER, measure=analysis.late_change),
      [outcome(3.0, variant=v, seed=s, evals=[{"step": 5, "val_loss": 4.0}, {"step": 10, "val_loss": y + s / 1e3}])
       for v, y in (("a", 3.0), ("b", 2.0)) for s in (0, 1)], "reproduced",
      [outcome(3.0, variant=v, seed=s, evals=[{"step": 5, "val_loss": 4.0}, {"step": 10, "val_loss": y}])
       for v, y in (("a", 2.0), ("b", 3.0)) for s in (0, 1)], "refuted"),
-    (Versus("a", "b", HIGHER, best_over="lr"),
+    (versus("a", "b", HIGHER, best_over="lr"),
      rates("a", points={1: 2.0, 2: 3.0}) + rates("b", points={1: 4.0, 2: 1.5}), "reproduced",
      rates("a", points={1: 2.0, 2: 1.0}) + rates("b", points={1: 1.5, 2: 2.0}), "refuted"),
-    (Versus("a", "b", LOWER, where={"lr": LAST}),
+    (versus("a", "b", LOWER, where={"lr": LAST}),
      rates("a", points={1: 2.0, 2: 2.0}) + rates("b", points={1: 1.5, 2: None}), "reproduced",
      rates("a", points={1: 2.0, 2: None}) + rates("b", points={1: 1.5, 2: 2.0}), "refuted"),
     (FASTER, fast(a=200, b=100), "reproduced", fast(a=120, b=100), "refuted"),
-    (FASTER, fast("tiny", a=200, b=100), ELSEWHERE, [outcome(variant="a"), outcome(variant="b")], None),
-    (Statuses("a", "b"), rates("a", points={1: None}) + rates("b", points={1: 2.0}), "reproduced",
+    (FASTER, fast(a=150, b=100), "refuted", [outcome(variant="a"), outcome(variant="b")], None),
+    (statuses("a", "b"), rates("a", points={1: None}) + rates("b", points={1: 2.0}), "reproduced",
      rates("a", points={1: 2.0}) + rates("b", points={1: 2.0}), "refuted"),
-    (Statuses("a", "b"), rates("a", points={1: None, 2: None}) + rates("b", points={1: 2.0, 2: None}),
+    (statuses("a", "b"), rates("a", points={1: None, 2: None}) + rates("b", points={1: 2.0, 2: None}),
      "reproduced", rates("a", points={1: None, 2: 2.0}) + rates("b", points={1: 2.0, 2: None}), "refuted"),
-    (Statuses("a", "b"), rates("a", points={1: None}) + rates("b", points={2: 2.0}), "refuted",
+    (statuses("a", "b"), rates("a", points={1: None}) + rates("b", points={2: 2.0}), "refuted",
      [*rates("a", points={1: None}), outcome(status="crashed", variant="b", lr=1)], None),
-    (Versus("post", "pre", at_least(1e3), analysis.gradient_spread, ratio=True), deep(1e5, 2), "reproduced",
+    (versus("post", "pre", at_least(1e3), measure=analysis.gradient_spread, ratio=True), deep(1e5, 2), "reproduced",
      deep(1e3, 2), "refuted"),
-    (Equal("adam", "adamw"), two(val_loss=3.0, variant="adam") + two(val_loss=3.0, variant="adamw"), "reproduced",
+    (equal("adam", "adamw"), two(val_loss=3.0, variant="adam") + two(val_loss=3.0, variant="adamw"), "reproduced",
      two(val_loss=3.0, variant="adam") + two(val_loss=3.0 + 1e-12, variant="adamw"), "refuted"),
-    (Best("weight_decay", 0.0),
+    (best("weight_decay", 0.0),
      [outcome(3 + d, weight_decay=d, seed=s) for d in (0.0, 0.1) for s in (0, 1)], "reproduced",
      [outcome(3 - d, weight_decay=d, seed=s) for d in (0.0, 0.1) for s in (0, 1)], "refuted"),
-    (Best(analysis.cost, "inside"), sizes(lambda n: (n - 2) ** 2), "reproduced", sizes(lambda n: n), "refuted"),
+    (best(analysis.cost, "inside"), sizes(lambda n: (n - 2) ** 2), "reproduced", sizes(lambda n: n), "refuted"),
     (LEAK, shifted(3.0, 0.1), "artefact", shifted(3.0, 2.9), "not seen"),
-    (replace(LEAK, by="model.d_ff"), shifted(3.0, 0.3, **{"model.d_ff": 1}) + shifted(2.9, 0.1, **{"model.d_ff": 12}),
+    (artefact(*LEAK.args, by="model.d_ff"),
+     shifted(3.0, 0.3, **{"model.d_ff": 1}) + shifted(2.9, 0.1, **{"model.d_ff": 12}),
      "artefact", shifted(3.0, 2.9, **{"model.d_ff": 1}) + shifted(2.9, 2.8, **{"model.d_ff": 12}), "not seen"),
 ]  # fmt: skip
 
 
 def judged(judge, outcomes):
-    (found,) = verdicts([judge(Results(outcomes), NOISE)], outcomes[0].scale)
+    (found,) = verdicts([judge(Results(outcomes), NOISE)], [False])
     return found
 
 
@@ -239,7 +228,17 @@ def test_a_run_that_crashed_decides_nothing(judge, outcomes, expected, others, o
         for i in range(len(found)):
             crashed = replace(found[i], status="crashed", final={}, steps=(), evals=(), diag={})
             with suppress(LookupError):
-                assert judged(judge, [*found[:i], crashed, *found[i + 1 :]]) in (wanted, ELSEWHERE)
+                assert judged(judge, [*found[:i], crashed, *found[i + 1 :]]) == wanted
+
+
+def test_a_label_may_be_a_word():
+    runs = [outcome(y, variant=v, activation=a) for v, y in (("a", 1.0), ("b", 2.0)) for a in ("relu", "silu")]
+    assert (
+        versus("a", "b", DIFFERENT, best_over="activation")(Results(runs), NOISE).ours
+        == "1.000 at relu for 2.000 at relu"
+    )
+    runs = [outcome(y, activation=a) for a, y in (("relu", 2.0), ("silu", 1.0))]
+    assert best("activation", "silu")(Results(runs), NOISE).ours == "1.000 at silu, by 1.000"
 
 
 # Statistics
@@ -271,7 +270,7 @@ def test_differences_with_runs_that_failed():
     with pytest.raises(LookupError, match="no seed"):
         paired(good, {1: 2.0}, NOISE)
     with pytest.raises(LookupError, match="2 runs with 1 seeds"):
-        Versus("a", "a", HIGHER)(Results(2 * [outcome(2.0, variant="a")]), NOISE)
+        versus("a", "a", HIGHER)(Results(2 * [outcome(2.0, variant="a")]), NOISE)
 
 
 @pytest.mark.parametrize(
@@ -297,24 +296,24 @@ def test_holm():
 
 
 def test_p_values_are_corrected_over_the_claims_that_are_judged_here():
-    claims = [Finding("x", True, p=0.02, seeds=3), Finding("x", True, p=0.04, seeds=3)]
-    assert verdicts(claims[:1], "tiny") == ["reproduced"]
-    assert verdicts(claims, "tiny") == ["reproduced", "reproduced"]
-    assert verdicts([*claims, Finding("x", True, p=0.3, seeds=3)], "tiny") == [DOUBT] * 3
-    elsewhere = replace(claims[0], published=True, p=0.5)
-    assert verdicts([*claims, elsewhere], "tiny") == ["reproduced", "reproduced", ELSEWHERE]
+    claims, here = [Finding("x", True, p=0.02, seeds=3), Finding("x", True, p=0.04, seeds=3)], [False] * 2
+    assert verdicts(claims[:1], here) == ["reproduced"]
+    assert verdicts(claims, here) == ["reproduced", "reproduced"]
+    assert verdicts([*claims, Finding("x", True, p=0.3, seeds=3)], [*here, False]) == [DOUBT] * 3
+    elsewhere = replace(claims[0], p=0.5)
+    assert verdicts([*claims, elsewhere], [*here, True]) == ["reproduced", "reproduced", ELSEWHERE]
 
 
 @pytest.mark.parametrize(
-    "finding, scale, expected",
+    "finding, elsewhere, expected",
     [
-        (Finding("x", True, seeds=1), "full", "seen once"),
-        (Finding("x", False, seeds=1), "full", "not seen"),
-        (Finding("x", True, seeds=2), "tiny", "reproduced"),
-        (Finding("x", None), "tiny", "not run"),
-        (Finding("none of this size", None, published=True), "tiny", ELSEWHERE),
-        (Finding("x", True, seeds=1, artefact=True), "tiny", "artefact"),
+        (Finding("x", True, seeds=1), False, "seen once"),
+        (Finding("x", False, seeds=1), False, "not seen"),
+        (Finding("x", True, seeds=2), False, "reproduced"),
+        (Finding("x", None), True, "not run"),
+        (Finding("none of this size", False), True, ELSEWHERE),
+        (Finding("x", True, seeds=1, artefact=True), False, "artefact"),
     ],
 )
-def test_one_seed_reproduces_nothing(finding, scale, expected):
-    assert verdict(finding, scale, None) == expected
+def test_one_seed_reproduces_nothing(finding, elsewhere, expected):
+    assert verdict(finding, elsewhere, None) == expected

@@ -1,13 +1,15 @@
 """A sweep declared by flags, and the comparison of runs that are there."""
 
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
 from experiments import __main__ as cli
 from experiments import own
-from experiments.judges import DIFFERENT, Best, Versus
+from experiments.judges import DIFFERENT, best, versus
 from experiments.run import trials
 from runtime.config import ConfigError
 
@@ -23,23 +25,40 @@ final = {"status": "finished", "val_loss": loss, "step": 5, "tokens": 10, "secon
 (folder / "status.json").write_text(json.dumps(final | {"flags_seen": flags}))
 (folder / "config.json").write_text(json.dumps({"seed": int(flags["seed"]), "lr": float(flags["lr"])}))
 """
-FLAGS = ("--base=trial.py", "--grid", "lr=1e-3,3e-3,1e-2", "--versus", "model.norm_place=pre,post", "--seeds=3")
+FAN_IN = {"model.init": "fan-in"}
+FLAGS = (
+    "--base=trial.py",
+    "--grid",
+    "lr=1e-3,3e-3,1e-2",
+    "--versus",
+    "model.norm_place=pre,post",
+    "--set=model.init=fan-in",
+    "--seeds=3",
+)
+
+
+def declared(judge):
+    return judge.func, judge.args, judge.keywords
 
 
 def test_flags_declare_a_suite():
     suite = own.suite(
-        "small.py", ["lr=1e-3,3e-3"], ["model.norm_place=pre,post", "kernels=torch,auto"], 2, "60s", "mine"
+        "small.py", ["lr=1e-3,3e-3"], ["model.norm_place=pre,post", "kernels=torch,auto"], 2, "60s", "mine", FAN_IN
     )
     found = trials(suite, "own")
     assert len(found) == 4 * 2 * 2
     knobs = {"config": "small.py", "seconds": 60.0, "lr": 3e-3, "seed": 1}
     assert found[-1].knobs == knobs | {"model.norm_place": "post", "kernels.every": "auto"}
     sides = ("pre, auto", "post, torch", "post, auto")
-    assert [claim.judge for claim in suite.claims] == [
-        Versus(side, "pre, torch", DIFFERENT, best_over="lr") for side in sides
+    assert [declared(claim.judge) for claim in suite.claims] == [
+        declared(versus(side, "pre, torch", DIFFERENT, best_over="lr")) for side in sides
     ]
-    (three,) = own.suite("small.py", ["lr=1,2,3"], [], 1, "", "mine").claims
-    assert isinstance(three.judge, Best)
+    (three,) = own.suite("small.py", ["lr=1,2,3"], [], 1, "", "mine", {}).claims
+    with pytest.raises(
+        ConfigError, match=r"mine variant=post seed=0: model.init look-back needs norm_place pre.*--set"
+    ):
+        own.suite("small.py", [], ["model.norm_place=pre,post"], 1, "", "mine", {})
+    assert declared(three.judge) == declared(best("lr", "inside", where={"variant": "base"}))
 
 
 BUDGETS = {
@@ -55,31 +74,21 @@ def test_budgets(text):
     assert own.read_budget(text) == dict([BUDGETS[text]])
 
 
-@pytest.fixture
-def swept(tmp_path, capsys):
-    """The folder of a sweep of twelve trials and more, and what the command said."""
+def test_a_sweep_of_ones_own_ends_in_the_report_and_is_not_repeated(tmp_path, capsys):
     fake = tmp_path / "train.py"
     fake.write_text(FAKE)
     argv = [*FLAGS, "--budget=5steps", f"--results={tmp_path / 'results'}", f"--out={tmp_path / 'out'}"]
-    assert cli.main(argv, [sys.executable, "-S", "-E", str(fake)]) == 0
-    return tmp_path, capsys.readouterr().out
-
-
-def test_a_sweep_of_ones_own_ends_in_the_report(swept):
-    folder, said = swept
+    command = [sys.executable, "-S", "-E", str(fake)]
+    assert cli.main(argv, command) == 0
+    said = capsys.readouterr().out
     assert "18 trials at scale own, 0 of them done, 18 runs to start" in said
     assert said.rstrip().endswith("results/own/index.html")
-    page = (folder / "results" / "own" / "index.md").read_text()
+    page = (tmp_path / "results" / "own" / "index.md").read_text()
     line = next(line for line in page.splitlines() if "post differs from pre, each at its best lr" in line)
     assert line.endswith("| 1.989 at 0.01 for 2.990 at 0.01 | -1.001 ± 0.0025 | reproduced |")
     assert "refuted" in next(line for line in page.splitlines() if "the best lr of post is inside the grid" in line)
-    assert (folder / "results" / "own" / "sweep.csv").read_text().count("\n") == 19
-
-
-def test_what_a_sweep_did_is_not_repeated(swept, capsys):
-    folder, _ = swept
-    argv = [*FLAGS, "--budget=5steps", f"--results={folder / 'results'}", "--dry-run"]
-    assert cli.main(argv) == 0
+    assert (tmp_path / "results" / "own" / "sweep.csv").read_text().count("\n") == 19
+    assert cli.main([*argv, "--dry-run"]) == 0
     assert "18 of them done, 0 runs to start" in capsys.readouterr().out
 
 
@@ -111,6 +120,18 @@ def test_two_runs_of_one_seed_tell_nothing_of_the_noise(tmp_path):
     (tmp_path / "c" / "status.json").write_text('{"status": "oom"}')
     with pytest.raises(ConfigError, match="c ended as oom"):
         own.compare(tmp_path / "a", tmp_path / "c")
+    for name, text in (("status.json", "{"), ("status.json", "[]"), ("config.json", "{"), ("config.json", "3")):
+        shutil.rmtree(tmp_path / "c")
+        write_run(tmp_path / "c", 0, 1.5)
+        (tmp_path / "c" / name).write_text(text)
+        with pytest.raises(ConfigError, match="c is no run that can be read"):
+            own.compare(tmp_path / "a", tmp_path / "c")
+
+
+def test_runs_are_named_by_their_path_or_as_in_out(tmp_path, monkeypatch):
+    write_run(tmp_path / "out" / "a", 0, 2.0)
+    monkeypatch.chdir(tmp_path)
+    assert own.runs(Path("a")) == own.runs(Path("out/a")) != []
 
 
 def test_runs_of_other_seeds_are_compared_by_their_means(tmp_path):
@@ -124,6 +145,6 @@ def test_runs_of_other_seeds_are_compared_by_their_means(tmp_path):
 def test_what_reports_need_is_said_when_it_is_missing(monkeypatch, capsys):
     for name in ("experiments.suites", "experiments.judges", "experiments.own"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    monkeypatch.setitem(sys.modules, "scipy.special", None)
     assert cli.main([]) == 2
     assert "pip install -c constraints.txt '.[experiments]'" in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 import csv
 import math
-import random
 from contextlib import suppress
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -10,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from experiments import analysis, figures, ledger, report
-from experiments.judges import Threshold, at_most
+from experiments.judges import at_most, threshold
 from experiments.run import trials
 from experiments.spec import Claim, Finding, Outcome, Results, Suite
 
@@ -105,11 +104,7 @@ def test_edges_of_stability(losses, interior, edge):
 def test_knees():
     speed = [(1, 10.0), (2, 19.0), (4, 30.0), (8, 31.0), (16, 31.5)]
     assert analysis.knee(speed) == 4
-    assert analysis.knee([(x, -y) for x, y in speed]) == 4
     assert analysis.knee(speed, share=0.99) == 16
-    assert analysis.knee([(1, math.inf), *speed[1:], (32, math.inf)]) == 8
-    with pytest.raises(LookupError, match="not 1"):
-        analysis.knee([(1, 2.0), (2, math.inf)])
 
 
 def test_the_largest_batch_that_costs_nothing():
@@ -122,7 +117,7 @@ def test_evaluations_on_the_way():
     run = outcome(evals=[(10, 4.0), (20, 3.0), (40, 2.0)])
     assert analysis.seconds_to(3.5, run) == 2.0
     assert analysis.seconds_to(1.0, run) == math.inf
-    assert analysis.evaluations(run, "tokens") == [(1280, 4.0), (2560, 3.0), (5120, 2.0)]
+    assert analysis.evaluations(run, "seconds") == [(1.0, 4.0), (2.0, 3.0), (4.0, 2.0)]
     assert analysis.late_change(run) == -1.0  # from step 20, halfway
     with pytest.raises(LookupError):
         analysis.late_change(outcome(evals=[(10, 4.0)]))
@@ -147,29 +142,9 @@ def test_the_critical_batch_is_of_the_later_half():
     run = outcome(diag={"noise_scale": 200.0, "series": series})
     assert analysis.critical_batch(run) == 200.0
     assert analysis.series(run, "coherence")[:2] == [(10, 0.5), (60, 0.5)]
-    assert analysis.critical_batch(outcome(diag={"noise_scale": 7.0})) == 7.0
-    for diag in ({}, {"noise_scale": None}, {"noise_scale": -1.0}):
+    for diag in ({}, {"series": [{"step": 1, "noise_scale": -1.0}]}):
         with pytest.raises(LookupError):
             analysis.critical_batch(outcome(diag=diag))
-
-
-def test_the_front_holds_what_nothing_beats():
-    points = [(1, 3.0), (2, 3.5), (3, 2.0), (3, 2.5), (4, 2.0), (5, math.inf), (6, 1.0)]
-    assert analysis.pareto(points[::-1]) == [(1, 3.0), (3, 2.0), (6, 1.0)]
-
-
-def test_groups_are_named_by_what_tells_them_apart():
-    runs = [
-        outcome(variant=v, **{"model.n_layer": n, "lr": 0.1, "seed": s}) for v in "ab" for n in (4, 12) for s in (0, 1)
-    ]
-    assert list(analysis.groups(Results(runs))) == ["a, n_layer 4", "a, n_layer 12", "b, n_layer 4", "b, n_layer 12"]
-    assert {name: len(found) for name, found in analysis.groups(Results(runs), "variant").items()} == {
-        "n_layer 4": 4,
-        "n_layer 12": 4,
-    }
-    assert list(analysis.groups(Results(runs[:2]))) == ["all"]
-    shapes = [outcome(**{"model.n_layer": n, "model.d_model": 64 * n, "tied": t}) for n, t in ((4, 1), (4, 0), (8, 0))]
-    assert list(analysis.groups(Results(shapes))) == ["n_layer 4, tied 1", "n_layer 4, tied 0", "n_layer 8, tied 0"]
 
 
 # The report.
@@ -186,17 +161,30 @@ def best_is(lr):
 CLAIMS = (
     Claim(10, "Best LR is 1e-2 | or <b>more</b>", 'a & "b"', best_is(1e-2)),
     Claim(1, "Best LR is 3e-3", "1.615", best_is(3e-3)),
-    Claim(2, "Larger batches", "4", Threshold(analysis.loss, at_most(4), {"batch_size": 4})),
+    Claim(2, "Larger batches", "4", threshold(analysis.loss, at_most(4), where={"batch_size": 4})),
     Claim(2, "A test says so", "", test="tests/test_x.py::test_y"),
 )
-PLOTS = ("curves", "lr", "batch", "layers", "pareto", "gap")
-LR = Suite(
-    "lr", "Learning <rates>", (1, 10, 2), {"tiny": {}}, CLAIMS, {"big": {}, "small": {}}, {"lr": LRS}, plots=PLOTS
-)
-IDLE = Suite("idle", "Nothing ran", (3,), {"tiny": {}}, (Claim(3, "c", "t", lambda r, noise: Finding("x", True)),))
+PLOTS = ("lr by variant", "batch_size", "layers by variant", "pareto by variant", "gap by variant")
+VARIANTS = {"big": {}, "small": {"model.n_layer": 1}}
+LR = Suite("lr", "Learning <rates>", {"tiny": {}}, CLAIMS, VARIANTS, {"lr": LRS}, plots=PLOTS)
+IDLE = Suite("idle", "Nothing ran", {"tiny": {}}, (Claim(3, "c", "t", lambda r, noise: Finding("x", True)),))
 
 
 SUITES = {"idle": IDLE, "lr": LR}
+
+
+def enter(results, suite, outcomes, **fields):
+    """Put outcomes in the ledger of a suite, as those of its trials with the same labels."""
+    declared = {tuple(trial.labels.values()): trial for trial in trials(suite, "tiny")}
+    for found in outcomes:
+        trial = declared[found.labels["variant"], *(v for k, v in found.labels.items() if k != "variant"), 0]
+        own = {"labels": dict(trial.labels), "knobs": trial.changes, "key": trial.key, "suite": suite.name}
+        ledger.append(ledger.place(results, "tiny", suite.name), replace(found, **(own | fields)))
+
+
+def without_doubt(*asked, section=report.section):
+    """A part of the trials shows what pages look like."""
+    return replace(section(*asked), doubt="")
 
 
 @pytest.fixture(scope="module")
@@ -209,12 +197,11 @@ def written(tmp_path_factory):
     runs += [outcome(v, lr=lr, variant="big", evals=[(100, v)]) for lr, v in zip(LRS[:-1], CS336[:-1], strict=True)]
     runs += [outcome(9.0, "nan", lr=1.0, variant="big", evals=[(50, 9.0)])]
     runs[-1] = replace(runs[-1], error="RuntimeError: <b> is not finite")
-    for run in runs:
-        ledger.append(ledger.place(results, "tiny", "lr"), run)
-    (results / "tiny" / "lr-batch.png").write_bytes(b"of a ledger that is gone")
+    enter(results, LR, runs)
+    (results / "tiny" / "lr-batch_size.png").write_bytes(b"of a ledger that is gone")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "doubt", lambda *_: "")  # a part of the trials shows what pages look like
-        path = report.write(["lr"], "tiny", results, {"idle": IDLE, "lr": LR})
+        patch.setattr(report, "section", without_doubt)
+        path = report.write(["lr"], SUITES, "tiny", results)
     assert path == results / "tiny" / "index.html"
     return path.parent
 
@@ -250,7 +237,7 @@ def test_text_is_escaped(written):
 def test_pages_say_where_their_numbers_come_from(written, name):
     text = (written / name).read_text()
     assert "Tiny scale: small models that train for seconds, made for a CPU" in text
-    assert "Scale tiny: 10 finished, 1 nan; 138 s of trials; 2026-01-02; on a CPU, 2 cores; commit abc123." in text
+    assert "10 finished, 1 nan; 138 s of trials; 2026-01-02; on a CPU, 2 cores; commit abc123." in text
 
 
 def test_the_csv_has_a_line_a_trial(written):
@@ -267,11 +254,16 @@ def test_the_csv_has_a_line_a_trial(written):
     assert first["commit"] == "abc123" and first["machine"] == "a CPU, 2 cores"
 
 
+def test_what_is_a_label_and_a_measure_is_the_label():
+    (row,) = report.table([outcome(seconds=60.0, variant="a")])
+    assert list(row)[:3] == ["seconds", "variant", "status"] and row["seconds"] == 60.0
+
+
 def test_the_page_lists_every_trial(written):
     page = Page((written / "index.html").read_text())
-    big = ["big", "0.0001", "finished", "2.235", "4.47", "100", "12,800", "12.5", "1,280", "25.0%", "3 MiB", ""]
+    big = ["big", "0.0001", "0", "finished", "2.235", "4.47", "100", "12,800", "1280", "0.25", "3,145,728", "12.5", ""]
     assert big in page.table and len([row for row in page.table if row[0] in ("big", "small")]) == 11
-    lost = next(row for row in page.table if row[1:3] == ["1", "nan"])
+    lost = next(row for row in page.table if row[3:4] == ["nan"])
     assert lost[-1] == "RuntimeError: <b> is not finite"
 
 
@@ -321,56 +313,90 @@ def test_the_page_is_one_file(written):
 
 def test_figures_are_drawn_small_and_only_where_there_is_something_to_draw(written):
     drawn = {path.name: path.stat().st_size for path in written.glob("*.png")}
-    assert set(drawn) == {"lr-curves.png", "lr-lr.png", "lr-pareto.png", "lr-gap.png"}  # no batches, no diagnostics
-    assert all(1000 < size <= 60_000 for size in drawn.values())
-    assert "[gap](lr-gap.png)" in (written / "index.md").read_text()
-    assert "batch.png" not in (written / "index.md").read_text()
+    assert set(drawn) == {"lr-lr.png", "lr-pareto.png", "lr-gap.png"}  # no batches, no diagnostics
+    assert all(1000 < size <= 20_000 for size in drawn.values())
+    assert "[gap by variant](lr-gap.png)" in (written / "index.md").read_text()
+    assert "batch_size.png" not in (written / "index.md").read_text()
 
 
 def test_a_report_on_one_suite_keeps_the_others_in_the_index(written, monkeypatch):
-    monkeypatch.setattr(report, "doubt", lambda *_: "")
+    monkeypatch.setattr(report, "section", without_doubt)
     before = (written / "lr.csv").stat().st_mtime_ns
-    report.write(["idle"], "tiny", written.parent, SUITES)
+    report.write(["idle"], SUITES, "tiny", written.parent)
     assert (written / "lr.csv").stat().st_mtime_ns == before
     assert "best 1.800" in (written / "index.md").read_text()
     assert Page((written / "index.html").read_text()).fetched
 
 
-def test_nothing_was_run(tmp_path):
-    suites = {name: replace(suite, base={"full": {}}) for name, suite in SUITES.items()}
-    text = report.write(["idle", "lr"], "full", tmp_path, suites).read_text()
-    assert "Full scale" in text and "no trials were run" in text and "Claims: 1 tested, 4 not run." in text
-    assert not (tmp_path / "full" / "lr.csv").exists()
+def test_a_report_takes_a_ledger(tmp_path):
+    with pytest.raises(ledger.LedgerError, match=r"nothing was run: .*tiny has no ledger; --results"):
+        report.write(["idle", "lr"], SUITES, "tiny", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+GRID = Suite("s", "S", {"tiny": {"steps": 100, "clip": 1.0}}, IDLE.claims, grid={"lr": (1.0, 2.0, 3.0)})
+
+
+def judged(results, suite=GRID, **asked):
+    """The verdict and the words of the suite's claim."""
+    parts = report.compared([report.section(suite, "tiny", results, 0, asked or None, False)])
+    (line,), _ = report.judge(parts, "tiny")
+    return line.verdict, line.finding.ours
 
 
 def test_a_suite_is_judged_on_what_it_declares(tmp_path):
-    base, grid = {"steps": 100, "clip": 1.0}, {"lr": (1.0, 2.0, 3.0)}
-    declared = Suite("s", "S", (3,), {"tiny": base}, IDLE.claims, grid=grid)
+    """That is on the trials with its knobs, all of them; others in the ledger are of other sweeps."""
+    enter(tmp_path, GRID, [outcome(1.0, variant="base", lr=lr) for lr in (2.0, 1.0)])
+    assert judged(tmp_path) == ("not run", "1 of 3 trials are left to run")
+    clipped = replace(GRID, base={"tiny": {"steps": 100, "clip": 2.0}})
+    enter(tmp_path, clipped, [outcome(2.0, variant="base", lr=lr) for lr in (1.0, 2.0, 3.0)])
+    assert judged(tmp_path) == ("not run", "1 of 3 trials are left to run")
+    assert judged(tmp_path, clip=2.0) == ("seen once", "x")
+    enter(tmp_path, GRID, [outcome(3.0, variant="base", lr=3.0)])
+    assert judged(tmp_path) == ("seen once", "x")
+    found = report.section(GRID, "tiny", tmp_path, 0, None, False).results.outcomes
+    assert [(o.labels["lr"], o.val_loss) for o in found] == [(1.0, 1.0), (2.0, 1.0), (3.0, 3.0)]
+    assert found[0].knobs == {"steps": 100, "clip": 1.0, "lr": 1.0, "seed": 0}  # those of the base too
 
-    def found(*points):
-        """The finding on outcomes with these rates and other knobs."""
+
+def test_a_rerun_supersedes_and_more_seeds_than_declared_count(tmp_path):
+    once = replace(GRID, grid={})
+    for seed, loss in ((0, 1.0), (1, 2.0), (0, 3.0)):
+        trial = trials(once, "tiny", seeds=2)[seed]
         path = ledger.place(tmp_path, "tiny", "s")
-        path.unlink(missing_ok=True)
-        for lr, knobs in points:
-            ledger.append(
-                path, replace(outcome(1.0, lr=lr, variant="base", seed=0), knobs=base | {"lr": lr, "seed": 0} | knobs)
-            )
-        (line,), _ = report.judge([report.section(declared, "tiny", tmp_path)], "tiny")
-        return line.verdict, line.finding.ours
-
-    rates = [(lr, {}) for lr in grid["lr"]]
-    assert found(*rates) == ("seen once", "x")
-    assert found(*rates[:2]) == ("not run", "1 of 3 trials are left to run")
-    assert found(*rates, (9.0, {})) == ("seen once", "x")  # a trial that the suite no longer has is left out
-    assert [o.labels["lr"] for o in report.section(declared, "tiny", tmp_path).results.outcomes] == [1.0, 2.0, 3.0]
-    assert found(*rates[:2], (3.0, {"clip": 2.0}))[1] == "1 of 3 trials were run with another clip than declared"
-    assert found(*((lr, {"clip": 2.0}) for lr in grid["lr"])) == ("seen once", "x")
+        ledger.append(path, replace(outcome(loss), key=trial.key, labels=dict(trial.labels)))
+    found = report.section(once, "tiny", tmp_path, 0, None, False)
+    assert [o.val_loss for o in found.results.outcomes] == [3.0, 2.0] and not found.doubt
+    assert report.section(once, "tiny", tmp_path, 3, None, False).doubt == "1 of 3 trials are left to run"
 
 
-def test_noise_is_of_the_recipe_or_of_all_at_the_scale(tmp_path):
-    def repeated(name, recipe, *losses):
-        suite = Suite(name, name, (), {"tiny": {}}, (), recipe=recipe)
-        return report.Section(suite, Results([outcome(y, seed=i, variant="base") for i, y in enumerate(losses)]))
+@pytest.mark.parametrize("of", [{"digest": "aaa"}, {"recipe": 1}])
+def test_outcomes_of_another_text_or_recipe_are_not_compared(tmp_path, of):
+    runs = [outcome(1.0, variant="base", lr=lr) for lr in (1.0, 2.0, 3.0)]
+    now, later = {"digest": "bbb", "recipe": 2}, {"started": "2026-01-03T00:00:00+0000"}
+    enter(tmp_path, GRID, runs[:2], **now | of)
+    enter(tmp_path, GRID, runs[2:], **now | later)
+    assert judged(tmp_path) == (
+        "not run", "2 of 3 trials are of an earlier recipe or another text: run them again"
+    )  # fmt: skip
+    enter(tmp_path, GRID, runs[:2], **now | later)
+    assert judged(tmp_path) == ("seen once", "x")
+    # Another suite is in doubt as a whole; one on a text of another name only where the recipe differs.
+    others = [
+        replace(GRID, name=name, base={"tiny": base})
+        for name, base in (("t", {"clip": 2.0}), ("u", {"data.corpus": "stdlib"}))
+    ]
+    for each in others:
+        enter(tmp_path, each, runs, **now | of)
+    parts = report.compared([report.section(s, "tiny", tmp_path, 0, None, False) for s in (GRID, *others)])
+    assert [bool(part.doubt) for part in parts] == [False, True, "recipe" in of]
+
+
+def test_noise_is_of_the_preset_or_of_all_at_the_scale():
+    def repeated(name, preset, *losses):
+        suite = Suite(name, name, {"tiny": {}}, (claim,), preset=preset)
+        runs = [replace(outcome(y, seed=i, variant="base"), key=f"{name}{i}") for i, y in enumerate(losses)]
+        return report.Section(suite, Results(runs))
 
     seen = {}
 
@@ -381,110 +407,51 @@ def test_noise_is_of_the_recipe_or_of_all_at_the_scale(tmp_path):
     claim = Claim(1, "", "", look)
     parts = [repeated("a", "M1", 1.0, 1.2), repeated("b", "M2", 2.0), repeated("c", "M1", 3.0, 3.4)]
     parts.append(repeated("d", "", 4.0))
-    parts = [replace(part, suite=replace(part.suite, claims=(claim,))) for part in parts]
     _, said = report.judge(parts, "tiny")
     assert seen[1.0] == seen[2.0] == seen[3.0] == seen[4.0] and seen[1.0].dof == 2
     assert seen[1.0].sd == pytest.approx(((0.02 + 0.08) / 2) ** 0.5) and "M1 0.224 nats, 2 degrees" in said
-    parts.append(replace(repeated("e", "M2", 2.0, 2.1), suite=replace(parts[1].suite, name="e")))
+    parts.append(repeated("e", "M2", 2.0, 2.1))
     seen.clear()
     report.judge(parts, "tiny")
     assert seen[2.0].dof == 1 and seen[1.0].dof == 2 and seen[4.0].dof == 3
 
 
-def test_a_report_on_offline_trials_says_so(tmp_path):
-    declared = Suite("s", "S", (3,), {"tiny": {"data.corpus": "pile"}}, IDLE.claims)
-    for corpus, said in (("pile", False), ("docstrings", True)):
-        (trial,) = trials(declared, "tiny")
-        run = replace(outcome(1.0, **trial.labels), knobs=dict(trial.knobs) | {"data.corpus": corpus}, started=corpus)
-        ledger.append(ledger.place(tmp_path / corpus, "tiny", "s"), run)
-        page = report.write(["s"], "tiny", tmp_path / corpus, {"s": declared}).read_text()
-        assert ("Run offline, on text that every machine has" in page) == said
-
-
-def test_unknown_names_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="no suite is called rl; there are idle, lr"):
-        report.write(["rl"], "tiny", tmp_path, SUITES)
-    odd = {"odd": Suite("odd", "t", (), {"tiny": {}}, (), plots=("pie",))}
-    with pytest.raises(ValueError, match="plot pie; there are curves, lr"):
-        report.write(["odd"], "tiny", tmp_path, odd)
-    assert not list((tmp_path / "tiny").glob("*.png"))
+def test_a_report_says_of_what_its_trials_are(tmp_path):
+    declared = Suite("s", "S", {"tiny": {"data.corpus": "pile"}}, IDLE.claims)
+    for offline, extra, said in ((True, None, "Run offline"), (False, {"clip": 2.0}, "With clip=2.0 in s.")):
+        (trial,) = trials(declared, "tiny", extra=extra, offline=offline)
+        run = replace(outcome(1.0, **trial.labels), key=trial.key, digest="d1g357")
+        ledger.append(ledger.place(tmp_path, "tiny", "s"), run)
+        page = report.write(["s"], {"s": declared}, "tiny", tmp_path, extra=extra, offline=offline).read_text()
+        assert said in page and "1 seen once" in page
+        assert f"text {'docstrings' if offline else 'pile'} d1g357" in page
+    plain = report.write(["s"], {"s": declared}, "tiny", tmp_path).read_text()
+    assert "With clip" not in plain and "Run offline" not in plain and "1 of 1 trials are left to run" in plain
 
 
 # Figures.
 
 
-def drawn(figure):
-    """What each panel shows: its lines' points, by label."""
-    return [
-        {entry.get_label(): list(map(tuple, entry.get_xydata())) for entry in axes.lines if entry.get_label()[0] != "_"}
-        for axes in figure.axes
-    ]
+def lines(plot, runs):
+    """The axes, and the points of each line that is not empty."""
+    axes = figures.draw(plot, Results(runs)).axes[0]
+    return axes, [list(map(tuple, entry.get_xydata())) for entry in axes.lines if len(entry.get_xdata())]
 
 
-def test_curves_are_on_steps_and_on_seconds():
-    runs = [outcome(evals=[(50, 3.0), (100, 2.0)], variant="a"), outcome(evals=[(50, 2.5), (100, 1e9)], variant="b")]
-    steps, seconds = drawn(figures.curves(Results(runs)))
-    assert steps["a"] == [(50, 3.0), (100, 2.0)] and seconds["a"] == [(5, 3.0), (10, 2.0)]
-    assert figures.curves(Results(runs)).axes[0].get_ylim()[1] == pytest.approx(1.15 * 3.0)  # not 1e9
-    (steps, _) = drawn(figures.curves(Results([outcome(variant="a")])))
-    assert steps == {"all": [(1, 5.48), (50, 4.5), (100, 3.5)]}  # evaluated at the end only: its training loss
-    lost = outcome(math.nan, "nan", variant="b")
-    lost.steps[-1]["loss"] = math.nan
-    assert drawn(figures.curves(Results([runs[0], lost])))[0]["b"] == [(1, 5.48), (50, 4.5)]
-
-
-def test_the_lr_curve_marks_best_edge_and_lost():
-    axes = figures.lr(Results([*sweep()[:-1], outcome(0.0, "diverged", lr=1.0)])).axes[0]
-    marked = {entry.get_marker(): list(map(tuple, entry.get_xydata())) for entry in axes.lines}
-    assert marked["*"] == [(3e-3, 1.615)]
-    assert marked["x"] == [(1.0, 0.97)]
-    assert [entry.get_xdata()[0] for entry in axes.lines if entry.get_linestyle() == ":"] == [3e-2]
+def test_the_loss_against_a_label_with_crosses_for_what_was_lost():
+    runs = [*sweep((3.0, 2.0), (0.1, 0.3), variant="a", seed=0), *sweep((4.0, 2.0), (0.1, 0.3), variant="a", seed=1)]
+    runs += [outcome(y, status, lr=lr, variant="b") for lr, y, status in
+             ((0.1, 2.5, "finished"), (0.3, 0.0, "oom"), (9.0, 1.0, "finished"))]  # fmt: skip
+    axes, found = lines("lr by variant", runs)
+    assert found == [[(0.1, 3.5), (0.3, 2.0)], [(0.1, 2.5), (9.0, 1.0)], [(0.3, 0.97)]]
+    assert axes.lines[-1].get_marker() == "x"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["variant a", "variant b"]
     assert axes.get_xscale() == "log"
 
 
-def test_the_batch_figure_marks_knee_and_noise_scale():
-    runs = [outcome(2.0, batch_size=b, diag={"noise_scale": 16.0 * 24} if b == 8 else {}) for b in (8, 1, 64)]
-    for run, speed in zip(runs, (950.0, 100.0, 1000.0), strict=True):
-        run.final["tok_s_steady"] = speed
-    loss, speed = figures.batch(Results(runs)).axes
-    assert [entry.get_xdata()[0] for entry in loss.lines if entry.get_linestyle() == "--"] == [24]
-    assert [entry.get_xdata()[0] for entry in speed.lines if entry.get_linestyle() == ":"] == [8]
-    assert loss.get_xlabel() == speed.get_xlabel() == "batch_size, sequences"
-
-
-def test_a_line_is_drawn_through_trials_that_differ_in_the_batch_alone():
-    at = [(1, 0.1, 3.0), (4, 0.1, 2.0), (16, 0.1, 1.5), (4, 0.2, 1.9), (16, 0.4, 1.2)]
-    runs = [outcome(loss, batch_size=b, lr=lr) for b, lr, loss in at]
-    losses = drawn(figures.batch(Results(runs)))[0]
-    assert losses == {"lr 0.1": [(1, 3.0), (4, 2.0), (16, 1.5)], "other": [(4, 1.9), (16, 1.2)]}
-    runs = [outcome(2.0, batch_size=b, micro_batch=m) for b, m in ((32, 1), (32, 4), (8, 4))]
-    loss, speed = figures.batch(Results(runs)).axes
-    assert (loss.get_xlabel(), speed.get_xlabel()) == ("batch_size, sequences", "micro_batch, sequences")
-
-
-def test_layers_are_a_line_a_variant_over_its_blocks():
-    norms = {"pre": (1.0, 2.0), "post": (1e-6, 1.0, 10.0)}
-    runs = [
-        outcome(variant=name, diag={"gradient": {f"blocks.{i}.attention": v for i, v in enumerate(values)}})
-        for name, values in norms.items()
-    ]
-    (panel,) = drawn(figures.layers(Results(runs)))
-    assert panel == {name: list(enumerate(values)) for name, values in norms.items()}
-    dead = outcome(variant="a", diag={"activation": {"0": 2.0, "1": 4.0, "2": math.inf, "3": None, "10": 5.0}})
-    (panel,) = figures.layers(Results([dead])).axes
-    shown, lost = (entry.get_xydata().tolist() for entry in panel.lines)
-    assert shown == [[0, 2.0], [1, 4.0], [4, 5.0]] and [x for x, _ in lost] == [2, 3]
-    assert panel.get_yscale() == "log"
-
-
-def test_the_frontier_has_measured_and_predicted(monkeypatch):
-    points = {"plain": [(1, 2**20, 2**21), (2, None, 2**22)], "lean": []}
-    monkeypatch.setattr(figures.memory, "points", lambda results, name: points[name])
-    runs = [outcome(configuration=name) for name in points]
-    lines = [entry.get_xydata().tolist() for entry in figures.frontier(Results(runs)).axes[0].lines]
-    assert [line for line in lines if line] == [[[1, 1.0]], [[1, 2.0], [2, 4.0]]]
-    with pytest.raises(LookupError):
-        figures.frontier(Results(runs[1:]))
+def test_a_label_that_is_a_word_is_an_axis_too():
+    axes, found = lines("of by variant", [outcome(y, variant="a", of=of) for of, y in (("x", 2.0), ("y", 1.0))])
+    assert found == [[(0, 2.0), (1, 1.0)]] and axes.get_xscale() == "linear"
 
 
 def test_the_gap_is_to_the_first_variant_with_the_same_labels():
@@ -492,36 +459,22 @@ def test_the_gap_is_to_the_first_variant_with_the_same_labels():
         outcome(variant=v, seed=s, evals=[(10, 3.0 + s + d), (20, 2.0 + 2 * d), (30 + 10 * d, 9.0)])
         for v, d in (("base", 0.0), ("other", 0.5)) for s in (0, 1)
     ]  # fmt: skip
-    lines = [entry.get_xydata().tolist() for entry in figures.gap(Results(runs)).axes[0].lines]
-    assert lines[:2] == [[[10, 0.5], [20, 1.0]]] * 2
+    axes, found = lines("gap by variant", runs)
+    assert found == [[(10, 0.5), (20, 1.0)]] * 2
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["variant other"]
 
 
-def test_the_front_is_drawn_through_what_nothing_beats():
-    runs = [outcome(v, "finished" if v else "nan", variant=str(v)) for v in (3.0, 2.0, 0.0)]
-    panels = figures.pareto(Results(runs)).axes
-    assert [panel.lines[-1].get_xydata().tolist() for panel in panels] == [[[10, 2.0]], [[1.28e7, 2.0]], [[1000, 2.0]]]
+def test_other_lines():
+    """Of layers, of agreement over training, and of loss against cost."""
+    gradient = {"blocks.0.attention": 3.0, "blocks.0.feed_forward": 4.0, "blocks.1.attention": None}
+    series = [{"step": s, "coherence": 1 / s} for s in (1, 2, 4)]
+    run = outcome(2.0, diag={"gradient": gradient, "series": series}, variant="a")
+    assert lines("layers by variant", [run])[1] == [[(0, 5.0)], [(1, 0.97)]]
+    assert lines("coherence by variant", [run])[1] == [[(1, 1.0), (2, 0.5), (4, 0.25)]]
+    assert lines("pareto by variant", [run])[1] == [[(1000, 2.0)]]
 
 
-def test_coherence_is_drawn_over_training():
-    series = [{"step": s, "noise_scale": 100.0 * s, "coherence": 1 / s} for s in (1, 2, 4)]
-    runs = [outcome(variant=name, diag={"series": series}) for name in "ab"]
-    coherence, noise = drawn(figures.coherence(Results(runs)))
-    assert coherence["a"] == [(1, 1.0), (2, 0.5), (4, 0.25)]
-    assert noise["b"] == [(1, 100.0), (2, 200.0), (4, 400.0)]
-
-
-@pytest.mark.parametrize("plot", figures.PLOTS)
+@pytest.mark.parametrize("plot", [*(f"{name} by variant" for name in figures.LINES), "lr"])
 def test_a_figure_with_nothing_to_draw_is_a_lookup_error(plot):
     with pytest.raises(LookupError):
-        figures.PLOTS[plot](Results([]))
-
-
-def test_a_figure_of_many_trials_is_small(tmp_path):
-    noise = random.Random(0)
-    runs = [
-        outcome(variant=f"a rather long name {i}", evals=[(s, 2 + noise.random()) for s in range(1, 61)])
-        for i in range(24)
-    ]  # fmt: skip
-    report.draw(report.Section(Suite("s", "Many", (), {}, (), plots=("curves",)), Results(runs)), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["s-curves.png"]
-    assert (tmp_path / "s-curves.png").stat().st_size <= report.LARGEST <= 60_000
+        figures.draw(plot, Results([]))

@@ -3,38 +3,40 @@
 import json
 import math
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+import train
 from experiments import __main__ as cli
 from experiments import ledger
 from experiments.run import (
     START_S,
-    Plan,
+    Sweep,
+    digest_of,
     expected,
-    forecast,
+    is_done,
     kernel_ooms,
     machine,
     meta_model,
-    offline,
-    rough,
-    share_of_card,
-    sweep,
     trials,
 )
 from experiments.run import configuration as configured
-from experiments.spec import Outcome, Results, Suite
+from experiments.spec import Claim, Outcome, Results, Suite
 from runtime.budget import LENGTHS
 from runtime.config import ConfigError
+from runtime.records import RECIPE
+from runtime.run import read_status
 
 # Stands for train.py: does as the knob `do` says, in `for` seconds, and leaves what train.py would. `starts` beside the
 # runs' folders gets a line for every start.
@@ -53,7 +55,7 @@ status.write_text('{"status": "running"}')
 (folder / "last.pt").write_text("large")
 at = [{"step": i + 1, "tokens": i, "seconds": i} for i in range(200)]
 rows = [row | {"loss": 2.0, "lr": 1, "grad_norm": 1, "memory": row["step"]} for row in at]
-rows += [row | {"diag": {"noise_scale": row["step"], "snr": {"head": 1}}} for row in at[:3]]
+rows += [row | {"diag": {"noise_scale": row["step"], "gradient": {"head": row["step"]}}} for row in at[:3]]
 rows += [row | {"val_loss": 3.0 / row["step"], "val_bpb": 1.0} for row in at[:2]]
 (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows) + '{"torn')
 (folder / "environment.json").write_text(json.dumps(dict(os.environ) | flags))
@@ -63,8 +65,14 @@ if do == "raise":
 if do == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
 status.write_text(json.dumps({"status": do, "val_loss": 2.0}))
+time.sleep(float(flags.get("after", 0)))
+if "fail" in flags:
+    raise ValueError("beside the run")
 sys.exit(do != "finished")
 """
+
+
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
 
 
 @pytest.fixture(scope="module")
@@ -80,17 +88,16 @@ def run(fake, tmp_path):
 
     def start(suite: Suite, jobs: int = 4, rerun: bool = False, **options):
         said = []
-        plan = Plan(trials(suite, "tiny"), tmp_path, rerun)
-        environments = [{"OMP_NUM_THREADS": "1", "PLACE": str(i)} for i in range(jobs)]
-        options = {"command": fake, "say": said.append} | options
-        return sweep(plan, tmp_path / "out", environments, **options), said
+        sweep = Sweep(trials(suite, "tiny"), tmp_path, rerun=rerun)
+        sweep.places = [{"OMP_NUM_THREADS": "1", "PLACE": str(i)} for i in range(jobs)]
+        return sweep.run(tmp_path / "out", **{"command": fake, "say": said.append} | options), said
 
     start.command = fake
     return start
 
 
 def suite(name: str = "s", base: dict | None = None, **fields) -> Suite:
-    return Suite(name, "A suite", (1,), {"tiny": base or {}}, (), **fields)
+    return Suite(name, "A suite", {"tiny": base or {}}, (Claim(1, "", ""),), **fields)
 
 
 def statuses(*names: str) -> Suite:
@@ -98,7 +105,12 @@ def statuses(*names: str) -> Suite:
 
 
 def recorded(folder: Path, name: str = "s") -> Results:
-    return Results(ledger.read(ledger.place(folder, "tiny", name)))
+    """The latest outcome of each key."""
+    return Results(list({o.key: o for o in history(folder, name)}.values()))
+
+
+def history(folder: Path, name: str = "s") -> list[Outcome]:
+    return ledger.read(ledger.place(folder, "tiny", name))
 
 
 def one(folder: Path, **labels) -> Outcome:
@@ -148,16 +160,6 @@ def test_trials_are_variants_at_points_by_seeds():
 SHAPE = {"model.n_layer": 2, "model.d_model": 32, "model.n_head": 2, "model.seq_len": 64, "data.tokenizer": "bytes"}
 
 
-@pytest.mark.parametrize(("rule", "power"), [("fixed", 0), ("sqrt", 0.5), ("linear", 1)])
-def test_rates_follow_the_batch_by_the_rule(rule, power):
-    base = {"lr": 1e-3, "batch_size": 16, "steps": 10}
-    declared = suite(base=base, grid={"batch_size": [4, 16, 64]}, variants={"a": {}, "b": {"lr": 3e-3}})
-    for trial in trials(declared, "tiny", rule=rule):
-        factor = {4: 0.5, 16: 1, 64: 2}[trial.labels["batch_size"]] ** (2 * power)
-        assert trial.knobs["lr"] == factor * {"a": 1e-3, "b": 3e-3}[trial.labels["variant"]]
-        assert trial.knobs.get("muon_lr", 2e-2) == factor * 2e-2
-
-
 def budgets(axis, base, **fields) -> list[dict]:
     """The budgets of trials: that of the base at a batch of 8, and what a batch of 16 gets."""
     declared = suite(base=SHAPE | {"batch_size": 8} | base, grid={"batch_size": [8, 16]}, axis=axis, **fields)
@@ -168,38 +170,25 @@ def budgets(axis, base, **fields) -> list[dict]:
     ("axis", "base", "expected"),
     [
         (None, {"steps": 10}, {"steps": 10}),
-        ("steps", {"steps": 10}, {"steps": 10}),
         ("tokens", {"steps": 10}, {"tokens": 10 * 8 * 64}),
-        ("steps", {"tokens": 1000}, {"steps": 2}),
+        ("tokens", {"tokens": 1000}, {"tokens": 1000}),
         ("flops", {"tokens": 1000}, {"tokens": 1000}),
-        ("seconds", {"seconds": 7}, {"seconds": 7}),
     ],
 )
 def test_budget_is_equal_on_the_axis(axis, base, expected):
     assert budgets(axis, base) == [expected, expected]
 
 
-@pytest.mark.parametrize(("axis", "base"), [("seconds", {"steps": 10}), ("tokens", {"seconds": 3})])
-def test_seconds_convert_to_nothing(axis, base):
-    with pytest.raises(ConfigError, match=rf"--set {axis}=\.\.\. gives one"):
-        budgets(axis, base)
-    declared = suite(base=SHAPE | base, axis=axis)
-    assert trials(declared, "tiny", extra={axis: 9})[0].knobs[axis] == 9
+@pytest.mark.parametrize("length", ["steps", "tokens", "seconds"])
+def test_a_length_given_to_all_trials_takes_the_place_of_the_axis(length):
+    declared = suite(base=SHAPE | {"steps": 10}, grid={"batch_size": [8, 16]}, axis="flops")
+    given = [trial.knobs for trial in trials(declared, "tiny", extra={length: 9})]
+    assert [{k: v for k, v in knobs.items() if k in LENGTHS} for knobs in given] == [{length: 9}] * 2
 
 
 def test_a_length_of_its_own_stays_with_a_trial():
     variants = {"a": {}, "b": {"steps": 3}}
     assert budgets("tokens", {"steps": 10}, variants=variants)[2:] == [{"steps": 3}] * 2
-
-
-def test_variants_that_are_to_match_have_as_many_parameters():
-    variants = {"gated": {}, "plain": {"model.activation": "relu"}, "larger": {"model.d_ff": 200}}
-    base = SHAPE | {"steps": 1}
-    assert len(trials(suite(base=base, variants=variants), "tiny")) == 3
-    with pytest.raises(ConfigError, match=r"as many parameters, and has gated [\d,]+, plain [\d,]+, larger"):
-        trials(suite(base=base, variants=variants, matched=True), "tiny")
-    del variants["larger"]
-    assert len(trials(suite(base=base, variants=variants, matched=True), "tiny")) == 2
 
 
 def test_equal_flops_are_fewer_tokens_for_a_larger_model():
@@ -224,11 +213,9 @@ def test_an_outcome_has_the_run_and_its_end(run, tmp_path):
     assert said[0].endswith("ETA 0:00:00")
     assert found.val_loss == 2.0
     assert found.final["memory"] == 200  # the peak is in the last row
-    assert len(found.steps) == ledger.STEPS
-    assert [found.steps[0]["step"], found.steps[-1]["step"]] == [1, 200]
-    assert set(found.steps[0]) == {"step", "tokens", "seconds", "loss", "lr", "grad_norm"}
+    assert found.steps == [{"step": s, "seconds": s - 1, "loss": 2.0} for s in (1, 200)]
     assert [row["val_loss"] for row in found.evals] == [3.0, 1.5]
-    assert found.diag["noise_scale"] == 3
+    assert found.diag["gradient"] == {"head": 3}
     assert [row["noise_scale"] for row in found.diag["series"]] == [1, 2, 3]
     folder = tmp_path / "out" / "tiny" / "s" / found.key
     assert sorted(path.name for path in folder.iterdir()) == ["environment.json", "metrics.jsonl", "status.json"]
@@ -238,7 +225,9 @@ def test_an_outcome_has_the_run_and_its_end(run, tmp_path):
     assert found.machine.endswith("4 at once")
     assert found.started
     assert found.seconds > 0
-    assert len(ledger.place(tmp_path, "tiny", "s").read_bytes()) < 10_000
+    assert (found.knobs, found.recipe) == ({"do": "finished", "seed": 0}, RECIPE)  # what the base does not have
+    assert found.digest == digest_of(trials(statuses("finished"), "tiny")[0])
+    assert len(ledger.place(tmp_path, "tiny", "s").read_bytes()) < 2000
 
 
 def test_every_end_is_an_outcome(run, tmp_path):
@@ -266,12 +255,14 @@ def test_a_kill_is_out_of_memory_where_the_kernel_says_so(run, tmp_path, monkeyp
     assert one(tmp_path).status == "oom"
 
 
-def test_a_trial_that_hangs_is_ended(run, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules["experiments.run"].PATIENCE_S, "tiny", 0.5)
+def test_a_trial_that_hangs_is_ended_as_it_recorded(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules["experiments.run"].PATIENCE_S, "tiny", 2)
     begin = time.monotonic()
-    run(suite(base={"for": 60}))
-    assert one(tmp_path).status == "time_limit"
-    assert time.monotonic() - begin < 10
+    run(suite(variants={"never": {"for": 60}, "after its end": {"after": 60}, "beside": {"fail": 1}}))
+    ends = {o.labels["variant"]: (o.status, o.error) for o in recorded(tmp_path).outcomes}
+    assert ends == {"never": ("time_limit", "killed by SIGKILL"), "after its end": ("finished", ""),
+                    "beside": ("finished", "")}  # fmt: skip
+    assert time.monotonic() - begin < 60
 
 
 def test_trials_run_side_by_side_each_in_its_place(run, tmp_path):
@@ -294,8 +285,7 @@ def test_what_is_done_is_not_repeated_and_a_rerun_supersedes(run, tmp_path):
     assert len(starts(tmp_path)) == 2
     run(declared, rerun=True)
     assert len(starts(tmp_path)) == 4
-    path = ledger.place(tmp_path, "tiny", "s")
-    assert len(ledger.history(path)) == 4  # the old rows are kept
+    assert len(history(tmp_path)) == 4  # the old rows are kept
     assert len(recorded(tmp_path).outcomes) == 2
     assert one(tmp_path, variant="nan").started > first.started
 
@@ -306,26 +296,21 @@ def test_an_interrupted_trial_is_run_again(run, tmp_path):
     assert len(starts(tmp_path)) == 2
 
 
-def test_equal_knobs_run_once_and_serve_all_their_labels(run, tmp_path):
-    twins = suite(variants={"a": {"x": 1}, "b": {"x": 1}})
-    run(twins)
-    assert len(starts(tmp_path)) == 1
-    a, b = (one(tmp_path, variant=name) for name in "ab")
-    assert a == replace(b, labels=a.labels)
-    path = ledger.place(tmp_path, "tiny", "s")
-    path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])  # as if killed between the two
-    run(suite(variants={"a": {"x": 1}, "b": {"x": 1}, "c": {"x": 1}}))
-    assert len(starts(tmp_path)) == 1
-    assert recorded(tmp_path).values("variant") == ["a", "b", "c"]
+def test_equal_knobs_run_once(run, tmp_path):
+    run(suite(grid={"@name,x": (("a", 1), ("b", 1), ("c", 2))}))
+    assert len(starts(tmp_path)) == len(history(tmp_path)) == 2
 
 
-def test_other_knobs_at_the_same_labels_take_the_place_and_give_it_back(run, tmp_path):
-    first, second = (suite(variants={"a": {"do": "nan", "x": x}}) for x in (1, 2))
-    for declared, x in ((first, 1), (second, 2), (first, 1), (first, 1)):
-        run(declared)
-        assert one(tmp_path).knobs["x"] == x
-    assert len(starts(tmp_path)) == 2
-    assert len(ledger.history(ledger.place(tmp_path, "tiny", "s"))) == 3
+def test_an_outcome_of_another_recipe_or_text_is_not_that_of_the_trial(run, tmp_path):
+    (trial,) = trials(suite(), "tiny")
+    good = outcome(key=trial.key, recipe=RECIPE, digest=digest_of(trial))
+    assert is_done(trial, good) and not is_done(trial, None)
+    assert is_done(trial, replace(good, digest="", status="unsupported"))  # it never got to a text
+    for change in ({"recipe": RECIPE - 1}, {"digest": "0"}, {"status": "interrupted"}):
+        assert not is_done(trial, replace(good, **change))
+    ledger.append(ledger.place(tmp_path, "tiny", "s"), replace(good, digest="0"))
+    run(suite())
+    assert len(starts(tmp_path)) == 1 and len(history(tmp_path)) == 2
 
 
 def alive(process: str) -> bool:
@@ -335,7 +320,7 @@ def alive(process: str) -> bool:
         return False
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+@ON_LINUX
 def test_a_killed_sweep_goes_on(run, tmp_path):
     declared, rng, kills, jobs = suite(base={"for": 0.1}, grid={"x": range(12)}), random.Random(0), 0, 3
     signals = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
@@ -352,10 +337,9 @@ def test_a_killed_sweep_goes_on(run, tmp_path):
         process.join()
         time.sleep(0.02)
         assert not any(alive(pid) for _, pid in starts(tmp_path))
-    history = ledger.history(ledger.place(tmp_path, "tiny", "s"))
     assert kills >= 3
-    assert sorted(o.labels["x"] for o in history) == list(range(12))  # each once, none lost
-    assert {o.status for o in history} == {"finished"}
+    assert sorted(o.labels["x"] for o in history(tmp_path)) == list(range(12))  # each once, none lost
+    assert {o.status for o in history(tmp_path)} == {"finished"}
     assert len(starts(tmp_path)) <= 12 + kills * jobs  # no others than those in flight were begun again
 
 
@@ -376,7 +360,7 @@ def test_no_trials_start_after_the_time_limit(run, tmp_path):
 
 def test_two_sweeps_of_a_suite_are_one_too_many(run, tmp_path):
     """Whether they share the ledger or only the runs' folders."""
-    for path in (ledger.place(tmp_path, "tiny", "s"), tmp_path / "out" / "tiny" / "s.lock"):
+    for path in (ledger.place(tmp_path, "tiny", "s"), ledger.place(tmp_path / "out", "tiny", "s")):
         with ledger.locked(path), pytest.raises(ledger.LedgerError, match=f"another sweep holds {path}"):
             run(statuses("finished"))
     assert run(statuses("finished"))[0]
@@ -387,34 +371,76 @@ def test_a_torn_line_is_passed_over_and_cut_off(tmp_path):
     assert ledger.read(path) == []
     for key, began in (("a", "2027"), ("b", "2026")):
         ledger.append(path, outcome(key=key, labels={"x": key}, started=began))
-    assert [o.key for o in ledger.read(path)] == ["b", "a"]
+    assert [o.key for o in ledger.read(path)] == ["a", "b"]
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
     assert [o.key for o in ledger.read(path)] == ["a"]
     ledger.append(path, outcome(key="b", labels={"x": "b"}, started="2026"))
     assert path.read_bytes() == whole
-    path.write_bytes(b"{}\n" + whole)
-    with pytest.raises(ledger.LedgerError, match="line 1, is no outcome"):
+
+
+@pytest.mark.parametrize(
+    "line, what",
+    [
+        ("{}", "missing"), ("[]", "must be"), ("nonsense", "Expecting"), ('{"key": 1}', "missing"),
+        ({"final": []}, "final is"), ({"final": {"val_loss": "low"}}, "val_loss is 'low'"),
+        ({"labels": 3}, "labels is 3"),
+        ({"steps": [1]}, "row is 1"), ({"evals": [{"step": "x"}]}, "step is 'x'"), ({"seconds": "9"}, "seconds is"),
+        ({"labels": {"seed": "a"}}, "seed is 'a'"), ({"recipe": None}, "recipe is None"), ({"other": 1}, "other"),
+    ],
+)  # fmt: skip
+def test_a_damaged_line_is_named(tmp_path, line, what):
+    path = tmp_path / "s.jsonl"
+    text = line if isinstance(line, str) else json.dumps(asdict(outcome()) | line)
+    path.write_text(json.dumps(asdict(outcome())) + "\n" + text + "\n")
+    with pytest.raises(ledger.LedgerError, match=f"line 2, is no outcome .*{what}"):
         ledger.read(path)
 
 
-def test_the_past_tells_how_long_it_takes():
+def test_what_is_no_number_is_null(tmp_path):
+    path = tmp_path / "s.jsonl"
+    ledger.append(path, outcome(final={"val_loss": math.nan}, evals=[{"step": 1, "val_loss": math.inf}]))
+    assert "NaN" not in path.read_text() and "Infinity" not in path.read_text()
+    (found,) = ledger.read(path)
+    assert math.isinf(found.val_loss) and found.evals == [{"step": 1, "val_loss": None}]
+
+
+def test_what_a_line_leaves_out_is_empty(tmp_path):
+    bare = outcome(seconds=0.0, commit="", machine="")
+    ledger.append(tmp_path / "s.jsonl", bare)
+    assert ledger.read(tmp_path / "s.jsonl") == [bare] and "error" not in (tmp_path / "s.jsonl").read_text()
+
+
+def test_a_ledger_that_cannot_be_is_refused(tmp_path):
+    (tmp_path / "s.jsonl").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=f"Is a directory: '{tmp_path}/s.jsonl'"):
+        ledger.read(tmp_path / "s.jsonl")
+    for path in (tmp_path / "s.jsonl", tmp_path / "file" / "s.jsonl"):
+        with pytest.raises(OSError, match=str(tmp_path)):
+            ledger.append(path, outcome())
+
+
+def test_the_past_tells_how_long_it_takes(tmp_path):
     declared = trials(suite(grid={"x": range(3)}), "tiny")
+    sweep = Sweep(declared, tmp_path)
+    sweep.places = [{}] * 2
     here = machine(declared[0], 2)
     past = [outcome(key=key, seconds=s, machine=here) for key, s in ((declared[0].key, 9), ("a", 1), ("b", 3))]
-    elsewhere = outcome(key=declared[1].key, seconds=99, machine="elsewhere")
-    assert forecast([], past, 2) == 0
-    assert forecast(declared, [elsewhere], 2) is None
-    assert forecast(declared, [*past, elsewhere], 2) == (9 + 2 * 3) / 2
+    sweep.past = [*past, outcome(key=declared[1].key, seconds=99, machine="elsewhere")]
+    assert sweep.forecast([]) == 0
+    assert sweep.forecast(declared) == (9 + 2 * 3) / 2
 
 
 def test_what_never_ran_is_estimated_by_its_flops():
     small, large = (trials(suite(base=SHAPE | {"steps": n}), "tiny")[0] for n in (100, 10**6))
     clocked = trials(suite(base=SHAPE | {"seconds": 50}), "tiny")[0]
-    assert rough(small) < rough(large) / 10
-    assert rough(clocked) == START_S + 50
-    other = outcome(key="x", suite="other", seconds=3 * rough(small), knobs=small.knobs)
-    assert expected(large, [other]) == pytest.approx(3 * rough(large))  # the machine is a third as fast as thought
+    refused = trials(suite(base=SHAPE | {"precision": "fp8", "steps": 1}), "tiny")[0]
+    assert expected(small, []) < expected(large, []) / 10
+    assert (expected(clocked, []), expected(refused, [])) == (START_S + 50, START_S)
+    done = {"tokens": 100 * 16 * 64, "flops_per_token": meta_model(configured(small.knobs)).flops_per_token()}
+    other = outcome(key="x", suite="other", seconds=3 * expected(small, []), final=done)
+    assert expected(large, [other]) == pytest.approx(3 * expected(large, []))  # the machine is a third as fast
 
 
 def test_within_a_time_the_cheapest_suites_come_first_and_none_that_would_not_end(fake, tmp_path):
@@ -425,8 +451,8 @@ def test_within_a_time_the_cheapest_suites_come_first_and_none_that_would_not_en
         past = outcome(key="past", suite=name, labels={"x": -1}, seconds=seconds, machine=here)
         ledger.append(ledger.place(tmp_path, "tiny", name), past)
     said = []
-    plan = Plan([t for each in declared.values() for t in trials(each, "tiny")], tmp_path)
-    assert sweep(plan, tmp_path / "out", [{}], command=fake, say=said.append, within=20)
+    sweep = Sweep([t for each in declared.values() for t in trials(each, "tiny")], tmp_path, jobs=1)
+    assert sweep.run(tmp_path / "out", command=fake, say=said.append, within=20)
     assert [line.split()[1] for line in said[:-1]] == ["quick", "quick", "brief", "brief"]
     assert said[-1].startswith("2 trials are left, for want of time")
 
@@ -441,47 +467,32 @@ def test_a_trial_that_is_late_after_all_is_killed_and_not_recorded(run, tmp_path
     assert len(starts(tmp_path)) == 1 and not alive(starts(tmp_path)[0][1])
 
 
-def test_small_trials_share_a_card_as_its_memory_allows(run, tmp_path, monkeypatch):
-    shares = {0: 0.4, 1: 0.4, 2: 0.4, 3: 1.0}
-    monkeypatch.setattr("experiments.run.share_of_card", lambda trial: shares[trial.labels["x"]])
-    declared = suite(base={"for": 0.4}, grid={"x": range(4)})
-    environments = [{"CUDA_VISIBLE_DEVICES": "0"}] * 3
-    plan = Plan(trials(declared, "tiny"), tmp_path)
-    assert sweep(plan, tmp_path / "out", environments, command=run.command, say=lambda line: None)
-    began = {o.labels["x"]: datetime.fromisoformat(o.started).timestamp() for o in recorded(tmp_path).outcomes}
-    ended = {o.labels["x"]: began[o.labels["x"]] + o.seconds for o in recorded(tmp_path).outcomes}
-    assert began[1] < ended[0]  # side by side
-    assert began[2] >= min(ended[0], ended[1])  # three would not fit
-    assert began[3] >= max(ended[0], ended[1], ended[2])  # alone
-
-
-def test_the_share_of_a_card_is_as_planned(monkeypatch):
-    planned = []
-
-    def predict(config, base):
-        planned.append((config.steps, config.model.n_layer))
-        return SimpleNamespace(total=1000 * config.model.n_layer + base)
-
-    monkeypatch.setattr("experiments.memory.predict", predict)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda card: SimpleNamespace(total_memory=2**32))
-    declared = suite(base=SHAPE | {"tokens": 640}, grid={"lr": (1e-3, 1e-2), "model.n_layer": (2, 4)})
-    shares = [share_of_card(trial) for trial in trials(declared, "tiny")]
-    assert shares == [1.15 * (1000 * n + 2**30) / 2**32 for n in (2, 4, 2, 4)]
-    assert planned == [(1, 2), (1, 4)]  # rates take no memory, and no plan of their own
-    by_clock, refused = suite(base=SHAPE | {"seconds": 9}), suite(base=SHAPE | {"steps": 9, "precision": "fp8"})
-    assert [share_of_card(trials(each, "tiny")[0]) for each in (by_clock, refused)] == [1.0, 1.0]
-    assert share_of_card(trials(suite(base=SHAPE | {"device": "cpu"}), "tiny")[0]) == 0.0
+def test_small_trials_share_a_card(run, tmp_path, monkeypatch):
+    """A trial that measures the card has it alone; what ran out of memory beside others is run again by itself."""
+    monkeypatch.setattr("experiments.run.kernel_ooms", iter(range(99)).__next__)
+    small = suite(base={"for": 0.4}, grid={"do": ("finished", "kill")})
+    measured = suite("m", {"for": 0.4}, alone=True)
+    sweep = Sweep([*trials(small, "tiny"), *trials(measured, "tiny")], tmp_path)
+    sweep.places = [{"CUDA_VISIBLE_DEVICES": "0"}] * 3
+    assert sweep.run(tmp_path / "out", command=run.command, say=lambda line: None)
+    assert [o.status for o in history(tmp_path)] == ["finished", "oom"]
+    assert len(starts(tmp_path)) == 3  # the second twice
+    spans = {}
+    for o in (*history(tmp_path), *history(tmp_path, "m")):
+        began = datetime.fromisoformat(o.started).timestamp()
+        spans[o.suite, o.status] = (began, began + o.seconds)
+    (first, killed, alone) = (spans[key] for key in (("s", "finished"), ("s", "oom"), ("m", "finished")))
+    assert killed[0] >= first[1] - 0.1 and (alone[0] >= killed[1] - 0.1 or alone[1] <= killed[0] + 0.1)
 
 
 def test_offline_trials_have_text_that_is_there_and_a_tokenizer_of_the_same_size():
     knobs = {"data.corpus": "pile", "data.tokenizer": "gpt2"}
-    moved = offline(trials(suite(base=knobs), "tiny")[0])
+    (moved,) = trials(suite(base=knobs), "tiny", offline=True)
     assert moved.knobs == {"data.corpus": "docstrings", "data.tokenizer": "bpe", "data.vocab_size": 50_257, "seed": 0}
-    owt = trials(suite(base={"data.corpus": "openwebtext", "data.tokenizer": "bpe", "data.vocab_size": 9}), "tiny")[0]
-    assert offline(owt).knobs == dict(owt.knobs) | {"data.corpus": "stdlib"}
-    bytes_ = trials(suite(base={"data.corpus": "docstrings", "data.tokenizer": "bytes"}), "tiny")[0]
-    assert offline(bytes_) == bytes_
+    knobs = {"data.corpus": "openwebtext", "data.tokenizer": "bpe", "data.vocab_size": 9}
+    assert trials(suite(base=knobs), "tiny", offline=True)[0].knobs == knobs | {"data.corpus": "stdlib", "seed": 0}
+    there = suite(base={"data.corpus": "docstrings", "data.tokenizer": "bytes"})
+    assert trials(there, "tiny", offline=True) == trials(there, "tiny")
 
 
 # The command
@@ -490,23 +501,13 @@ def test_offline_trials_have_text_that_is_there_and_a_tokenizer_of_the_same_size
 @pytest.fixture
 def command(fake, tmp_path, monkeypatch, capsys):
     """`python -m experiments` with the fake and two suites: the exit code and what was printed."""
-    suites = {
-        "s": statuses("finished", "nan"),
-        "t": replace(suite("t", {"steps": 4}), rows=(2, 3)),
-        "memory": suite("memory", {"steps": 4}),
-    }
-
-    def search(scale, results, out, say):
-        say(f"searched at scale {scale}")
-        raise ConfigError("there is no GPU")
-
-    def write(names, scale, results, suites):
-        return results / f"{'-'.join(names)}-{scale}.html"
-
-    for name, holds in {"suites": {"SUITES": suites}, "report": {"write": write}, "memory": {"run": search}}.items():
-        stub = SimpleNamespace(**holds)
-        monkeypatch.setitem(sys.modules, f"experiments.{name}", stub)
-        monkeypatch.setattr(f"experiments.{name}", stub, raising=False)
+    suites = {"s": statuses("finished", "nan"), "t": suite("t", {"steps": 4})}
+    stub = SimpleNamespace(
+        write=lambda names, suites, scale, results, *how: results / f"{'-'.join(names)}-{scale}.html"
+    )
+    for name, holds in {"suites": SimpleNamespace(SUITES=suites), "report": stub}.items():
+        monkeypatch.setitem(sys.modules, f"experiments.{name}", holds)
+        monkeypatch.setattr(f"experiments.{name}", holds, raising=False)
 
     def start(*argv):
         code = cli.main([*argv, f"--results={tmp_path}", f"--out={tmp_path / 'out'}"], fake)
@@ -515,44 +516,58 @@ def command(fake, tmp_path, monkeypatch, capsys):
     return start
 
 
+def test_the_list_does_not_wait_for_torch():
+    code = "import sys; from experiments.__main__ import main; assert main([]) == 0 and 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(cli.__file__).parents[1], check=True, capture_output=True)
+
+
 def test_a_command_lists_shows_runs_and_reports(command, tmp_path):
     code, text = command()
     assert code == 0
     assert "s              A suite (row 1)" in text
-    assert "(rows 2, 3)" in text
     assert "tiny 2 trials\n" in text
 
     code, text = command("all", "--dry-run", "--set", "clip=3", "--jobs=2")
     assert code == 0
-    assert "3 trials at scale tiny, 0 of them done, 3 runs to start, and the memory frontier to search" in text
-    assert "searched" not in text
+    assert "s variant=nan seed=0\n" in text
+    assert "3 trials at scale tiny, 0 of them done, 3 runs to start" in text
     assert not ledger.place(tmp_path, "tiny", "s").exists()
 
     code, text = command("s")
     assert code == 0
     assert text.endswith(f"report   {tmp_path}/s-tiny.html\n")
-    assert "2 trials at scale tiny, 2 of them done, 0 runs to start" in command("s", "--dry-run")[1]
-    assert "tiny 2 trials, 0:00:0" in command()[1]
-    code, text = command("s", "memory")
-    assert code == 0
-    assert "searched at scale tiny" in text
-    assert "error: there is no GPU" in text
-    assert f"report   {tmp_path}/s-memory-tiny.html" in text
+    dry = command("s", "--dry-run")[1]
+    assert "2 trials at scale tiny, 2 of them done, 0 runs to start" in dry
+    assert "s variant=finished seed=0  finished, val loss 2.0000\n" in dry
+    assert "tiny 2 trials (2 ran, " in command()[1]
     assert command("report", "t") == (0, f"report   {tmp_path}/t-tiny.html\n")
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("x",), "no suite called x: there are s, t, memory, and all"),
+        (("x",), "no suite called x: there are s, t, and all"),
         (("s", "--set", "lrr=3"), "no flag called --lrr (did you mean --lr?)"),
         (("s", "--set", "lr=-3"), "lr must be more than 0"),
         (("s", "--scale=full"), "suite s has no scale full: it has tiny"),
-        (("t", "--axis=seconds"), "--set seconds=... gives one"),
-        (("memory", "--rerun"), "memory is a search: --rerun, --seeds"),
+        (("s", "--set", "out=x"), "--set out has no effect"),
+        (("s", "--set", "seed=1"), "--set seed has no effect"),
+        (("s", "--set", "do=1"), "no flag called --do"),
+        (("s", "--set", "lr"), "--set takes KNOB=VALUE, not 'lr'"),
+        (("s", "--base", "trial.py"), "--base declares a sweep of its own, without the suite s"),
         (("--grid", "lr=1,2"), "--base=small.py says of what"),
-        (("--base", "trial.py", "--grid", "lrr=1,2"), "no knob called lrr"),
+        (("--base", "trial.py", "--grid", "lrr=1,2"), "no knob called 'lrr'"),
+        (("--base", "trial.py", "--grid", "lr=1,1"), "has a value twice"),
+        (("--base", "trial.py", "--grid", "lr=1,2", "--versus", "lr=3,4"), "lr is given twice"),
+        (("--base", "trial.py", "--grid", "steps=1,2", "--budget", "60s"), "is given twice"),
+        (("--base", "trial.py", "--grid", "out=1,2"), "--grid cannot give out"),
+        (("--base", "trial.py", "--grid", "lr="), "lr must be"),
+        (("--base", "trial.py", "--grid", "lr=-1,2"), "lr must be more than 0"),
+        (("--base", "trial.py", "--name", "../x"), "--name is the name of a file, not '../x'"),
+        (("--base", "absent.py"), "no config file 'absent.py'"),
         (("--base", "trial.py", "--budget", "60 parsecs"), "--budget is a number and one of s, min"),
+        (("--base", "trial.py", "--budget", "1.5.2s"), "--budget is a number and one of s, min"),
+        (("--base", "trial.py", "--budget", "0s"), "--budget must be more than 0, not '0s'"),
         (("compare", "a"), "compare takes two folders"),
         (("compare", "a", "b"), "a has no run"),
     ],
@@ -567,14 +582,62 @@ def test_the_trainer_is_run(tiny, tmp_path):
     """What a fake cannot show: train.py itself, finished and refused."""
     given = dict(flag[2:].split("=", 1) for flag in tiny(tmp_path))
     del given["out"], given["save_every"]
-    plan = Plan(trials(suite(base=given, variants={"good": {}, "bad": {"precision": "int3"}}), "tiny"), tmp_path)
-    assert sweep(plan, tmp_path / "out", [{"OMP_NUM_THREADS": "1"}] * 2)
-    good, bad = (one(tmp_path, variant=name) for name in ("good", "bad"))
+    variants = {"good": {}, "bad": {"precision": "int3"}, "large": {"batch_size": 1024, "model.seq_len": 256}}
+    declared = suite(base=given, variants=variants, cap={"tiny": 450 * 10**6})
+    assert Sweep(trials(declared, "tiny"), tmp_path).run(tmp_path / "out")
+    good, bad, large = (one(tmp_path, variant=name) for name in variants)
     assert good.status == "finished", good.error
     assert good.val_loss < math.log(257)
-    assert [row["step"] for row in good.steps] == [1, 4, 8, 12]
+    assert [row["step"] for row in good.steps] == [1, 12]
     assert [row["step"] for row in good.evals] == [6, 12]
     assert good.final["memory"] > 0
     assert bad.status == "unsupported"
     assert bad.error.startswith("error: precision must be")
+    assert large.status == "oom", large.error  # beyond the cap
     assert not list((tmp_path / "out").rglob("*.pt"))
+
+
+def forked(tiny, folder: Path, **changes) -> Sweep:
+    """A sweep of one run of train.py, forked from the warm process as on a CPU."""
+    given = dict(flag[2:].split("=", 1) for flag in tiny(folder, **changes))
+    del given["out"], given["save_every"]
+    return Sweep(trials(suite(base=given), "tiny"), folder)
+
+
+@ON_LINUX
+def test_a_forked_trial_is_as_a_process_of_its_own(tiny, tmp_path, monkeypatch):
+    """With the threads of its place, output in its own files, and the same losses, wherever the sweep was started."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("experiments.run.TRAIN", ())  # one that is not forked fails
+    before = os.environ.copy()
+    for threads in (1, 3):
+        sweep = forked(tiny, tmp_path, clip=threads)
+        sweep.places = [{"OMP_NUM_THREADS": str(threads)}]
+        assert sweep.run(tmp_path / "out", command=())
+        log = (tmp_path / "out" / "tiny" / "s" / f"{history(tmp_path)[-1].key}.log").read_text()
+        assert f"{threads} threads)" in log and "finished: " in log
+    assert os.environ == before
+    assert train.main(tiny(tmp_path, config="trial.py", clip=3, run="alone")) == 0
+    assert history(tmp_path)[-1].val_loss == pytest.approx(read_status(tmp_path / "alone")["val_loss"], rel=1e-5)
+
+
+@ON_LINUX
+def test_a_forked_trial_dies_with_its_sweep(tiny, tmp_path):
+    sweep, lock = forked(tiny, tmp_path, steps=10**6), "out/tiny/s/*/run.lock"
+
+    def run():
+        multiprocessing.forkserver._forkserver.__init__()  # the warm process of these tests is not a child's to use
+        sweep.run(tmp_path / "out")
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    while not (found := [path for path in tmp_path.glob(lock) if path.read_text()]) and process.is_alive():
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    trial = found[0].read_text()
+    for _ in range(3000):
+        if not alive(trial):
+            break
+        time.sleep(0.02)
+    assert not alive(trial)

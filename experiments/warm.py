@@ -1,0 +1,22 @@
+"""Imported by the process that trials are forked from, and by nothing else: all that a trial imports, once for all.
+
+Nothing here may compute. A process forked from one that has started OpenMP's threads hangs.
+"""
+
+import gc
+import os
+from contextlib import suppress
+
+import torch._dynamo  # noqa: F401 - which torch's optimizers import when they are built
+
+import train  # noqa: F401
+from experiments.forks import die_with_parent
+
+with suppress(ImportError):
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
+
+PID = os.getpid()
+os.setsid()  # a terminal's signals are for the sweep to answer
+die_with_parent()
+gc.freeze()  # what is here is never freed, and what is not looked at is shared with the trials
