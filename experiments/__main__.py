@@ -30,26 +30,32 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     what = "suites to run, or all; after the word report, to report on; after compare, two folders of runs"
     add("names", nargs="*", metavar="suite", help=what)
     add("--scale", choices=("tiny", "low", "full"), default="tiny")
-    add("--dry-run", action="store_true", help="say what would be run, and run nothing")
-    add("--jobs", type=count, default=0, metavar="N", help="trials at once (default: as fit the GPUs, or cores)")
-    add("--seeds", type=count, default=0, metavar="N", help="runs of every trial (default: the suite's)")
-    add("--set", action="append", default=[], metavar="KNOB=VALUE", help="a knob of train.py, for every trial")
-    add("--rerun", action="store_true", help="run again what was run; the latest outcome holds")
-    add("--time-limit", type=seconds, default=math.inf, metavar="300s", help="start no more trials after so long")
-    what = "end in time: cheapest suites first, and no trial that would not end by then"
+    add("--dry-run", action="store_true", help="list what would run, and run nothing")
+    add("--jobs", type=count, default=0, metavar="N", help="trials at once (default: 4 per GPU, or one per core)")
+    add("--seeds", type=count, default=0, metavar="N", help="seeds per trial (default: the suite's)")
+    add("--set", action="append", default=[], metavar="KNOB=VALUE", help="an option of train.py for all trials")
+    add("--rerun", action="store_true", help="run trials again that are done; the latest outcome counts")
+    add("--time-limit", type=seconds, default=math.inf, metavar="300s", help="start no trials after this time")
+    what = "end within this time: cheapest suites first, and only trials that are expected to finish"
     add("--within", type=seconds, default=math.inf, metavar="300s", help=what)
-    add("--offline", action="store_true", help="on text that every machine has, with tokenizers of the same sizes")
+    add(
+        "--offline", action="store_true", help="train on text that needs no download, with tokenizers of the same sizes"
+    )
     add("--wandb", choices=("off", "offline", "online"), default="off", help="mirror the runs, grouped by suite")
-    what = "of ledgers and reports (default: %(default)s; those that ship are in experiments/results)"
+    what = "folder of ledgers and reports (default: %(default)s; the committed ones are in experiments/results)"
     add("--results", type=Path, default=Path("out/experiments/results"), metavar="DIR", help=what)
-    add("--out", type=Path, default=Path("out/experiments"), metavar="DIR", help="of the runs' folders")
+    add("--out", type=Path, default=Path("out/experiments"), metavar="DIR", help="folder of the runs")
     own = parser.add_argument_group("a sweep of your own")
-    own.add_argument("--base", metavar="CONFIG", help="config file of train.py that all trials start from")
-    what = "a knob's values; of several, the product"
+    own.add_argument("--base", metavar="CONFIG", help="config file of all trials")
+    what = "values of an option; several flags give their product"
     own.add_argument("--grid", action="append", default=[], metavar="KNOB=A,B", help=what)
-    own.add_argument("--versus", action="append", default=[], metavar="KNOB=A,B", help="alternatives: compared by seed")
-    own.add_argument("--budget", default="", metavar="60s", help="of each trial: s, min, h, steps, tokens or Mtokens")
-    own.add_argument("--name", default="sweep", help="of the sweep, whose ledger and report it names")
+    own.add_argument(
+        "--versus", action="append", default=[], metavar="KNOB=A,B", help="alternatives, compared seed by seed"
+    )
+    own.add_argument(
+        "--budget", default="", metavar="60s", help="length of each trial in s, min, h, steps, tokens or Mtokens"
+    )
+    own.add_argument("--name", default="sweep", help="name of the sweep, its ledger and its report")
     return parser.parse_args(argv)
 
 
@@ -67,7 +73,7 @@ def seconds(text: str) -> float:
 
 @program
 def main(argv: list[str] | None = None, command: Sequence[str] = ()) -> int:
-    """Do as the flags say, training by `command`. Returns the exit code: 0 done, 2 refused, 130 interrupted."""
+    """Run suites; `command` starts trials. Returns the exit code: 0 done, 2 refused, 130 interrupted."""
     from experiments.suites import SUITES
 
     return _main(arguments(argv), SUITES, command)
@@ -101,7 +107,7 @@ def _main(asked: argparse.Namespace, suites: Mapping[str, Suite], command: Seque
         return 0
     names = choose(names or ["all"], suites, scale)
     if not verb and not run(asked, [suites[name] for name in names], scale, extra, command):
-        print("interrupted: the same command goes on")
+        print("interrupted: the same command continues")
         return 130
     if asked.dry_run and not verb:
         return 0

@@ -1,4 +1,4 @@
-"""A user's own sweep, declared by flags, and the comparison of runs that are there.
+"""A user's own sweep, declared by flags, and the comparison of existing runs.
 
 A sweep is a suite like the published ones: the same runner, ledger, judges and report.
 """
@@ -138,5 +138,5 @@ def compare(a: Path, b: Path) -> str:
         means = [fmean(o.val_loss for o in side) for side in sides]
         found, how = unpaired(means[0] - means[1], min(map(len, sides)), noise), "means, by the spread of each side"
     interval = f" ± {found.interval:.2g}" if found.interval is not None else ""
-    told = f", p {found.p(HIGHER):.2g}" if found.se is not None else "; one seed tells nothing of the noise"
+    told = f", p {found.p(HIGHER):.2g}" if found.se is not None else "; one seed cannot measure the noise"
     return "\n".join([*lines, f"difference in loss {found.mean:+.4f}{interval}, {found.n} seeds, {how}{told}"])

@@ -112,7 +112,7 @@ def configuration(knobs: Knobs) -> train.Config:
 
 
 def flags(knobs: Knobs) -> list[str]:
-    """What train.py is called with for knobs, beneath which lies configs/trial.py."""
+    """Flags of train.py for a trial's knobs, on top of configs/trial.py."""
     return [f"--{key}={value}" for key, value in ({"config": "trial.py"} | dict(knobs)).items()]
 
 
@@ -155,7 +155,7 @@ class Job:
     def __init__(self, trial: Trial, out: Path, machine: str, environment: Mapping[str, str], limit: float,
                  wandb: str = "off", command: Sequence[str] = TRAIN):  # fmt: skip
         """Start it: under `out`/scale/suite, in a folder named by its key, emptied first. After `limit` seconds it is
-        killed. Its checkpoints serve no one, so only the last is asked for."""
+        killed. Its checkpoints are not used, so only the last is written."""
         self.trial, self.machine, self.limit, self.environment = trial, machine, limit, dict(environment)
         self.folder = out.absolute() / trial.scale / trial.suite.name / trial.key
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -212,7 +212,7 @@ class Job:
 
 
 def kernel_ooms() -> int:
-    """How many processes Linux has killed for want of memory, in any control group; 0 where it does not say."""
+    """Number of processes that Linux has killed because memory ran out, in all control groups; 0 if unknown."""
     with suppress(OSError, StopIteration):
         lines = Path("/proc/vmstat").read_text().splitlines()
         return int(next(line.split()[1] for line in lines if line.startswith("oom_kill ")))
@@ -371,5 +371,5 @@ class Sweep:
                         bar.update()
                 time.sleep(POLL_S)
             if n := len(self.waiting) + len(alone) + len(jobs):
-                say(f"{n} trials are left, for want of time: the same command goes on")
+                say(f"{n} trials are left because the time is up: the same command continues")
         return True

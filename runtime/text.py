@@ -23,7 +23,7 @@ def typed(argument: str) -> str:
 
 def say(line: str, stream: Literal["stdout", "stderr"] = "stdout") -> None:
     """Print a line. If it cannot be written, because a pipe or terminal was closed or a disk is full, it is dropped
-    with all that follows it: no run ends for want of a reader."""
+    with all that follows it: a run does not end because nobody reads its output."""
     try:
         print(line, file=getattr(sys, stream), flush=True)
     except OSError:

@@ -112,7 +112,7 @@ def test_two_runs_of_one_seed_tell_nothing_of_the_noise(tmp_path):
     write_run(tmp_path / "a", 0, 2.0)
     write_run(tmp_path / "b", 0, 1.5)
     assert own.compare(tmp_path / "a", tmp_path / "b").splitlines()[-1] == (
-        "difference in loss +0.5000, 1 seeds, paired by seed; one seed tells nothing of the noise"
+        "difference in loss +0.5000, 1 seeds, paired by seed; one seed cannot measure the noise"
     )
     with pytest.raises(ConfigError, match="c has no run"):
         own.compare(tmp_path / "a", tmp_path / "c")

@@ -454,7 +454,7 @@ def test_within_a_time_the_cheapest_suites_come_first_and_none_that_would_not_en
     sweep = Sweep([t for each in declared.values() for t in trials(each, "tiny")], tmp_path, jobs=1)
     assert sweep.run(tmp_path / "out", command=fake, say=said.append, within=20)
     assert [line.split()[1] for line in said[:-1]] == ["quick", "quick", "brief", "brief"]
-    assert said[-1].startswith("2 trials are left, for want of time")
+    assert said[-1].startswith("2 trials are left because the time is up")
 
 
 def test_a_trial_that_is_late_after_all_is_killed_and_not_recorded(run, tmp_path):
@@ -463,7 +463,7 @@ def test_a_trial_that_is_late_after_all_is_killed_and_not_recorded(run, tmp_path
     ledger.append(ledger.place(tmp_path, "tiny", "s"), past)
     ended, said = run(declared, within=1.0)
     assert ended and len(recorded(tmp_path).outcomes) == 1
-    assert said == ["1 trials are left, for want of time: the same command goes on"]
+    assert said == ["1 trials are left because the time is up: the same command continues"]
     assert len(starts(tmp_path)) == 1 and not alive(starts(tmp_path)[0][1])
 
 
