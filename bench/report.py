@@ -192,7 +192,8 @@ def waits_table(rows: list[dict]) -> str:
                 "what": row["bench"], "ours": ours.partition(" ")[2], "beside": other,
                 "ours / theirs": f"{pace(row, first) / pace(row, result):.2f}",
             })  # fmt: skip
-    return f"{markdown(cells)}\n\nMedians. The ratio is better below 1 for seconds, and above 1 for rates. Memory is anonymous. {origin(rows[-1])}."
+    note = "Medians. The ratio is better below 1 for seconds, and above 1 for rates. Memory is anonymous."
+    return f"{markdown(cells)}\n\n{note} {origin(rows[-1])}."
 
 
 # The name between the README's markers, the record that it is written from, and how.
