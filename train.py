@@ -336,7 +336,8 @@ class Trainer:
                 # Read loss and gradient norm only when they are needed: it makes the host wait for the device.
                 logging = self.step == 1 or self.is_due(config.log_every)
                 saving = interrupt.take_save() or self.is_due(config.save_every) or self.is_due(config.eval_every)
-                metrics = {"loss": loss.item(), "grad_norm": grad_norm.item()} if logging or saving else None
+                reading = logging or saving or self.is_due(config.sample_every)
+                metrics = {"loss": loss.item(), "grad_norm": grad_norm.item()} if reading else None
                 self.budget.step_ended()
                 self.train_seconds += timer() - step_start
 

@@ -451,9 +451,10 @@ def test_nan_is_reported_at_once(run, monkeypatch):
     assert checkpoint.load(folder / "last.pt")["step"] == 3
 
 
-def test_weights_that_are_not_finite_are_not_saved(run):
+@pytest.mark.parametrize("sample_every", [0, 1])
+def test_weights_that_are_not_finite_are_not_saved_or_sampled(run, sample_every):
     wild = {"optimizer": "adamw", "lr": 1e30, "warmup": 0, "log_every": 99, "save_every": 99, "eval_every": 99}
-    code, folder = run(**wild, steps=5)
+    code, folder = run(**wild, steps=5, sample_every=sample_every)
     assert code == 1 and status(folder)["status"] == "nan" and not list(folder.glob("*.pt"))
 
 
