@@ -170,7 +170,11 @@ def _open_path(path: Path) -> Corpus:
     if texts:
         shards.append(shard("text", None, lambda: chain.from_iterable(map(read_text, texts))))
     times = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in status.items()]
-    return Corpus(path.resolve().name, digest(str(path.resolve()), times, READERS_VERSION), True, lambda: shards)
+    compressed = any(name.lower().endswith((".gz", ".zst", ".parquet")) for name in files)
+    return Corpus(
+        path.resolve().name, digest(str(path.resolve()), times, READERS_VERSION), True, lambda: shards,
+        size=0 if compressed else sum(stat.st_size for stat in status.values()),
+    )  # fmt: skip
 
 
 # Datasets of the Hugging Face Hub

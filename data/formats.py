@@ -89,6 +89,7 @@ class Corpus:
     shards: Callable[[], list[Shard]]  # may access the network; raises DataError
     remote: bool = False  # whether an error may pass by itself, so that preparation keeps what it has
     remark: Callable[[str], str] = lambda digest: ""  # what the digest of the whole text says about it, in words
+    size: int = 0  # bytes of text, about, for the time left; 0 if unknown, as of compressed files
 
 
 def shard(name: str, split: Literal["train", "val"] | None, read: Callable[[], Iterable[Document]]) -> Shard:

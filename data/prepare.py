@@ -323,7 +323,8 @@ class _Preparation:
                 write_atomically(self.partial / "progress.json", json.dumps(asdict(progress)))
 
             splitter = _Splitter(self.corpus.deduplicate, config.val_fraction, Path(seen.name).read_bytes())
-            bar = progress_bar(self.say, desc=f"tokenizing {name}", unit="char", unit_scale=True)
+            total = self.corpus.size or None
+            bar = progress_bar(self.say, desc=f"tokenizing {name}", total=total, unit="char", unit_scale=True)
             if bar is not None:
                 stack.enter_context(bar)
             reported = time.monotonic()

@@ -413,3 +413,11 @@ def test_wikitext_rows_become_articles():
         "".join(row or "\n" for row in one[1:]),
         "".join(row or "\n" for row in two),
     ]
+
+
+def test_the_size_of_a_text_is_known_unless_it_is_compressed(tmp_path):
+    (tmp_path / "a.txt").write_text("one two")
+    (tmp_path / "b.jsonl").write_text('{"text": "three"}\n')
+    assert open_corpus(str(tmp_path)).size == 7 + 18
+    (tmp_path / "c.jsonl.gz").write_bytes(b"\x1f\x8b")
+    assert open_corpus(str(tmp_path)).size == 0
