@@ -31,7 +31,7 @@ from model import checkpoint
 from model.diagnostics import Probe
 from model.evaluate import evaluate
 from model.generate import generate
-from model.gpt import GPT, ModelConfig
+from model.gpt import GPT, ModelConfig, check_kernels
 from model.optim import OptimizerConfig, build_optimizers, load_optimizers, lr_factor, set_lr
 from runtime import hardware
 from runtime.budget import LENGTHS, Budget, Length
@@ -159,17 +159,15 @@ class Trainer:
 
         # Checks that need no data: the model's shape, memory, the run's length, free disk space.
         shape = config.shape
+        check_kernels(shape, kernels)
+        n_parameters = shape.n_parameters()
         micro_batch = config.micro_batch or config.batch_size
         activations = shape.n_layer * shape.d_model  # per token: what every model keeps for the backward pass
-        hardware.check_memory(
-            self.device, shape.n_parameters(), activations, shape.seq_len, config.batch_size, micro_batch
-        )
+        hardware.check_memory(self.device, n_parameters, activations, shape.seq_len, config.batch_size, micro_batch)
         self.budget = Budget(config, config.batch_size * shape.seq_len, state.get("budget", {}))
         self.warmup = self.budget.warmup_fraction(config.warmup)
         self.recipe = state.get("recipe", 1) if state else RECIPE  # a resumed run keeps its own
         self.step_fraction = self.budget.step_fraction if self.recipe > 1 else 0.0
-        with torch.device("meta"):
-            n_parameters = GPT(shape, kernels).n_parameters()
         check_writable(folder, 4 * 12 * n_parameters)  # four files (one is the partial) of fp32 weights and two moments
 
         # Data. A resumed run gets its own tokens, if they are still cached: its corpus may have changed since.

@@ -85,7 +85,7 @@ def _main(asked: argparse.Namespace, suites: Mapping[str, Suite], command: Seque
         if existing := [path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()]:
             raise ConfigError(f"{flag}={folder} is no folder: {existing[0]} is a file")
     verb = asked.names[0] if asked.names[:1] in (["report"], ["compare"]) else ""
-    names, scale, extra = asked.names[bool(verb) :], asked.scale, typed(asked.set)
+    names, scale, extra = asked.names[bool(verb) :], asked.scale, assigned(asked.set)
     if verb == "compare":
         if len(names) != 2:
             raise ConfigError("compare takes two folders of runs")
@@ -145,18 +145,16 @@ def choose(names: Sequence[str], suites: Mapping[str, Suite], scale: Scale) -> l
     return list(dict.fromkeys(names))
 
 
-def typed(assignments: Sequence[str]) -> dict:
+def assigned(assignments: Sequence[str]) -> dict:
     """`KNOB=VALUE` as knobs of train.py. Raises `ConfigError`, also for a knob that the runner gives to trials."""
     if not assignments:
         return {}
-    if odd := [text for text in assignments if not text.partition("=")[0] or "=" not in text]:
+    if odd := [text for text in assignments if text[:1] in ("", "-", "=") or "=" not in text]:
         raise ConfigError(f"--set takes KNOB=VALUE, not {odd[0]!r}")
     import train
     from experiments.own import OF_THE_SWEEP
 
     known = knobs(train.Config)
-    if wrong := [text for text in assignments if text[:1] in ("", "-", "=")]:
-        raise ConfigError(f"--set is KNOB=VALUE, such as lr=1e-3, not {wrong[0]!r}")
     given = read_flags(train.Config, [f"--{text}" for text in assignments], "")
     if taken := [key for key in given if key in OF_THE_SWEEP]:
         raise ConfigError(f"--set {taken[0]} has no effect: a sweep gives it to each of its trials")

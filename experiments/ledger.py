@@ -8,7 +8,7 @@ over when read, and cut off before the next line.
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from experiments.spec import Outcome, Scale
 from runtime import files
 from runtime.errors import UserError
-from runtime.records import to_json
+from runtime.records import read_rows, to_json
 
 ROWS = 20  # evaluations and diagnosed steps kept of a run, whose metrics.jsonl has all
 _PEAKS = ("memory", "memory_reserved", "memory_retries", "mfu")  # of the last row of training
@@ -94,7 +94,8 @@ def condense(folder: Path) -> dict[str, Any]:
     """What an outcome keeps of a run's folder: `final`, `steps`, `evals` and `diag`, as far as they were written."""
     from runtime.run import read_status
 
-    final, rows = read_status(folder), _rows(folder / "metrics.jsonl")
+    final, metrics = read_status(folder), folder / "metrics.jsonl"
+    rows, _ = read_rows(metrics) if metrics.exists() else ([], 0)
     training = [row for row in rows if "loss" in row]
     diagnosed = [row | row["diag"] for row in rows if "diag" in row]
     peaks = {key: training[-1][key] for key in _PEAKS if training and training[-1].get(key) is not None}
@@ -122,12 +123,3 @@ def _pick(row: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     """The numbers of a row under these keys, to six digits."""
     found = {key: row[key] for key in keys if isinstance(row.get(key, ""), int | float | None)}
     return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in found.items()}
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a run's record, without lines that are damaged or torn."""
-    rows = []
-    for line in path.read_text("utf-8", "replace").split("\n")[:-1] if path.exists() else []:
-        with suppress(ValueError):
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]

@@ -118,7 +118,7 @@ def flags(knobs: Knobs) -> list[str]:
 
 def meta_model(config: train.Config) -> GPT:
     """The model on the meta device, to count its parameters and FLOPs."""
-    return _meta_model(config.model.resolved(config.data.expected_vocab_size, config.data.separator))
+    return _meta_model(config.shape)
 
 
 @cache

@@ -470,6 +470,12 @@ def look_back(model: "GPT", std: float) -> None:
     nn.init.constant_(attention.q_gain, 3.0)
 
 
+def check_kernels(config: ModelConfig, kernels: Kernels) -> None:
+    """Raise `KernelError` if a bound kernel lacks what the model needs."""
+    if config.dropout:
+        kernels.require("attention", "dropout")
+
+
 class GPT(nn.Module):
     """The language model: token ids to the cross-entropy of the next tokens, or to logits.
 
@@ -481,8 +487,7 @@ class GPT(nn.Module):
         has dropout and the bound attention kernel does not."""
         super().__init__()
         self.residual: torch.dtype | None = None
-        if config.dropout:
-            kernels.require("attention", "dropout")
+        check_kernels(config, kernels)
         self.config, self.kernels = config, kernels
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.dropout = nn.Dropout(config.dropout)

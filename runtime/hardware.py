@@ -190,11 +190,16 @@ def check_memory(
         )
     most = (total - weights) // sequence
     if micro_batch > most:
-        fits = next(n for n in range(most, 0, -1) if batch_size % n == 0)
+        fits = largest_micro_batch(batch_size, most)
         raise HardwareError(
             f"a micro-batch of {micro_batch:,} sequences takes at least {_gigabytes(sequence * micro_batch)} and "
             f"{memory}: set micro_batch to {fits:,} or less"
         )
+
+
+def largest_micro_batch(batch_size: int, most: int) -> int:
+    """The largest micro-batch of at most `most` sequences that divides the batch; 0 if there is none."""
+    return next((n for n in range(most, 0, -1) if batch_size % n == 0), 0)
 
 
 def _gigabytes(size: int) -> str:

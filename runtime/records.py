@@ -33,15 +33,20 @@ def reopen_rows(path: Path, at_step: int) -> tuple[list[dict[str, Any]], str]:
     """Drop the rows of metrics.jsonl after `at_step`. Returns the others, and a note if lines were damaged.
 
     A damaged file is kept under another name."""
-    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
-    rows = [row for line in lines if (row := _row(line)) is not None]
-    n_damaged, note = len(lines) - len(rows), ""
+    (rows, n_damaged), note = read_rows(path), ""
     if n_damaged:
         kept = _keep(path)
         note = f"{path.name} has {n_damaged} damaged lines, which are left out; {kept.name} has the file as it was"
     rows = [row for row in rows if row["step"] <= at_step]
     write_atomically(path, "".join(to_json(row) + "\n" for row in rows))
     return rows, note
+
+
+def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The rows of metrics.jsonl, and the number of damaged lines, which are left out."""
+    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+    rows = [row for line in lines if (row := _row(line)) is not None]
+    return rows, len(lines) - len(rows)
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from runtime.errors import UserError, error_message
 from runtime.files import append, is_locked, locked, replacing, write_atomically
-from runtime.hardware import out_of_memory
+from runtime.hardware import largest_micro_batch, out_of_memory
 from runtime.progress import progress_bar
 from runtime.records import reopen_rows, reopen_samples, to_json
 from runtime.text import say, typed
@@ -408,18 +408,14 @@ def end_early(error: BaseException, run: Run | None, step: int, refusals: tuple[
     if status == "crashed" and not began:
         say(f"error: {message}", "stderr")
         return 2
-    if began and status == "oom" and (smaller := _smaller_micro_batch(**run.config)):
-        message += f"; --micro_batch={smaller} needs less memory"
+    if began and status == "oom":
+        batch_size, micro_batch = run.config["batch_size"], run.config["micro_batch"]
+        if smaller := largest_micro_batch(batch_size, (micro_batch or batch_size) // 2):
+            message += f"; --micro_batch={smaller} needs less memory"
     if began and (run.folder / "last.pt").exists():
         message += f"; --resume continues from {run.folder / 'last.pt'}"
     say(f"error: {status} at step {step}: {message}", "stderr")
     return 1
-
-
-def _smaller_micro_batch(batch_size: int, micro_batch: int, **others: Any) -> int:
-    """The largest micro-batch that divides the batch and is at most half of the one in use; 0 if there is none."""
-    half = (micro_batch or batch_size) // 2
-    return next((n for n in range(half, 0, -1) if batch_size % n == 0), 0)
 
 
 def status_of(error: BaseException) -> Status:
