@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from data.formats import DataError
+from runtime.phase import phase
 
 
 class Batches:
@@ -19,7 +20,7 @@ class Batches:
 
     To resume, it is enough to know how many windows were used. Each epoch starts at a random offset, treats the array
     as circular, cuts it into windows of `seq_len` and visits them in random order. Every token is an input once per
-    epoch, except fewer than `seq_len` at the end.
+    epoch, except fewer than `seq_len` at the end. All targets count: none is below 0.
     """
 
     def __init__(self, tokens: np.ndarray, seq_len: int, seed: int, shift: int = 1) -> None:
@@ -54,14 +55,17 @@ class Batches:
 
 
 class Prefetcher:
-    """Batches of `size` windows in order; a thread reads the next one while the current one is used.
+    """Batches of `size` windows in order, or one rank's rows of each; a thread reads the next while one is used.
 
     With `pin` they are in pinned memory, so that copies to a GPU are asynchronous.
     """
 
-    def __init__(self, batches: Batches, first: int, size: int, pin: bool = False):
-        """`first` is the first window of the first batch."""
+    def __init__(self, batches: Batches, first: int, size: int, pin: bool = False, rank: int = 0, ranks: int = 1):
+        """`first` is the first window of the first batch. Of `ranks` ranks, which divide `size`, each has as many rows,
+        and those of `rank` are read."""
         self.batches, self.first, self.size, self.pin = batches, first, size, pin
+        self.rows = size // ranks
+        self.offset = rank * self.rows
 
     def __enter__(self) -> Prefetcher:
         self.pool = ThreadPoolExecutor(1)
@@ -71,6 +75,7 @@ class Prefetcher:
     def __exit__(self, *error) -> None:
         self.pool.shutdown()
 
+    @phase("data")
     def next(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the next batch, as `Batches.get` does."""
         batch = self.pending.result()
@@ -79,8 +84,21 @@ class Prefetcher:
         return batch
 
     def _read(self, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs, targets = self.batches.get(first, self.size)
+        inputs, targets = self.batches.get(first + self.offset, self.rows)
         return (inputs.pin_memory(), targets.pin_memory()) if self.pin else (inputs, targets)
+
+
+def micro_batch_size(batch_size: int, micro_batch: int, ranks: int) -> int:
+    """Sequences of a forward and backward pass on each of `ranks` ranks; a `micro_batch` of 0 is a rank's whole share.
+
+    Raises `DataError` for a batch that cannot be shared out."""
+    size = ranks * (micro_batch or 1)
+    if batch_size % size:
+        below, above = batch_size // size * size, (batch_size // size + 1) * size
+        what = f"{ranks} ranks x micro_batch {micro_batch}" if micro_batch else f"{ranks} ranks"
+        right = f"{below} or {above}" if below else f"{above}"
+        raise DataError(f"batch_size {batch_size} must be a multiple of {size} ({what}), such as {right}")
+    return micro_batch or batch_size // ranks
 
 
 def eval_batches(

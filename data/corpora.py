@@ -1,4 +1,4 @@
-"""The corpora by name, and local files and folders. `open_corpus` is the entry point.
+"""The corpora by name, local files and folders, datasets of the Hub, and mixtures. `open_corpus` is the entry point.
 
 Opening a corpus is fast: text is read, and downloaded, only when a shard is read.
 """
@@ -6,16 +6,18 @@ Opening a corpus is fast: text is read, and downloaded, only when a shard is rea
 from __future__ import annotations
 
 import difflib
+import glob
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import sysconfig
 import tokenize
 import tomllib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import chain
@@ -27,13 +29,15 @@ from data.formats import (
     TEXT_SUFFIXES,
     Corpus,
     DataError,
+    Mixture,
+    TokenFiles,
     digest,
     read_text,
     reader,
     shard,
     utf8_safe,
 )
-from data.hub import hub_corpus
+from data.hub import hub_corpus, hub_dataset
 
 # Corpora from the Python installation, which need no download
 
@@ -43,7 +47,7 @@ _ROOT = Path(__file__).parents[1]
 _NOT_SOURCES = {"test", "tests", "idle_test", "distutils", "site-packages", "dist-packages", "__pycache__", ".."}
 
 # `Dataset.digest` of docstrings at the versions of constraints.txt, equal on every platform and Python.
-DOCSTRINGS_DIGEST = "981746fd217638e0c9d646a853496345916e41e159c1302d49a0c43b25a8e534"
+DOCSTRINGS_DIGEST = "b2d1a31240fa39d3a5933ed86b0aadfb16d9bc5fc9def300ea4945aaba9e1e92"
 
 
 def _is_source(path: os.PathLike[str]) -> bool:
@@ -127,12 +131,14 @@ def _read_docstrings(files: list[Path]) -> Iterator[str]:
 
 # Local files and folders
 
+_RUN = {"config.json", "status.json"}  # files that only the folder of a run has
+
 
 def _files(folder: Path) -> Iterator[Path]:
     """All files below a folder, except those of runs. Symbolic links are followed, and each folder is visited once."""
     seen = {folder.resolve()}
     for root, folders, names in os.walk(folder, followlinks=True):
-        if {"config.json", "status.json"} <= {*names} and Path(root) != folder:
+        if _RUN.issubset(names) and Path(root) != folder:
             folders.clear()
             continue
         yield from (Path(root, name) for name in names)
@@ -140,41 +146,94 @@ def _files(folder: Path) -> Iterator[Path]:
         folders[:] = [name for name, target in targets.items() if target not in seen and not seen.add(target)]
 
 
-def _open_path(path: Path) -> Corpus:
+def _open_path(path: Path, column: str = "") -> Corpus | TokenFiles:
     """A corpus of one file, or of the files of known types in a folder, except hidden ones and those of our runs.
 
-    All text files of a folder form one shard, since they may be many and small; every other file is a shard of its own.
-    The fingerprint covers path, names, sizes and modification times, so opening 100 GB is as fast as opening 1 MB.
-    Raises `DataError` if there is no text.
-    """
-    files = {path.name: path}
-    if path.is_dir():
-        found = {file.relative_to(path): file for file in sorted(_files(path)) if file.is_file()}
-        files = {
-            name.as_posix(): file
-            for name, file in found.items()
-            if not any(part.startswith(".") for part in name.parts)
-            and (file.suffix.lower() in TEXT_SUFFIXES.split() or reader(file.name) is not read_text)
-        }
-    status = {name: file.stat() for name, file in files.items()}
-    if not any(stat.st_size for stat in status.values()):
+    A folder with `*train*.bin` in it is one of tokens. `column` is as for `_open_files`. Raises `DataError` if there is
+    no text."""
+    name = path.resolve().name + (f"#{column}" if column else "")
+    if not path.is_dir():
+        return _open_files(name, str(path.resolve()), {path.name: path}, True, column)
+    if tokens := _token_files(path):
+        if column:
+            raise DataError(f"{path} holds tokens, which have no column {column!r}: give the folder alone")
+        versions = _versions({file.name: file for file in chain.from_iterable(tokens.values())})
+        return TokenFiles(name, digest(str(path.resolve()), versions), tokens)
+    found = {file.relative_to(path): file for file in sorted(_files(path)) if file.is_file()}
+    files = {
+        name.as_posix(): file
+        for name, file in found.items()
+        if not any(part.startswith(".") for part in name.parts)
+        and (file.suffix.lower() in TEXT_SUFFIXES.split() or reader(file.name) is not read_text)
+    }
+    return _open_files(name, str(path.resolve()), files, False, column)
+
+
+def _open_glob(pattern: str, column: str) -> Corpus:
+    """A corpus of the files, except those of our runs, that a pattern with `*`, `?` or `[` matches; `**` is any number
+    of folders."""
+    matches = map(Path, sorted(glob.glob(os.path.expanduser(pattern), recursive=True)))
+    found = [path for path in matches if path.is_file() and not all((path.parent / name).exists() for name in _RUN)]
+    if not found:
+        raise DataError(f"no file matches {pattern!r}: quote it for the shell, and write ** for any number of folders")
+    name = pattern + (f"#{column}" if column else "")
+    return _open_files(name, os.path.abspath(pattern), {str(path): path for path in found}, True, column)
+
+
+def _open_files(name: str, place: str, files: dict[str, Path], by_path: bool, column: str) -> Corpus:
+    """A corpus of files, by a name for each, that are all at `place`.
+
+    All text files form one shard, since they may be many and small; every other file is a shard of its own. `column`
+    is the one to read of tables ("": the obvious one); text files are then left out. The fingerprint covers place,
+    names, sizes and modification times, so opening 100 GB is as fast as opening 1 MB. Raises `DataError` if there is no
+    text."""
+    readers = {name: reader(name, by_path, column) for name in files}
+    texts = [file for name, file in files.items() if readers[name] is read_text and not column]
+    tables = {name: file for name, file in files.items() if readers[name] is not read_text}
+    if column and not tables:
+        raise DataError(f"{name} has no column {column!r}: only JSONL and Parquet files have columns")
+    versions = _versions(files)
+    if not any(size for _, size, *_ in versions):
         suffixes = " ".join(READERS)
-        raise DataError(f"{path} holds no text: it is empty, or a folder without {TEXT_SUFFIXES} {suffixes}")
-    readers = {name: reader(name, by_path=path.is_file()) for name in files}
-    texts = [file for name, file in files.items() if readers[name] is read_text]
-    shards = [
-        shard(name, None, partial(readers[name], file))
-        for name, file in files.items()
-        if readers[name] is not read_text
-    ]
+        raise DataError(
+            f"{place} holds no text: it is empty, or a folder without {TEXT_SUFFIXES} {suffixes}, and without tokens "
+            "in *train*.bin"
+        )
+    shards = [shard(name, None, partial(readers[name], file)) for name, file in tables.items()]
     if texts:
         shards.append(shard("text", None, lambda: chain.from_iterable(map(read_text, texts))))
-    times = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in status.items()]
     compressed = any(name.lower().endswith((".gz", ".zst", ".parquet")) for name in files)
     return Corpus(
-        path.resolve().name, digest(str(path.resolve()), times, READERS_VERSION), True, lambda: shards,
-        size=0 if compressed else sum(stat.st_size for stat in status.values()),
+        name, digest(place, versions, READERS_VERSION, *([column] if column else [])), True, lambda: shards,
+        size=0 if compressed else sum(size for _, size, *_ in versions),
     )  # fmt: skip
+
+
+def _versions(files: Mapping[str, Path]) -> list[tuple[str, int, int, int]]:
+    """Name, size and times of files, which change when a file does."""
+    status = {name: file.stat() for name, file in files.items()}
+    return [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in status.items()]
+
+
+def _token_files(folder: Path) -> dict[str, list[Path]]:
+    """The files of tokens in a folder by split, such as nanoGPT, modded-nanogpt and llm.c write; {} if there are none.
+
+    The word "train" or "val" in a name tells the split: fineweb_val_000000.bin, but not training_args.bin. Raises
+    `DataError` if there are files to train on but none to validate on, or a meta.pkl, which nanoGPT writes beside the
+    tokens of a vocabulary of characters."""
+    words = {split: re.compile(rf"(?<![A-Za-z]){split}(?![A-Za-z])") for split in ("train", "val")}
+    paths = sorted(folder.glob("*.bin"))
+    files = {split: [path for path in paths if word.search(path.name)] for split, word in words.items()}
+    if not files["train"]:
+        return {}
+    if not files["val"]:
+        raise DataError(f"{folder} has tokens to train on in *train*.bin, but none to validate on in *val*.bin")
+    if (folder / "meta.pkl").exists():
+        raise DataError(
+            f"{folder} has a meta.pkl, so its tokens are of a vocabulary of its own, which is not read: a pickle can "
+            "run any code. Give the text that the tokens were made of, such as its input.txt"
+        )
+    return files
 
 
 # Datasets of the Hugging Face Hub
@@ -251,18 +310,72 @@ CORPORA: dict[str, tuple[str, Callable[[str], Corpus]]] = {
 }
 
 
-def open_corpus(name: str) -> Corpus:
-    """Open a corpus by name, or a file or folder by path (write `./docstrings` for a file named like a corpus).
+# A mixture is names with a weight each. Neither a colon nor a comma elsewhere in a name ends it.
+_WEIGHTED = re.compile(r"(.+?):(\d+\.?\d*|\.\d+)(?:,|$)")
 
-    Raises `DataError` for an unknown name, and for a file or folder without text.
+
+def _parts(name: str) -> list[tuple[str, float]]:
+    """The names and weights of a mixture `a:0.7,b:0.3`; [] for anything else."""
+    found = [*_WEIGHTED.finditer(name)]
+    whole = "".join(match[0] for match in found) == name
+    return [(match[1], float(match[2])) for match in found] if whole and len(found) > 1 else []
+
+
+def _open_mixture(name: str, parts: list[tuple[str, float]]) -> Mixture:
+    if bad := [part for part, weight in parts if not weight]:
+        raise DataError(f"{bad[0]!r} has the weight 0 in the mixture {name!r}: give it more, or leave it out")
+    if len({part for part, _ in parts}) < len(parts):
+        raise DataError(f"the mixture {name!r} has a corpus twice: give it the sum of its weights")
+    total = sum(weight for _, weight in parts)
+    opened = [(open_corpus(part), weight / total) for part, weight in parts]
+    return Mixture(name, digest([(part.name, part.fingerprint, share) for part, share in opened]), opened)
+
+
+def _path(name: str) -> Path | None:
+    path = os.path.expanduser(name)
+    return Path(path) if os.path.exists(path) else None
+
+
+def holds_tokens(name: str) -> bool:
+    """Whether a corpus, or any part of a mixture, is tokens already: a folder of `.bin` files."""
+    if name in CORPORA:
+        return False
+    if path := _path(name):
+        return path.is_dir() and bool(_token_files(path))
+    return any(holds_tokens(part) for part, _ in _parts(name))
+
+
+def open_corpus(name: str) -> Corpus | TokenFiles | Mixture:
+    """Open a corpus. The first that `name` fits decides:
+
+    1. a name of `CORPORA` (write `./docstrings` for a file named like one);
+    2. an existing file or folder, whatever characters are in its name;
+    3. a mixture `a:0.7,b:0.3` of two or more corpora, with the weight of each in tokens;
+    4. `hub:org/name`, `hub:org/name:config`: a dataset of the Hugging Face Hub, and a configuration of it;
+    5. a pattern of file names, such as `notes/**/*.md`.
+
+    After 2, 4 and 5, `#column` names the column of JSONL and Parquet files to read. Raises `DataError` for any other
+    name, and for files without text.
     """
     if name in CORPORA:
         return CORPORA[name][1](name)
-    path = Path(name).expanduser()
-    if path.exists():
+    if path := _path(name):
         return _open_path(path)
+    if parts := _parts(name):
+        return _open_mixture(name, parts)
+    rest, _, column = name.rpartition("#") if "#" in name else (name, "", "")
+    if name.startswith("hub:"):
+        return hub_dataset(name)
+    if path := _path(rest):
+        return _open_path(path, column)
+    if glob.has_magic(rest):
+        return _open_glob(rest, column)
     matches = difflib.get_close_matches(name, CORPORA, n=1)
+    hint = " (did you mean {}?)".format(*matches) if matches else ""
+    if "," in name:
+        hint = "; and no mixture, which has a weight after each part, as in a:0.7,b:0.3"
     raise DataError(
-        f"{name!r} is no file or folder, and no corpus{f' (did you mean {matches[0]}?)' if matches else ''}: "
+        f"{name!r} is no file or folder, and no corpus{hint}: "
         + ", ".join(CORPORA)
+        + ", or hub:org/name for a dataset of the Hugging Face Hub"
     )

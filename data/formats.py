@@ -13,13 +13,16 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 from runtime.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 
 class DataError(UserError):
@@ -37,10 +40,11 @@ Document = str | LongText
 
 PIECE_CHARS = 2**17  # glibc's heap grows with the text if blocks of megabytes come and go
 # Where a document may be cut: before a space that follows another character, and after a line's end between two
-# characters that are not white space. No word of the split patterns of Qwen2 and GPT-2 reaches across: a space only
-# starts a word or is in white space, and a word of punctuation ends with its line ends. Nor does either side depend on
-# the other: the patterns look ahead in white space alone, and never back. (Around several line ends GPT-2's would.)
-_CUT = re.compile(r"\S(?= )|\S\n(?=\S)")
+# characters that are not white space. No word of the split patterns of Qwen2, Llama 3 and GPT-2 reaches across: a space
+# only starts a word or is in white space, and a word of punctuation ends with its line ends (and slashes, in those of
+# GPT-4o). Nor does either side depend on the other: the patterns look ahead in white space alone, and never back.
+# (Around several line ends GPT-2's would.)
+_CUT = re.compile(r"\S(?= )|\S\n(?=[^\s/])")
 
 
 def pieces(document: Document) -> Iterator[str]:
@@ -87,9 +91,45 @@ class Corpus:
     fingerprint: str  # hexadecimal
     deduplicate: bool  # whether to drop exact duplicates
     shards: Callable[[], list[Shard]]  # may access the network; raises DataError
-    remote: bool = False  # whether an error may pass by itself, so that preparation keeps what it has
-    remark: Callable[[str], str] = lambda digest: ""  # what the digest of the whole text says about it, in words
-    size: int = 0  # bytes of text, about, for the time left; 0 if unknown, as of compressed files
+    remote: bool = False  # whether it is downloaded: after an error, preparation keeps the finished shards
+    remark: Callable[[str], str] = lambda digest: ""  # a remark in words on the text that has this digest
+    size: int = 0  # about how many bytes of text; 0 if unknown, as of compressed files
+
+
+@dataclass(frozen=True)
+class TokenFiles:
+    """A corpus that is tokenized already, by a tokenizer that the files do not name: `.bin` files of each split."""
+
+    name: str
+    fingerprint: str
+    files: dict[str, list[Path]]  # by split
+    remote: bool = False
+
+    @property
+    def size(self) -> int:
+        """About how many bytes of text: a token is two bytes on disk, and about four of text."""
+        return 2 * sum(file.stat().st_size for files in self.files.values() for file in files)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several corpora, each with its share of the tokens. The shares sum to 1.
+
+    Each part is split into training and validation text on its own, so the parts should have no text in common."""
+
+    name: str
+    fingerprint: str
+    parts: list[tuple[Corpus | TokenFiles, float]]
+
+    @property
+    def remote(self) -> bool:
+        return any(corpus.remote for corpus, _ in self.parts)
+
+    @property
+    def size(self) -> int:
+        """About how many bytes of text; 0 if that of a part is unknown."""
+        sizes = [corpus.size for corpus, _ in self.parts]
+        return sum(sizes) if all(sizes) else 0
 
 
 def shard(name: str, split: Literal["train", "val"] | None, read: Callable[[], Iterable[Document]]) -> Shard:
@@ -149,15 +189,17 @@ def _decode(path: Path) -> Iterator[str]:
         raise DataError(f"{path} is not UTF-8: {where}; convert it first") from None
 
 
-def read_jsonl(path: Path) -> Iterator[str]:
-    """Read the field `text` of each line of a JSONL file, which may be compressed (.gz, .zst). Skips blank lines.
+def read_jsonl(path: Path, column: str = "") -> Iterator[str]:
+    """Read the field `column` of each line of a JSONL file, which may be compressed (.gz, .zst). Skips blank lines.
 
-    A null is an empty document. Raises `DataError`."""
+    Without `column` the first line decides, by `text_column`. A null is an empty document. Raises `DataError`."""
     try:
         with _open_lines(path) as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.isspace():
-                    yield _text_field(line, f"{path}:{number}")
+                    row = _row(line, f"{path}:{number}")
+                    column = column or text_column([key for key, value in row.items() if isinstance(value, str)], row)
+                    yield _field(row, column, path, number)
     except (OSError, EOFError, zlib.error) as error:
         # zstd's own limit, which pyarrow cannot raise
         advice = ": decompress it first, with zstd -d --long=31" if "too much memory for decoding" in str(error) else ""
@@ -174,62 +216,94 @@ def _open_lines(path: Path) -> IO[bytes]:
     return path.open("rb")
 
 
+def text_column(strings: Sequence[str], columns: Iterable[str]) -> str:
+    """The column of a table that holds its text, among all its `columns`, of which `strings` hold strings.
+
+    It is the one called "text", or else the only one that holds strings. If neither exists, this returns "text", which
+    the table then turns out to lack."""
+    return strings[0] if len(strings) == 1 and "text" not in columns else "text"
+
+
 _EACH_LINE = "each line is to be an object, which jq -c '.[]' makes of an array"
 
 
-def _text_field(line: bytes, where: str) -> str:
+def _row(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not a line of JSON ({error}); {_EACH_LINE}") from None
     if not isinstance(row, dict):
         raise DataError(f"{where}: not an object with a field 'text' but {type(row).__name__}; {_EACH_LINE}")
-    if row.get("text", 0) is None:
+    return row
+
+
+def _field(row: dict[str, Any], column: str, path: Path, number: int) -> str:
+    text = row.get(column, 0)
+    if text is None:
         return ""
-    if not isinstance(row.get("text"), str):
-        fields = ", ".join(f"{key} ({type(value).__name__})" for key, value in row.items()) or "none"
-        raise DataError(f"{where}: no field 'text' holding a string; its fields: {fields}")
-    return utf8_safe(row["text"])
+    if not isinstance(text, str):
+        fields = {key: type(value).__name__ for key, value in row.items()}
+        raise DataError(f"{path}:{number}: no field {column!r} holding a string; its fields: {_named(fields)}")
+    return utf8_safe(text)
 
 
-def read_parquet(path: Path) -> Iterator[str]:
-    """Read the column `text`, which may be dictionary-encoded, of a Parquet file. A null is an empty document.
+def _named(columns: Mapping[str, object]) -> str:
+    """Columns with their types, and how to choose one."""
+    found = ", ".join(f"{name} ({kind})" for name, kind in columns.items()) or "none"
+    return f"{found}; choose one by its name after the corpus, as in --data=path#column"
 
-    Raises `DataError`."""
+
+def read_parquet(path: Path, column: str = "") -> Iterator[str]:
+    """Read the column `column`, which may be dictionary-encoded, of a Parquet file. A null is an empty document.
+
+    Without `column` it is found by `text_column`. Raises `DataError`."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
             types = {field.name: field.type for field in file.schema_arrow}
-            text = types.get("text")
-            text = text.value_type if pyarrow.types.is_dictionary(text) else text
-            if str(text) not in ("string", "large_string", "string_view"):
-                found = ", ".join(f"{name} ({kind})" for name, kind in types.items())
-                raise DataError(f"{path} has no column 'text' of strings; its columns: {found}")
-            for batch in file.iter_batches(batch_size=64, columns=["text"]):
+            strings = [name for name, kind in types.items() if _is_string(kind)]
+            column = column or text_column(strings, types)
+            if column not in strings:
+                raise DataError(f"{path} has no column {column!r} of strings; its columns: {_named(types)}")
+            for batch in file.iter_batches(batch_size=64, columns=[column]):
                 yield from (text.as_py() or "" for text in batch.column(0))
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as Parquet: {error}") from error
 
 
-def _refuse_table(path: Path) -> Iterator[str]:
-    raise DataError(f"{path} is a table: convert it to JSONL or Parquet with a column 'text'")
+def _is_string(kind: pyarrow.DataType) -> bool:
+    import pyarrow
+
+    kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    return str(kind) in ("string", "large_string", "string_view")
+
+
+def _refuse_table(path: Path, column: str = "") -> Iterator[str]:
+    raise DataError(f"{path} is a table: convert it to JSONL or Parquet, with its text in a column 'text'")
+
+
+def _refuse_tokens(path: Path, column: str = "") -> Iterator[str]:
+    raise DataError(f"{path} is no text: for tokens, give the folder that has *train*.bin and *val*.bin")
 
 
 _JSONL = {
     f"{suffix}{compression}": read_jsonl for suffix in (".jsonl", ".ndjson") for compression in ("", ".gz", ".zst")
 }
 READERS = {".parquet": read_parquet, **_JSONL}  # of the files of a folder that are not text
-_READERS_BY_PATH = READERS | {".json": read_jsonl, ".csv": _refuse_table, ".tsv": _refuse_table}
+_READERS_BY_PATH = READERS | {
+    ".json": read_jsonl, ".csv": _refuse_table, ".tsv": _refuse_table, ".bin": _refuse_tokens
+}  # fmt: skip
 
 
-def reader(name: str, by_path: bool = False) -> Callable[[Path], Iterator[Document]]:
-    """The reader for a file name, by its suffix; `read_text` for an unknown one.
+def reader(name: str, by_path: bool = False, column: str = "") -> Callable[[Path], Iterator[Document]]:
+    """The reader for a file name, by its suffix; `read_text` for an unknown one. `column` is the column of a table.
 
     `by_path` is for a file that the user names. In a folder, .json, .csv and .tsv are seldom the corpus."""
     readers = _READERS_BY_PATH if by_path else READERS
-    return next((read for suffix, read in readers.items() if name.lower().endswith(suffix)), read_text)
+    read = next((read for suffix, read in readers.items() if name.lower().endswith(suffix)), read_text)
+    return partial(read, column=column) if column and read is not read_text else read
 
 
 def utf8_safe(text: str) -> str:

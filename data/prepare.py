@@ -6,6 +6,9 @@ A prepared corpus is a folder in the cache, named by a hash of everything that i
     train.bin, val.bin        token ids, uint16 or uint32; each document ends with the end-of-text token
     manifest.json             corpus, digest of its text, tokenizer, statistics, sizes and checksums
 
+For a corpus that is tokens already, the manifest has the paths of its files in place of train.bin and val.bin. For a
+mixture it has the folders of the parts in place of train.bin, and how many tokens to take of each.
+
 It is built in a folder with the suffix `.partial`, which is renamed when complete. A folder with the final name is
 therefore always complete, even if the process is killed. `progress.json` in the partial folder records the finished
 shards and how many bytes of each file they take; a later run truncates the files there and continues.
@@ -15,37 +18,42 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 import re
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from data.corpora import open_corpus
-from data.formats import Corpus, DataError, Document, Shard, digest, pieces
-from data.tokenizer import SPLIT_PATTERN, Tokenizer, byte_tokenizer, gpt2_tokenizer, train_bpe
-from runtime.files import locked, write_atomically
-from runtime.progress import progress_bar
+from data.corpora import holds_tokens, open_corpus
+from data.encode import (
+    SPLITS,
+    Preparation,
+    count_tokens,
+    disk_errors,
+    file_entry,
+    finish,
+    fixed_tokenizer,
+    sample_text,
+    sha256,
+    train_vocabulary,
+)
+from data.formats import Corpus, DataError, Mixture, TokenFiles, digest
+from data.tokenizer import SPLIT_PATTERN, Tokenizer, published_tokenizer
+from data.tokens import Tokens, interleave, map_tokens, mixed_lengths
+from runtime.files import locked, new_folder, write_atomically
 
 FORMAT = 1  # version of the prepared folder, part of the hash in its name
-SPLITS = ("train", "val")
 DEFAULT_VOCAB_SIZE = 4096
-SAMPLE_CHARS = 32 * 2**20  # characters to train a BPE vocabulary on; more would change few merges
-CHUNK = 2**21  # tokens counted or searched at a time
-BATCH_CHARS = 8 * 2**20  # characters of text per batch, of which two are in memory at a time
-GROUP_CHARS = 2**18  # characters that a thread encodes at a time
 VERIFY_BYTES = 64 * 2**20  # files up to this size are checksummed each time they are opened, in well under 0.1 s
-DIGEST_BYTES = 16  # bytes of a document's hash; 128 bits make collisions negligible
-REPORT_S = 30.0  # seconds between progress lines when there is no progress bar
 
 
 @dataclass(frozen=True)
@@ -53,11 +61,15 @@ class DataConfig:
     """The corpus, the tokenizer, and how documents become training windows."""
 
     corpus: Annotated[
-        str, "corpus name (docstrings, stdlib, tinystories, ...) or path of a text, JSONL or Parquet file or a folder"
+        str,
+        "name (docstrings, stdlib, tinystories, ...); file, folder or pattern such as 'notes/**/*.md' (text, JSONL, "
+        "Parquet, .bin tokens); hub:org/name[:config]; any of these with #column; or a mixture a:0.7,b:0.3 by tokens",
     ] = "docstrings"
-    tokenizer: Annotated[Literal["bytes", "bpe", "gpt2"], "raw bytes, BPE trained on the corpus, or GPT-2's BPE"] = (
-        "bpe"
-    )
+    tokenizer: Annotated[
+        str,
+        "bytes, bpe (trained on the corpus; for .bin tokens gpt2), gpt2, or a published one: hub:org/name, or the path "
+        "of a tokenizer.json",
+    ] = "bpe"
     vocab_size: Annotated[
         int, "[0, inf)", "vocabulary size of trained BPE (0: 4096, fewer tokens for a short text)"
     ] = 0
@@ -76,21 +88,34 @@ class DataConfig:
             raise ValueError(
                 f"vocab_size must be 0 or at least 257 (all bytes and the end of a text), not {self.vocab_size}"
             )
-        for name in ("corpus", "cache"):
+        for name, kind in {"corpus": "a corpus or a path", "tokenizer": "a tokenizer", "cache": "a folder"}.items():
             if not getattr(self, name):
-                raise ValueError(
-                    f"{name} is empty: it must be {'a corpus or a path' if name == 'corpus' else 'a folder'}"
-                )
+                raise ValueError(f"{name} is empty: it must be {kind}")
+
+    @cached_property
+    def own_tokenizer(self) -> str:
+        """`tokenizer`; but "gpt2" instead of "bpe" for a corpus that is tokens already, which cannot train one."""
+        return "gpt2" if self.tokenizer == "bpe" and holds_tokens(self.corpus) else self.tokenizer
+
+    @cached_property
+    def published(self) -> Tokenizer | None:
+        """The tokenizer, if it is a published one; it may be downloaded. Raises `DataError`."""
+        return None if self.tokenizer in ("bytes", "bpe", "gpt2") else published_tokenizer(self.tokenizer)
 
     @property
     def expected_vocab_size(self) -> int:
-        """Vocabulary size of the tokenizer, known before preparation."""
-        return {"bytes": 257, "bpe": self.vocab_size or DEFAULT_VOCAB_SIZE, "gpt2": 50257}[self.tokenizer]
+        """Vocabulary size of the tokenizer, known before preparation. Raises `DataError` as `published` does."""
+        if self.published:
+            return self.published.vocab_size
+        return {"bytes": 257, "bpe": self.vocab_size or DEFAULT_VOCAB_SIZE, "gpt2": 50257}[self.own_tokenizer]
 
     @property
     def separator(self) -> int:
-        """Id that separates masked documents: end-of-text, the last id of every vocabulary; -1 for packing stream."""
-        return self.expected_vocab_size - 1 if self.packing == "documents" else -1
+        """Id that separates masked documents: end-of-text, the last id of a vocabulary that is not published; -1 for
+        packing stream."""
+        if self.packing != "documents":
+            return -1
+        return self.published.eot if self.published else self.expected_vocab_size - 1
 
 
 @dataclass(frozen=True)
@@ -98,16 +123,17 @@ class Dataset:
     """A prepared corpus. `train` and `val` are read-only memory-mapped token arrays: 1-D, uint16 or uint32.
 
     `summary` is the manifest: `corpus`, `fingerprint`, `digest` and `tokenizer`; the number of `duplicates` that were
-    dropped; for each of `train` and `val` the numbers of `documents`, `bytes` of text and `tokens`; and the size and
-    SHA-256 of each of `files`.
+    dropped; for each of `train` and `val` the numbers of `documents`, `bytes` of text and `tokens` (of `train` of a
+    mixture only the tokens); and the size and SHA-256 of each of `files`. An array without a size is in the paths of
+    `token_files`, or, for `train` of a mixture, in the folders of its `parts`.
     """
 
     tokenizer: Tokenizer
-    train: np.ndarray
-    val: np.ndarray
+    train: np.ndarray | Tokens
+    val: np.ndarray | Tokens
     path: Path
     summary: dict
-    remark: str = ""  # what `digest` says about the text, in words
+    remark: str = ""  # in words: whether it is a fixed text, how much of it, the parts of a mixture
 
     @property
     def digest(self) -> str:
@@ -118,7 +144,7 @@ class Dataset:
         return self.summary.get("digest", "")
 
     def __str__(self) -> str:
-        """The corpus in words: its name, the digest's beginning, and whether it is a fixed text."""
+        """The corpus in words: its name, the first digits of its digest, and the remark."""
         details = [f"digest {self.digest[:12]}"] if self.digest else []
         details += [self.remark] if self.remark else []
         return self.summary["corpus"] + (f" ({', '.join(details)})" if details else "")
@@ -134,41 +160,83 @@ def prepare(config: DataConfig, say: Callable[[str], None] = print) -> Dataset:
     If several processes prepare the same corpus, one does the work and the others wait. Raises `DataError` for an
     invalid corpus or tokenizer, a corpus too small to split, and a damaged prepared folder.
     """
-    corpus = open_corpus(config.corpus)
-    folder = _folder(config, corpus.name, corpus.fingerprint, SPLIT_PATTERN)
+    dataset = _prepare(open_corpus(config.corpus), config, config.published, say)
+    cut = f"its first {config.max_tokens:,} tokens" if config.max_tokens else ""
+    return replace(dataset, remark=", ".join(filter(None, (cut, dataset.remark))))
+
+
+def open_data(config: DataConfig, say: Callable[[str], None], own: Tokenizer | None, digest: str) -> Dataset:
+    """Open the data of a run.
+
+    A run that is resumed has its `own` tokenizer, and the `digest` of its text. It gets the tokens that it had, if they
+    are still cached. Raises `DataError` as `prepare` does, and for other tokens than it had."""
+    dataset = (own and reopen(config, own, digest)) or prepare(config, say)
+    if own and dataset.tokenizer != own:
+        raise DataError(f"{config.corpus} has other tokens now than when the run was trained on it")
+    return dataset
+
+
+def _prepare(
+    corpus: Corpus | TokenFiles | Mixture, config: DataConfig, given: Tokenizer | None, say: Callable[[str], None]
+) -> Dataset:
+    """Open the prepared folder of `corpus`, or of a part of it, after making it if necessary. `given` is a published
+    tokenizer, or that of a mixture; without it, the configuration says which."""
+    folder = _folder(config, corpus.name, corpus.fingerprint, SPLIT_PATTERN, given)
     if not folder.exists():
         with _locked(folder.with_name(folder.name + ".lock"), say):
             if not folder.exists():
-                _Preparation(corpus, config, folder, say).run()
+                if isinstance(corpus, Corpus):
+                    Preparation(corpus, config, given, folder, say).run()
+                else:
+                    _prepare_index(corpus, config, given, folder, say)
     dataset = _open(folder)
-    cut = f"its first {config.max_tokens:,} tokens" if config.max_tokens else ""
-    return replace(dataset, remark=cut or corpus.remark(dataset.digest))
+    if isinstance(corpus, Corpus) and not config.max_tokens:
+        return replace(dataset, remark=corpus.remark(dataset.digest))
+    return dataset
+
+
+def is_prepared(config: DataConfig) -> bool:
+    """Whether the cache has the tokens of the corpus."""
+    corpus = open_corpus(config.corpus)
+    return _folder(config, corpus.name, corpus.fingerprint, SPLIT_PATTERN, config.published).exists()
 
 
 def reopen(config: DataConfig, tokenizer: Tokenizer, digest: str) -> Dataset | None:
-    """Open the tokens that a run was trained on, if the cache has them, even if its corpus would differ now.
+    """Open the tokens that a run was trained on, if the cache has them undamaged, even if its corpus would differ now.
 
     A corpus changes with a user's files, with installed packages, and with this program's version. `tokenizer` and
-    `digest` ("" for a run of a version without digests) are the run's. Raises `DataError` if the folder is damaged.
+    `digest` ("" for a run of a version without digests) are the run's. Raises `DataError` for an invalid corpus.
     """
     name = open_corpus(config.corpus).name
+    given = tokenizer if config.published else None
     for manifest in sorted(Path(config.cache).glob("*/manifest.json")):
         with suppress(ValueError, KeyError, TypeError, AttributeError):
             summary = json.loads(manifest.read_text())
             if summary["corpus"] != name or summary.get("digest", "") != digest:
                 continue
-            folders = [_folder(config, name, summary["fingerprint"], pattern) for pattern in (tokenizer.pattern, None)]
+            folders = [
+                _folder(config, name, summary["fingerprint"], pattern, given) for pattern in (tokenizer.pattern, None)
+            ]
             if manifest.parent in folders and (dataset := _open(manifest.parent)).tokenizer == tokenizer:
-                return replace(dataset, remark=f"as the run was trained on it, in {manifest.parent}")
+                words = (dataset.remark, f"as the run was trained on it, in {manifest.parent}")
+                return replace(dataset, remark=", ".join(filter(None, words)))
     return None
 
 
-def _folder(config: DataConfig, name: str, fingerprint: str, pattern: str | None) -> Path:
-    """The prepared folder of a corpus. Versions before the present split pattern left it out: `pattern` is None."""
-    trained = (config.vocab_size, pattern) if pattern else config.vocab_size
-    parts = (FORMAT, name, fingerprint, config.tokenizer, trained if config.tokenizer == "bpe" else None)
-    key = hashlib.sha256(repr((*parts, config.val_fraction, config.max_tokens)).encode()).hexdigest()[:12]
-    return Path(config.cache) / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-{config.tokenizer}-{key}"
+def _folder(
+    config: DataConfig, name: str, fingerprint: str, pattern: str | None, given: Tokenizer | None = None
+) -> Path:
+    """The path of a corpus's prepared folder. `given` is as for `_prepare`.
+
+    `pattern` is the split pattern of trained tokenizers; None gives the path of versions that left it out of the hash.
+    """
+    kind, trained = (given.name, given.digest) if given else (config.own_tokenizer, None)
+    if kind == "bpe" and not given:
+        trained = (config.vocab_size, pattern) if pattern else config.vocab_size
+    parts = (FORMAT, name, fingerprint, kind, trained, config.val_fraction, config.max_tokens)
+    key = hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+    label = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{name[:200]}-{kind[:30]}")  # a file's name has at most 255 characters
+    return Path(config.cache) / f"{label}-{key}"
 
 
 @contextmanager
@@ -186,341 +254,78 @@ def _locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-@dataclass
-class _Progress:
-    """Contents of progress.json: the finished shards, digests of their text, the documents of them that were dropped
-    because they occurred before, and the bytes that they take in each file."""
+def _prepare_index(
+    corpus: TokenFiles | Mixture, config: DataConfig, given: Tokenizer | None, folder: Path, say: Callable[[str], None]
+) -> None:
+    """Make the prepared folder of a corpus whose tokens are elsewhere: in its own files, or those of a mixture's parts.
 
-    shards: list[str] = field(default_factory=list)
-    digests: list[str] = field(default_factory=list)
-    duplicates: int = 0
-    sizes: dict[str, int] = field(default_factory=lambda: {"train.bin": 0, "val.bin": 0, "seen.bin": 0})
+    Raises `DataError`."""
+    make = _index_files if isinstance(corpus, TokenFiles) else _index_parts
+    with disk_errors(corpus.name, folder), new_folder(folder) as partial:
+        tokenizer, summary = make(corpus, config, given or fixed_tokenizer(config), partial, say)
+        tokenizer.save(partial / "tokenizer.json")
+        summary |= {"corpus": corpus.name, "fingerprint": corpus.fingerprint, "tokenizer": tokenizer.name}
+        summary["files"]["tokenizer.json"] = file_entry(partial / "tokenizer.json")
+        write_atomically(partial / "manifest.json", json.dumps(summary, indent=2))
 
 
-class _Preparation:
-    """Builds one prepared folder."""
+def _index_files(
+    corpus: TokenFiles, config: DataConfig, tokenizer: Tokenizer, folder: Path, say: Callable[[str], None]
+) -> tuple[Tokenizer, dict]:
+    """Check every id in files of tokens. Returns the tokenizer and the manifest."""
+    limits = {"train": config.max_tokens or sys.maxsize, "val": sys.maxsize}
+    files: dict[str, list[tuple[str, int]]] = {split: [] for split in SPLITS}
+    for split, paths in corpus.files.items():
+        for path in paths:
+            count = min(len(map_tokens(path)), limits[split])
+            limits[split] -= count
+            files[split] += [(str(path.resolve()), count)] if count else []
+    total = sum(count for found in files.values() for _, count in found)
+    say(f"checking {total / 1e6:,.1f} M tokens of {corpus.name}, as ids of the tokenizer {tokenizer.name}")
+    summary: dict[str, Any] = {"token_files": files, "duplicates": 0, "files": {}}
+    with ThreadPoolExecutor() as pool:
+        checksums = {split: pool.map(sha256, [Path(path) for path, _ in found]) for split, found in files.items()}
+        for split, found in files.items():
+            summary[split] = count_tokens([map_tokens(Path(path))[:count] for path, count in found], tokenizer)
+            summary["files"][f"{split}.bin"] = {"sha256": digest(*checksums[split], summary[split]["tokens"])}
+    return tokenizer, summary | {"digest": digest(summary["files"])}
 
-    def __init__(self, corpus: Corpus, config: DataConfig, folder: Path, say: Callable[[str], None]) -> None:
-        self.corpus = corpus
-        self.config = config
-        self.folder = folder
-        self.partial = folder.with_name(folder.name + ".partial")
-        self.say = say
-        self.cached_shards: dict[str, list[Document]] = {}  # documents of shards that BPE training read to the end
 
-    def run(self) -> None:
-        """Prepare the folder, from the beginning or from the last finished shard. Raises `DataError`.
-
-        After an error in local files nothing is kept, since mended files are a new corpus; if the disk is full, the
-        finished shards are."""
-        try:
-            self._run()
-        except DataError:
-            if not self.corpus.remote:
-                shutil.rmtree(self.partial, ignore_errors=True)
-            raise
-        except OSError as error:
-            if not (self.partial / "progress.json").exists():
-                shutil.rmtree(self.partial, ignore_errors=True)
-            raise DataError(
-                f"cannot prepare {self.corpus.name} in {self.partial}: {error.strerror or error}; free some space, or "
-                "choose another folder with --data.cache"
-            ) from error
-
-    def _run(self) -> None:
+def _index_parts(
+    mixture: Mixture, config: DataConfig, tokenizer: Tokenizer | None, folder: Path, say: Callable[[str], None]
+) -> tuple[Tokenizer, dict]:
+    """Prepare the parts of a mixture with one tokenizer, which is trained on all of them unless it is given, and write
+    its val.bin to `folder`. Returns the tokenizer and the manifest."""
+    if tokenizer is None:
         started = time.monotonic()
-        self.partial.mkdir(exist_ok=True)
-        vocabulary, state = self.partial / "tokenizer.json", self.partial / "progress.json"
-        progress = _Progress(**json.loads(state.read_text())) if state.exists() else _Progress()
-        # Validation shards come first, so that their documents can be dropped from training shards.
-        shards = sorted(self.corpus.shards(), key=lambda shard: shard.split != "val")
-        if not vocabulary.exists():
-            self._make_tokenizer(shards).save(vocabulary)
-        tokenizer = Tokenizer.load(vocabulary)
-        self._tokenize(shards, tokenizer, progress)
-        summary = {
-            "corpus": self.corpus.name,
-            "fingerprint": self.corpus.fingerprint,
-            # An earlier version may have prepared the first shards, without digests.
-            "digest": digest(progress.digests) if len(progress.digests) == len(progress.shards) else "",
-            "tokenizer": tokenizer.name,
-            "duplicates": progress.duplicates,
-        }
-        splits = {split: self.partial / f"{split}.bin" for split in SPLITS}
-        for path in splits.values():
-            _finish(path, progress.sizes[path.name], tokenizer)
-        with ThreadPoolExecutor() as pool:
-            checksums = {path: pool.submit(_sha256, path) for path in (vocabulary, *splits.values())}
-            summary |= {split: _count(path, tokenizer) for split, path in splits.items()}
-        summary["files"] = {
-            path.name: {"size": path.stat().st_size, "sha256": checksum.result()}
-            for path, checksum in checksums.items()
-        }
-        write_atomically(self.partial / "manifest.json", json.dumps(summary, indent=2))
-        self.partial.rename(self.folder)
-        for name in ("progress.json", "seen.bin"):
-            (self.folder / name).unlink()
-        documents, size, tokens = (
-            sum(summary[split][key] for split in SPLITS) for key in ("documents", "bytes", "tokens")
-        )
-        self.say(
-            f"prepared {self.corpus.name} in {time.monotonic() - started:.0f} s: {documents:,} documents, "
-            f"{size / 1e6:,.1f} MB, {tokens / 1e6:,.1f} M tokens, {summary['val']['tokens']:,} of them for validation"
-            + (f"; {progress.duplicates:,} duplicates were dropped" if progress.duplicates else "")
-        )
-
-    def _make_tokenizer(self, shards: list[Shard]) -> Tokenizer:
-        """Load or train the tokenizer.
-
-        BPE is trained on training documents only, unless the validation split is cut from a single text later. It uses
-        the beginning of a large corpus, because a sample of all of it would need all of it downloaded."""
-        if self.config.tokenizer != "bpe":
-            return {"bytes": byte_tokenizer, "gpt2": gpt2_tokenizer}[self.config.tokenizer]()
-        started = time.monotonic()
-        splitter = _Splitter(self.corpus.deduplicate, self.config.val_fraction)
-        sample: list[str] = []
-        remaining = SAMPLE_CHARS
-        for shard in shards:
-            if shard.split == "val" or not remaining:
-                continue
-            documents = []
-            for document in shard.read():
-                documents.append(document)
-                for piece in pieces(document) if splitter.split(shard, document)[0] == "train" else ():
-                    sample.append(piece[:remaining])
-                    remaining -= len(sample[-1])
-                    if not remaining:
-                        break
-                if not remaining:
-                    break
-            else:
-                self.cached_shards[shard.name] = documents
-        size = self.config.expected_vocab_size
-        tokenizer = train_bpe(sample, size, not self.config.vocab_size)
-        self.say(
-            f"read {(SAMPLE_CHARS - remaining) / 1e6:.1f} M characters of {self.corpus.name} and trained a BPE "
-            f"vocabulary of {len(tokenizer.ids):,} on them in {time.monotonic() - started:.0f} s"
-            + (f"; they support no more of the {size:,} ids" if len(tokenizer.ids) < size else "")
-        )
-        return tokenizer
-
-    def _tokenize(self, shards: list[Shard], tokenizer: Tokenizer, progress: _Progress) -> None:
-        """Append the tokens of each unfinished shard, and then save `progress`: a kill loses at most one shard."""
-        name, config = self.corpus.name, self.config
-        if progress.shards:
-            self.say(f"resuming {name} after {len(progress.shards)} of {len(shards)} shards")
-        limit = config.max_tokens * tokenizer.dtype.itemsize or sys.maxsize
-        with ExitStack() as stack:
-            train, val, seen = files = [
-                stack.enter_context(_open_end(self.partial / file, size)) for file, size in progress.sizes.items()
-            ]
-
-            def save() -> None:
-                for file in files:
-                    file.flush()
-                    os.fsync(file.fileno())
-                progress.sizes = dict(zip(progress.sizes, (file.tell() for file in files), strict=True))
-                write_atomically(self.partial / "progress.json", json.dumps(asdict(progress)))
-
-            splitter = _Splitter(self.corpus.deduplicate, config.val_fraction, Path(seen.name).read_bytes())
-            total = self.corpus.size or None
-            bar = progress_bar(self.say, desc=f"tokenizing {name}", total=total, unit="char", unit_scale=True)
-            if bar is not None:
-                stack.enter_context(bar)
-            reported = time.monotonic()
-            pool = ThreadPoolExecutor(os.cpu_count())
-            stack.callback(pool.shutdown, cancel_futures=True)
-            for shard in shards:
-                if shard.name in progress.shards or train.tell() >= limit:
-                    continue
-                text = hashlib.sha256()
-                documents = self.cached_shards.pop(shard.name, None) or shard.read()
-                # One batch is read while the one before it is encoded. What is read too far is not recorded.
-                for batch in _one_ahead(
-                    _batches(shard, documents, splitter, partial(pool.submit, tokenizer.encode_documents))
-                ):
-                    for split, file in (("train", train), ("val", val)):
-                        for tokens in batch.tokens[split]:
-                            file.write(tokens.result())
-                    text.update(batch.digests)
-                    progress.duplicates += batch.duplicates
-                    tokens_so_far = f"{train.tell() / tokenizer.dtype.itemsize / 1e6:,.1f} M tokens"
-                    if bar is not None:
-                        bar.set_postfix_str(tokens_so_far, refresh=False)
-                        bar.update(batch.chars)
-                    elif time.monotonic() - reported > REPORT_S:
-                        reported = time.monotonic()
-                        self.say(f"tokenizing {name}: {tokens_so_far} so far, in shard {shard.name}")
-                    if train.tell() >= limit:
-                        break
-                seen.write(splitter.new_digests)
-                splitter.new_digests.clear()
-                progress.shards.append(shard.name)
-                progress.digests.append(text.hexdigest())
-                save()
-            if not train.tell():
-                raise DataError(f"{name} has no documents to train on")
-            if not val.tell():
-                train.flush()
-                tokens = np.memmap(train.name, tokenizer.dtype, "r")
-                val_start = _validation_start(tokens, tokenizer, config.val_fraction, name)
-                val.write(tokens[val_start:])
-                train.seek(val_start * tokenizer.dtype.itemsize)
-            train.seek(min(train.tell(), limit))  # the position is the file's size; `_finish` truncates it there
-            save()
-
-
-class _Splitter:
-    """Assigns each document, by its content, to training or validation, or marks it as a duplicate."""
-
-    def __init__(self, deduplicate: bool, val_fraction: float, seen: bytes = b"") -> None:
-        self.deduplicate = deduplicate
-        self.val_fraction = val_fraction
-        # Digests of all documents if duplicates are dropped, otherwise of those in validation shards.
-        self.seen = {seen[start : start + DIGEST_BYTES] for start in range(0, len(seen), DIGEST_BYTES)}
-        self.new_digests = bytearray()  # digests added to `seen` since the last shard
-
-    def split(self, shard: Shard, document: Document) -> tuple[str | None, bytes]:
-        """Return "train", "val" or, for a duplicate, None; and the document's digest."""
-        content = hashlib.blake2b(digest_size=DIGEST_BYTES)
-        for piece in pieces(document):
-            content.update(piece.encode())
-        digest = content.digest()
-        return self._split(shard, digest), digest
-
-    def _split(self, shard: Shard, digest: bytes) -> str | None:
-        if digest in self.seen:
-            return None
-        if self.deduplicate or shard.split == "val":
-            self.seen.add(digest)
-            self.new_digests += digest
-        if shard.split is not None:
-            return shard.split
-        if self.deduplicate and len(self.seen) == 1:
-            return "train"  # the first document, since it may be the only one
-        return "val" if int.from_bytes(digest[:8], "big") < self.val_fraction * 2**64 else "train"
-
-
-class _Batch:
-    """About `BATCH_CHARS` characters of documents, which other threads encode in groups of `GROUP_CHARS`."""
-
-    def __init__(self, encode: Callable[[list[str | None]], Future[np.ndarray]]) -> None:
-        self.encode = encode
-        self.tokens: dict[str, list[Future[np.ndarray]]] = {split: [] for split in SPLITS}  # in order
-        self.groups: dict[str, list[str | None]] = {split: [] for split in SPLITS}  # those to encode next
-        self.group_chars = dict.fromkeys(SPLITS, 0)
-        self.chars = 0
-        self.duplicates = 0
-        self.digests = bytearray()  # of the documents that begin in the batch
-
-    def add(self, split: str, piece: str | None) -> None:
-        """Add a piece of a document, or its end (None)."""
-        self.groups[split].append(piece)
-        if piece is not None:
-            self.chars += len(piece)
-            self.group_chars[split] += len(piece)
-            if self.group_chars[split] >= GROUP_CHARS:
-                self._encode(split)
-
-    def finished(self) -> _Batch:
-        """The batch, all of which is being encoded."""
-        for split in SPLITS:
-            self._encode(split)
-        return self
-
-    def _encode(self, split: str) -> None:
-        self.tokens[split].append(self.encode(self.groups[split]))
-        self.groups[split], self.group_chars[split] = [], 0
-
-
-def _batches(
-    shard: Shard,
-    documents: Iterable[Document],
-    splitter: _Splitter,
-    encode: Callable[[list[str | None]], Future[np.ndarray]],
-) -> Iterator[_Batch]:
-    """Batches of a shard's documents."""
-    batch = _Batch(encode)
-    for document in documents:
-        split, digest = splitter.split(shard, document)
-        batch.digests += digest
-        if split is None:
-            batch.duplicates += 1
-            continue
-        for piece in pieces(document):
-            batch.add(split, piece)
-            if batch.chars >= BATCH_CHARS:
-                yield batch.finished()
-                batch = _Batch(encode)
-        batch.add(split, None)
-    yield batch.finished()
-
-
-def _one_ahead(batches: Iterator[_Batch]) -> Iterator[_Batch]:
-    """The same, each when the next has been read."""
-    previous = None
-    for batch in batches:
-        if previous is not None:
-            yield previous
-        previous = batch
-    if previous is not None:
-        yield previous
-
-
-def _open_end(path: Path, size: int) -> BinaryIO:
-    """Truncate a file to `size` bytes, which removes an interrupted shard, and open it for appending."""
-    path.touch()
-    if path.stat().st_size < size:
-        raise DataError(f"{path} has lost some of its {size:,} bytes: delete {path.parent} to prepare it again")
-    os.truncate(path, size)
-    file = path.open("r+b")
-    file.seek(size)
-    return file
-
-
-def _validation_start(tokens: np.ndarray, tokenizer: Tokenizer, fraction: float, name: str) -> int:
-    """Index at which the last `fraction` of `tokens` starts; moved back to a line's start if one is close enough.
-
-    At least three are held out: a first one, and as targets one of text and the end-of-text token."""
-    if len(tokens) < 5:
-        raise DataError(f"{name} is {len(tokens)} tokens long: too short to hold any out for validation")
-    held_out = min(max(3, round(fraction * len(tokens))), len(tokens) - 2)
-    cut = len(tokens) - held_out
-    ends_line = np.zeros(tokenizer.vocab_size, bool)
-    ends_line[[tokenizer.eot, *(id for token, id in tokenizer.ranks.items() if token.endswith(b"\n"))]] = True
-    first = max(1, cut - held_out)
-    for end in range(cut, first, -CHUNK):
-        start = max(first, end - CHUNK)
-        ends = np.flatnonzero(ends_line[tokens[start:end]])
-        if len(ends):
-            return start + int(ends[-1]) + 1
-    return cut
-
-
-def _finish(path: Path, size: int, tokenizer: Tokenizer) -> None:
-    """Truncate a file of tokens to `size` bytes."""
-    _open_end(path, size).close()
-    tokens = np.memmap(path, tokenizer.dtype, "r+")
-    tokens[-1] = tokenizer.eot  # it differs only if the file was truncated within a document
-    tokens.flush()
-
-
-def _count(path: Path, tokenizer: Tokenizer) -> dict[str, int]:
-    """Numbers of documents, bytes of text and tokens of a file."""
-    tokens = np.memmap(path, tokenizer.dtype, "r")
-    counts = np.zeros(tokenizer.vocab_size, np.int64)
-    for start in range(0, len(tokens), CHUNK):
-        counts += np.bincount(tokens[start : start + CHUNK], minlength=tokenizer.vocab_size)
-    return {
-        "documents": int(counts[tokenizer.eot]),
-        "bytes": int(counts @ tokenizer.byte_lengths()),
-        "tokens": len(tokens),
+        samples = [
+            sample_text(corpus, corpus.shards(), config.val_fraction, share)[0] for corpus, share in mixture.parts
+        ]
+        tokenizer = train_vocabulary([*chain.from_iterable(samples)], mixture.name, config, started, say)
+    given = None if config.own_tokenizer in ("bytes", "gpt2") else tokenizer
+    parts = []
+    for corpus, share in mixture.parts:
+        limited = replace(config, max_tokens=math.ceil(share * config.max_tokens))
+        parts.append(_prepare(corpus, limited, given, say))
+    shares = [share for _, share in mixture.parts]
+    lengths = mixed_lengths([len(part.train) for part in parts], shares, config.max_tokens)
+    val = folder / "val.bin"
+    with val.open("wb") as file:
+        for tokens in interleave([part.val[:] for part in parts], shares, tokenizer.eot):
+            file.write(tokens.astype(tokenizer.dtype))
+    finish(val, val.stat().st_size, tokenizer)
+    train = [part.summary["files"]["train.bin"]["sha256"] for part in parts]
+    return tokenizer, {
+        "digest": digest([part.digest for part in parts], shares),
+        "duplicates": sum(part.summary["duplicates"] for part in parts),
+        "parts": [
+            {"folder": part.path.name, "corpus": part.summary["corpus"], "share": share, "tokens": length}
+            for part, share, length in zip(parts, shares, lengths, strict=True)
+        ],
+        "train": {"tokens": sum(lengths)},
+        "val": count_tokens([np.memmap(val, tokenizer.dtype, "r")], tokenizer),
+        "files": {"train.bin": {"sha256": digest(train, lengths)}, "val.bin": file_entry(val)},
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _open(folder: Path) -> Dataset:
@@ -531,13 +336,38 @@ def _open(folder: Path) -> Dataset:
     try:
         summary = json.loads((folder / "manifest.json").read_text())
         for name, expected in summary["files"].items():
+            if "size" not in expected:  # its tokens are elsewhere
+                continue
             size = (folder / name).stat().st_size
             if size != expected["size"]:
                 raise DataError(f"{name} has {size:,} bytes, not {expected['size']:,}")
-            if size <= VERIFY_BYTES and _sha256(folder / name) != expected["sha256"]:
+            if size <= VERIFY_BYTES and sha256(folder / name) != expected["sha256"]:
                 raise DataError(f"{name} does not have its checksum")
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
-        train, val = (np.memmap(folder / f"{split}.bin", tokenizer.dtype, "r") for split in SPLITS)
+        parts = [_open(folder.with_name(part["folder"])) for part in summary.get("parts", [])]
+        train, val = (_open_split(folder, split, summary, parts, tokenizer) for split in SPLITS)
     except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
         raise DataError(f"{folder} is damaged: {error}. Delete it to prepare it again") from error
-    return Dataset(tokenizer, train, val, folder, summary)
+    return Dataset(tokenizer, train, val, folder, summary, _mixed(summary.get("parts", []), parts))
+
+
+def _mixed(entries: list[dict], parts: list[Dataset]) -> str:
+    """The parts of a mixture in words: its share, and how often it is read in an epoch of the mixture."""
+    words = []
+    for entry, part in zip(entries, parts, strict=True):
+        epochs = f"{entry['tokens'] / len(part.train):.3g}"
+        words.append(f"{entry['share']:.1%} {entry['corpus']}" + (f" {epochs} times" if epochs != "1" else ""))
+    return ", ".join(words)
+
+
+def _open_split(
+    folder: Path, split: str, summary: dict, parts: list[Dataset], tokenizer: Tokenizer
+) -> np.ndarray | Tokens:
+    if split == "train" and parts:
+        return Tokens([part.train for part in parts], [part["tokens"] for part in summary["parts"]])
+    if files := summary.get("token_files", {}).get(split):
+        arrays, counts = [map_tokens(Path(path))[:count] for path, count in files], [count for _, count in files]
+        if [*map(len, arrays)] != counts:
+            raise DataError(f"the files of its {split} split have fewer tokens than when they were checked")
+        return Tokens(arrays, counts)
+    return np.memmap(folder / f"{split}.bin", tokenizer.dtype, "r")

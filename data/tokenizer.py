@@ -1,14 +1,15 @@
 """Tokenizers: text to token ids and back.
 
-All tokenizers here (raw bytes, trained BPE, GPT-2) are byte-level BPE, which a split pattern and a table of ranks
-define. Every text can be encoded and decodes exactly. tiktoken encodes, because it is fast and releases the GIL.
-Hugging Face's `tokenizers` trains, and is the format of exported checkpoints. Raw bytes need neither package.
+All tokenizers here (raw bytes, trained BPE, GPT-2, published ones) are byte-level BPE, which a split pattern and a
+table of ranks define. Every text can be encoded and decodes exactly. tiktoken encodes, because it is fast and releases
+the GIL. Hugging Face's `tokenizers` trains, and is the format of published tokenizers and of exported checkpoints. Raw
+bytes need neither package.
 """
 
 from __future__ import annotations
 
 import json
-import threading
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data.formats import DataError
+from data.formats import DataError, digest
+from data.hub import hub_tokenizer, within
 from runtime.files import write_atomically
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 EOT = "<|endoftext|>"
+EOT_NAMES = (EOT, "<|end_of_text|>", "<|end▁of▁sentence|>", "</s>", "<eos>")  # of published tokenizers
 GPT2_TIMEOUT_S = 30.0
 
 # The pattern of Qwen2 and Qwen3, which llama.cpp knows as the pre-tokenizer "qwen2". Each digit is a word of its own:
@@ -38,6 +41,16 @@ TRAINING_PATTERN = SPLIT_PATTERN.replace("*", "{0,255}").replace("+", "{1,255}")
 
 # GPT-2's pattern, the default of a tokenizer.json without one, with possessive quantifiers for tiktoken's speed.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+# The same where each digit is split off first, as by SmolLM and StarCoder: white space then also ends before a digit.
+DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s+(?![^\s\p{N}])|\s"
+
+# Texts whose ids a published tokenizer must share: its file may have steps that a split pattern and ranks do not.
+_PROBES = (
+    "It's 1234567 o'clock, They'LL say: naïve café\u0301, 你好。 Привет!\r\n",
+    "def f(x):\n\treturn {'a': x[0] != 3.14 +  15}  # \t\n\n\n        pass",
+    *(f"a{' ' * n}b{' ' * n}" for n in (1, 2, 3, 4, 8, 16, 31)),
+)
 
 # In a tokenizer.json every byte is a printable character: itself, or one from U+0100 on (GPT-2's bytes_to_unicode).
 _PRINTABLE = [b for b in range(256) if chr(b).isprintable() and b != ord(" ")]
@@ -79,7 +92,7 @@ class Tokenizer:
         import tiktoken
 
         # A run before a look-ahead takes a stack entry per character, and tiktoken's has room for a million.
-        pattern = self.pattern.replace(r"\s+(?!\S)", r"\s{1,500000}(?!\S)")
+        pattern = self.pattern.replace(r"\s+(?!", r"\s{1,500000}(?!")
         return tiktoken.Encoding(self.name, pat_str=pattern, mergeable_ranks=self.ranks, special_tokens={EOT: self.eot})
 
     @property
@@ -127,6 +140,11 @@ class Tokenizer:
             lengths[rank] = len(token)
         return lengths
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what text becomes: equal for tokenizers that give equal ids, whatever their names."""
+        return digest(self.pattern, self.eot, [(token.hex(), rank) for token, rank in self._by_rank()])
+
     def _by_rank(self) -> list[tuple[bytes, int]]:
         return sorted(self.ranks.items(), key=lambda item: item[1])
 
@@ -169,34 +187,47 @@ class Tokenizer:
         return tokenizer
 
     @classmethod
-    def from_huggingface(cls, path: Path) -> Tokenizer:
+    def from_huggingface(cls, path: Path, name: str = "") -> Tokenizer:
         """Load a byte-level BPE tokenizer.json (of GPT-2, Llama 3, Qwen), with equal ids for equal text.
 
-        Special tokens are dropped, except the one that ends a text. Unicode normalization is dropped, because decoding
-        must return the original text; ids are then equal for normalized text. Raises `DataError` for other kinds of
-        tokenizers.
+        Added tokens are dropped, except the one that ends a text, the first found of `EOT_NAMES`: in a text they are
+        ordinary characters. NFC, the one normalization that is accepted, is dropped too, because decoding must return
+        the original text; ids are then equal for normalized text. `name` is the folder's by default. Raises `DataError`
+        for other kinds of tokenizers, and where the `tokenizers` library finds other ids.
         """
+        import tokenizers
+
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
             added = {token["content"]: token["id"] for token in fields["added_tokens"]}
-            ranks = {_bytes(text): id for text, id in fields["model"]["vocab"].items() if text not in added}
-            merges = (m.split(" ") if isinstance(m, str) else m for m in fields["model"]["merges"])
+            model = fields["model"]
+            if (kind := model.get("type", "BPE")) != "BPE":
+                raise ValueError(f"its model is {kind!r}")
+            normalizer = fields.get("normalizer") or {"normalizers": []}
+            for step in normalizer.get("normalizers", [normalizer]):
+                if step["type"] != "NFC":
+                    raise ValueError(f"its normalizer {step['type']!r} changes the text, so that bytes are lost")
+            ranks = {_bytes(text): id for text, id in model["vocab"].items() if text not in added}
+            merges = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
             order = [ranks[_bytes("".join(merge))] for merge in merges]
             pattern = _pattern_of(fields["pre_tokenizer"])
-            if (kind := fields["model"].get("type", "BPE")) != "BPE":
-                raise ValueError(f"its model is {kind!r}")
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            theirs = tokenizers.Tokenizer.from_str(json.dumps(fields))
+        except Exception as error:  # `tokenizers` raises nothing narrower
             raise DataError(f"{path} is not the tokenizer.json of a byte-level BPE tokenizer: {error!r}") from error
         if order != sorted(order):
             raise DataError(f"{path} merges tokens in another order than that of their ids: tiktoken cannot do that")
-        eot = next((added[text] for text in (EOT, "<|end_of_text|>") if text in added), None)
+        eot = next((added[text] for text in EOT_NAMES if text in added), None)
         if eot is None:
-            raise DataError(f"{path} has no end-of-text token: it needs {EOT} or <|end_of_text|>")
-        tokenizer = cls(path.resolve().parent.name, pattern, ranks, eot)
+            raise DataError(f"{path} has no end-of-text token: it needs {' or '.join(EOT_NAMES)}")
+        tokenizer = cls(name or path.resolve().parent.name, pattern, ranks, eot)
         try:
             _ = tokenizer.encoding
         except ValueError as error:
             raise DataError(f"{path} has the split pattern {pattern!r}, which tiktoken cannot use: {error}") from error
+        theirs.encode_special_tokens = True
+        for text in _PROBES:
+            if theirs.encode(text, add_special_tokens=False).ids != tokenizer.encode(text):
+                raise DataError(f"{path} gives {text!r} other ids than byte-level BPE does: it cannot be used here")
         return tokenizer
 
 
@@ -259,29 +290,48 @@ def train_bpe(documents: Iterable[str], vocab_size: int, allow_fewer: bool = Fal
 
 
 def gpt2_tokenizer() -> Tokenizer:
-    """GPT-2's tokenizer, which tiktoken downloads once. Raises `DataError` if it fails, or takes `GPT2_TIMEOUT_S`."""
+    """GPT-2's tokenizer, which tiktoken downloads once, or else the Hub's file of the same vocabulary.
+
+    Raises `DataError` if neither can be fetched. For tiktoken's host that is after `GPT2_TIMEOUT_S`."""
     from tiktoken_ext import openai_public
 
-    outcome: list[dict | Exception] = []
-
-    def fetch() -> None:
-        try:
-            outcome.append(openai_public.gpt2())
-        except Exception as error:
-            outcome.append(error)
-
-    # tiktoken has no timeout; a daemon thread, which is abandoned, bounds the wait for a server that never answers.
-    thread = threading.Thread(target=fetch, daemon=True)
-    thread.start()
-    thread.join(GPT2_TIMEOUT_S)
-    fields = outcome[0] if outcome else TimeoutError(f"no answer within {GPT2_TIMEOUT_S:g} s")
-    if isinstance(fields, Exception):
+    try:
+        fields = within(GPT2_TIMEOUT_S, openai_public.gpt2)  # tiktoken itself has no timeout
+    except Exception as error:  # the exception types depend on tiktoken's version
+        failure = error
+    else:
+        return Tokenizer("gpt2", fields["pat_str"], fields["mergeable_ranks"], fields["special_tokens"][EOT])
+    try:
+        _, path = hub_tokenizer("hub:openai-community/gpt2")
+    except DataError as error:
         raise DataError(
-            f"cannot fetch GPT-2's vocabulary from openaipublic.blob.core.windows.net: {fields}. On a machine that can "
-            "reach it, run TIKTOKEN_CACHE_DIR=gpt2 python -c \"import tiktoken; tiktoken.get_encoding('gpt2')\", then "
-            "copy the folder gpt2 here and set TIKTOKEN_CACHE_DIR to it; or choose bpe or bytes, which need no network"
-        ) from fields
-    return Tokenizer("gpt2", fields["pat_str"], fields["mergeable_ranks"], fields["special_tokens"][EOT])
+            f"cannot fetch GPT-2's vocabulary from openaipublic.blob.core.windows.net: {failure}; and {error} Or, on a "
+            'machine that can reach it, run TIKTOKEN_CACHE_DIR=gpt2 python -c "import tiktoken; '
+            "tiktoken.get_encoding('gpt2')\", then copy the folder gpt2 here and set TIKTOKEN_CACHE_DIR to it; or "
+            "choose bpe or bytes, which need no network"
+        ) from failure
+    return Tokenizer.from_huggingface(path, "gpt2")
+
+
+def published_tokenizer(name: str) -> Tokenizer:
+    """A tokenizer by name: `hub:org/name`, or the path of a tokenizer.json, or of the folder that it is in.
+
+    A file of Hugging Face's, or one that a run here has written. Raises `DataError`."""
+    if name.startswith("hub:"):
+        repository, path = hub_tokenizer(name)
+        return Tokenizer.from_huggingface(path, repository)
+    path = Path(os.path.expanduser(name))
+    path = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        ours = "ranks" in json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise DataError(
+            f"{name!r} is no tokenizer ({error.strerror}): it is to be bytes, bpe, gpt2, hub:org/name, or the path of "
+            "a tokenizer.json"
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path} is not a tokenizer.json: {error}") from error
+    return Tokenizer.load(path) if ours else Tokenizer.from_huggingface(path)
 
 
 def _text(token: bytes) -> str:
@@ -289,7 +339,10 @@ def _text(token: bytes) -> str:
 
 
 def _bytes(text: str) -> bytes:
-    return bytes(_BYTE_OF[char] for char in text)
+    try:
+        return bytes(_BYTE_OF[char] for char in text)
+    except KeyError:
+        raise ValueError(f"its token {text!r} does not tell its bytes") from None
 
 
 def _pre_tokenizer(pattern: str) -> tokenizers.pre_tokenizers.PreTokenizer:
@@ -304,6 +357,14 @@ def _pattern_of(fields: dict) -> str:
     match fields:
         case {"type": "ByteLevel", "add_prefix_space": False} if fields.get("use_regex", True):
             return GPT2_PATTERN
+        case {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Digits", "individual_digits": True},
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+            ],
+        }:
+            return DIGITS_PATTERN
         case {
             "type": "Sequence",
             "pretokenizers": [

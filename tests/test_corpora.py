@@ -421,3 +421,66 @@ def test_the_size_of_a_text_is_known_unless_it_is_compressed(tmp_path):
     assert open_corpus(str(tmp_path)).size == 7 + 18
     (tmp_path / "c.jsonl.gz").write_bytes(b"\x1f\x8b")
     assert open_corpus(str(tmp_path)).size == 0
+
+
+def test_a_column_by_name(tmp_path):
+    rows = [{"body": "one", "title": "t"}, {"body": "two", "title": None}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_parquet(tmp_path / "rows.parquet", body=["three"], title=["u"])
+    (tmp_path / "a.txt").write_text("text")
+    assert read(f"{tmp_path}/rows.jsonl#body") == {"rows.jsonl": ["one", "two"]}
+    assert read(f"{tmp_path}/rows.parquet#title") == {"rows.parquet": ["u"]}
+    assert read(f"{tmp_path}#title") == {"rows.jsonl": ["t"], "rows.parquet": ["u"]}
+    assert read(f"{tmp_path}/*.p*#body") == {f"{tmp_path}/rows.parquet": ["three"]}
+    columns = [f"{tmp_path}/rows.jsonl{column}" for column in ("", "#body", "#title")]
+    opened = [open_corpus(name) for name in columns]
+    assert len({corpus.fingerprint for corpus in opened}) == 3 and opened[1].name == "rows.jsonl#body"
+
+
+def test_the_only_column_of_strings_is_the_text(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"id": 1, "body": "one"}\n{"body": "two", "other": "x"}\n{"id": 2}')
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: no field 'body' holding a string; its fields: id \(int\);"):
+        read(tmp_path / "rows.jsonl")
+    assert read(write_parquet(tmp_path / "a.parquet", id=[1], body=["b"])) == {"a.parquet": ["b"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("a.txt#text", "a.txt#text has no column 'text': only JSONL and Parquet files have columns"),
+        (
+            "rows.jsonl#titel",
+            "rows.jsonl:1: no field 'titel' holding a string; its fields: body (str), title (str);",
+        ),
+        ("rows.jsonl", "its fields: body (str), title (str); choose one by its name after the corpus"),
+        ("nowhere.jsonl#body", "nowhere.jsonl#body' is no file or folder"),
+        ("**/*.rst", "no file matches"),
+        ("train.bin", "train.bin is no text: for tokens, give the folder"),
+    ],
+)
+def test_names_of_columns_and_patterns_that_are_wrong(tmp_path, name, told):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "train.bin").write_bytes(b"\0\0")
+    (tmp_path / "rows.jsonl").write_text('{"body": "b", "title": "t"}')
+    with pytest.raises(DataError) as error:
+        read(tmp_path / name)
+    assert told in str(error.value)
+
+
+def test_a_pattern_of_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("notes/a.md", "notes/deep/er/b.md", "notes/c.txt", "notes/.hidden/d.md", "out/run/samples.md"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(path)
+    for name in ("config.json", "status.json"):
+        Path("out/run", name).write_text("{}")
+    Path("notes/rows.jsonl").write_text('{"text": "row"}')
+    assert read("notes/**/*.md") == {"text": ["notes/a.md", "notes/deep/er/b.md"]}
+    assert read("notes/*.md") == read("n?tes/[ab].md") == {"text": ["notes/a.md"]}
+    assert read("notes/*") == {"notes/rows.jsonl": ["row"], "text": ["notes/a.md", "notes/c.txt"]}
+    assert read("**/*.md") == read("notes/**/*.md")  # without those of a run
+    with pytest.raises(DataError, match="no file matches"):
+        read("out/**/*.md")
+    first = open_corpus("notes/*.md")
+    Path("notes/new.md").write_text("new")
+    assert open_corpus("notes/*.md").fingerprint != first.fingerprint and first.name == "notes/*.md"

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import formats
+from data import encode, formats
 from data import prepare as module
 from data.batches import eval_batches
 from data.formats import Corpus, DataError, Shard
@@ -134,10 +134,10 @@ def test_pieces_groups_and_batches_of_any_size_give_the_same_folder(tmp_path, mo
         found = []
         for n, sizes in enumerate(((2**20, 2**18, 2**23), (128, 100, 2000), (64, 1000, 2000))):
             for owner, name, size in zip(
-                (formats, module, module), ("PIECE_CHARS", "GROUP_CHARS", "BATCH_CHARS"), sizes, strict=True
+                (formats, encode, encode), ("PIECE_CHARS", "GROUP_CHARS", "BATCH_CHARS"), sizes, strict=True
             ):
                 monkeypatch.setattr(owner, name, size)
-            monkeypatch.setattr(module.os, "cpu_count", lambda n=n: 1 + n)
+            monkeypatch.setattr(encode.os, "cpu_count", lambda n=n: 1 + n)
             config = {"corpus": str(texts), "tokenizer": tokenizer, "vocab_size": 300, "val_fraction": 0.2}
             cache = str(tmp_path / f"{limit}-{n}")
             found.append(contents(prepare(DataConfig(**config, max_tokens=limit, cache=cache), lambda line: None)))
@@ -190,7 +190,7 @@ def test_the_split_of_the_corpus_itself_is_kept_and_validation_text_is_never_tra
 @pytest.mark.parametrize("fraction", [0.01, 0.2, 0.5, 0.9])
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
 def test_a_lone_document_is_cut_at_the_end_of_a_line(run, monkeypatch, fraction, tokenizer):
-    monkeypatch.setattr(module, "CHUNK", 7)
+    monkeypatch.setattr(encode, "CHUNK", 7)
     text = "".join(f"line {n} of a story\n" for n in range(300))
     dataset = run(FakeCorpus(a=(None, [text])), val_fraction=fraction, tokenizer=tokenizer, vocab_size=265)
     val = documents(dataset, "val")[0]
@@ -223,7 +223,7 @@ def test_the_validation_split_of_little_text_has_text_to_predict(run, texts):
 def test_max_tokens_are_exact_and_later_shards_are_not_read(run, monkeypatch):
     fake = FakeCorpus(a=(None, STORIES[:30]), b=(None, STORIES[30:]), deduplicate=False)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "BATCH_CHARS", 50)
+        patch.setattr(encode, "BATCH_CHARS", 50)
         dataset = run(fake, max_tokens=500)
     assert len(dataset.train) == 500 and dataset.train[-1] == dataset.tokenizer.eot
     assert fake.reads == ["a"]
@@ -232,8 +232,8 @@ def test_max_tokens_are_exact_and_later_shards_are_not_read(run, monkeypatch):
 
 def test_bpe_trains_on_training_text_alone_and_reads_the_corpus_once(run, monkeypatch):
     trained_on = []
-    train_bpe = module.train_bpe
-    monkeypatch.setattr(module, "train_bpe", lambda texts, *size: trained_on.extend(texts) or train_bpe(texts, *size))
+    train_bpe = encode.train_bpe
+    monkeypatch.setattr(encode, "train_bpe", lambda texts, *size: trained_on.extend(texts) or train_bpe(texts, *size))
     fake = FakeCorpus(a=(None, STORIES[:30]), b=(None, STORIES[30:]))
     dataset = run(fake, tokenizer="bpe", vocab_size=275)
     assert trained_on == documents(dataset, "train")
@@ -254,9 +254,9 @@ def test_the_default_vocabulary_adapts_to_a_short_text_and_says_so(run):
 
 def test_bpe_trains_on_the_beginning_of_a_large_corpus(run, monkeypatch):
     trained_on = []
-    train_bpe = module.train_bpe
-    monkeypatch.setattr(module, "train_bpe", lambda texts, *size: trained_on.extend(texts) or train_bpe(texts, *size))
-    monkeypatch.setattr(module, "SAMPLE_CHARS", 1001)
+    train_bpe = encode.train_bpe
+    monkeypatch.setattr(encode, "train_bpe", lambda texts, *size: trained_on.extend(texts) or train_bpe(texts, *size))
+    monkeypatch.setattr(encode, "SAMPLE_CHARS", 1001)
     fake = FakeCorpus(v=("val", STORIES[50:]), a=("train", STORIES[:30]), b=("train", STORIES[30:50]))
     dataset = run(fake, tokenizer="bpe", vocab_size=270)
     assert "".join(trained_on) == "".join(STORIES)[:1001]
@@ -265,8 +265,8 @@ def test_bpe_trains_on_the_beginning_of_a_large_corpus(run, monkeypatch):
 
 
 def test_an_error_in_a_shard_on_the_hub_keeps_those_before_it(run, monkeypatch):
-    monkeypatch.setattr(module, "BATCH_CHARS", 100)
-    monkeypatch.setattr(module, "SAMPLE_CHARS", 500)  # all of it in the first shard
+    monkeypatch.setattr(encode, "BATCH_CHARS", 100)
+    monkeypatch.setattr(encode, "SAMPLE_CHARS", 500)  # all of it in the first shard
     bpe = {"tokenizer": "bpe", "vocab_size": 265}
     whole = FakeCorpus(a=(None, STORIES[:30]), b=(None, STORIES[20:50]), c=(None, STORIES[40:]))
     expected = run(whole, cache="other", **bpe)
@@ -430,7 +430,7 @@ def test_each_stage_is_a_line_and_long_ones_report(run, monkeypatch):
         "read N M characters of fake and trained a BPE vocabulary of N on them in N s",
         "prepared fake in N s: N documentsN N MBN N M tokensN N of them for validation",
     ]
-    monkeypatch.setattr(module, "REPORT_S", -1)
+    monkeypatch.setattr(encode, "REPORT_S", -1)
     run(FakeCorpus(a=(None, STORIES)))
     assert any(re.fullmatch(r"tokenizing fake: [\d.]+ M tokens so far, in shard a", line) for line in run.lines)
 

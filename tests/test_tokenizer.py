@@ -5,6 +5,7 @@ import inspect
 import json
 import random
 import socket
+import unicodedata
 from dataclasses import replace
 from itertools import chain
 
@@ -14,6 +15,7 @@ import pytest
 for package in ("tiktoken", "tokenizers", "hypothesis"):
     pytest.importorskip(package)
 
+import huggingface_hub.constants
 import tiktoken.load
 import tokenizers
 from hypothesis import given
@@ -219,6 +221,14 @@ def test_an_exported_tokenizer_is_read_back(tmp_path, tokenizer):
     assert (back.ranks, back.pattern, back.eot) == (tokenizer.ranks, tokenizer.pattern, tokenizer.eot)
 
 
+LOSSY = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}
+ADDED = [
+    {"id": id, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    | {"special": special}
+    for id, text, special in ((1, EOT, True), (600, "    ", False))
+]
+
+
 def published(path, **changes) -> None:
     """A tokenizer.json like GPT-2's, without a split pattern, but with special tokens first."""
     trained = tokenizers.ByteLevelBPETokenizer()
@@ -226,14 +236,24 @@ def published(path, **changes) -> None:
     path.write_text(json.dumps(json.loads(trained.to_str()) | changes))
 
 
-def test_a_published_tokenizer_gives_its_own_ids(tmp_path):
+@pytest.mark.parametrize("digits", [False, True], ids=["gpt2", "digits"])
+def test_a_published_tokenizer_gives_its_own_ids(tmp_path, digits):
     path = tmp_path / "tokenizer.json"
-    published(path)
+    published(path, normalizer={"type": "NFC"})
+    if digits:
+        theirs = tokenizers.Tokenizer.from_file(str(path))
+        theirs.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+            [
+                tokenizers.pre_tokenizers.Digits(individual_digits=True),
+                tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+        theirs.save(str(path))
     theirs, ours = tokenizers.Tokenizer.from_file(str(path)), Tokenizer.from_huggingface(path)
     theirs.encode_special_tokens = True
     assert ours.eot == 1
     for text in (SOURCE, *TEXTS.values()):
-        assert ours.encode(text) == theirs.encode(text).ids
+        assert ours.encode(unicodedata.normalize("NFC", text)) == theirs.encode(text).ids
 
 
 @pytest.mark.parametrize(
@@ -243,8 +263,11 @@ def test_a_published_tokenizer_gives_its_own_ids(tmp_path):
         ({"pre_tokenizer": None}, "not the tokenizer.json of a byte-level BPE"),
         ({"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}, "not the tokenizer.json of a byte-level BPE"),
         ({"added_tokens": []}, "it needs <|endoftext|> or"),
+        ({"normalizer": LOSSY}, "its normalizer 'Lowercase' changes the text, so that bytes are lost"),
+        ({"model": {"vocab": {"▁the": 0}, "merges": []}}, "its token '▁the' does not tell its bytes"),
+        ({"post_processor": None, "added_tokens": ADDED}, "gives .* other ids than byte-level BPE does"),
     ],
-    ids=["pre-tokenizer", "none", "unigram", "no end"],
+    ids=["pre-tokenizer", "none", "unigram", "no end", "lossy", "not bytes", "added spaces"],
 )
 def test_another_kind_of_tokenizer_is_an_error_that_names_the_file(tmp_path, changes, message):
     path = tmp_path / "tokenizer.json"
@@ -264,11 +287,14 @@ def test_merges_out_of_order_are_an_error(tmp_path):
         Tokenizer.from_huggingface(path)
 
 
+# GPT-2's vocabulary with one of its merges.
+CHARS = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet(), key=lambda char: (ord(char) > 255, char))
+GPT2 = {char: n for n, char in enumerate(CHARS)} | {"he": 256, EOT: 50256}
+
+
 def test_gpt2_is_fetched_once_and_then_read_from_its_cache(tmp_path, monkeypatch):
     """A vocabulary with one merge replaces the real one, so the check of the real one's hash is disabled."""
-    theirs = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    vocabulary = {char: n for n, char in enumerate(sorted(theirs, key=lambda char: (ord(char) > 255, char)))}
-    files = {"vocab.bpe": "#version: 0.2\nh e\n", "encoder.json": json.dumps(vocabulary | {"he": 256, EOT: 50256})}
+    files = {"vocab.bpe": "#version: 0.2\nh e\n", "encoder.json": json.dumps(GPT2)}
     fetched = []
 
     def fetch(url):
@@ -283,6 +309,16 @@ def test_gpt2_is_fetched_once_and_then_read_from_its_cache(tmp_path, monkeypatch
     assert gpt2_tokenizer() == first
     assert len(fetched) == 2
 
+    # The same vocabulary as the Hub has it, where tiktoken's host cannot be reached.
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE(GPT2, [("h", "e")]))
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.add_special_tokens([EOT])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
+    monkeypatch.setattr(tiktoken.load, "read_file", lambda url: 1 / 0)
+    monkeypatch.setattr(module, "hub_tokenizer", lambda name: (name, tmp_path / "tokenizer.json"))
+    assert gpt2_tokenizer() == first
+
 
 @pytest.mark.parametrize("server", ["refuses", "never answers"])
 def test_unreachable_gpt2_vocabulary_is_an_error_with_remedies(tmp_path, monkeypatch, server):
@@ -294,6 +330,9 @@ def test_unreachable_gpt2_vocabulary_is_an_error_with_remedies(tmp_path, monkeyp
         monkeypatch.setenv("no_proxy", "")
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
         monkeypatch.setattr(module, "GPT2_TIMEOUT_S", 5.0 if server == "refuses" else 0.2)
-        with pytest.raises(DataError, match=r"openaipublic.*TIKTOKEN_CACHE_DIR.*bpe or bytes") as error:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_ETAG_TIMEOUT", 5.0 if server == "refuses" else 0.2)
+        said = r"openaipublic.*the model openai-community/gpt2 \(.*TIKTOKEN_CACHE_DIR.*bpe or bytes"
+        with pytest.raises(DataError, match=said) as error:
             gpt2_tokenizer()
-        assert ("no answer within 0.2 s" in str(error.value)) == (server == "never answers")
+        assert ("no answer in 0.2 s; and" in str(error.value)) == (server == "never answers")
