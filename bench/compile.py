@@ -8,11 +8,11 @@ Every op, forward and backward, at its bench shapes, and training steps of two m
 that has no device. Triton specialises each launch as it would on the card, and is stopped before it compiles. Each
 distinct specialisation is then compiled.
 
-The exit code is 1 if a kernel does not compile, needs more shared memory than the card has, multiplies bf16 or fp16
-without the tensor-core instruction for its tiles, waits for each wgmma before the next, is not in the baseline, or is
-worse than there: more spills, a lost 128-bit load or store, or over 1.25 times the registers plus 8. On sm_90 kernels
-of heads up to 128 must not spill at all. Versions of Triton differ by 15% in registers, so each has its own baseline
-in bench/baselines. With a version that has none, any spill fails and the rest is not compared.
+The exit code is 1 if a kernel does not compile, needs more shared memory than the card has, multiplies bf16, fp16 or
+fp8 without the tensor-core instruction for its tiles, waits for each wgmma before the next, is not in the baseline, or
+is worse than there: more spills, a lost 128-bit load or store, or over 1.25 times the registers plus 8. On sm_90
+kernels of heads up to 128 must not spill at all. Versions of Triton differ by 15% in registers, so each has its own
+baseline in bench/baselines. With a version that has none, any spill fails and the rest is not compared.
 """
 
 import json
@@ -63,8 +63,8 @@ class Card:
     """A target, and what one multiprocessor of it holds at once: warps, blocks, and bytes of shared memory.
 
     A block may have `shared` bytes; the driver takes `reserved` more. Its tensor cores multiply bf16 and fp16 with
-    `matrix` instructions, or HMMA for tiles of fewer than `rows` rows. Sources: CUDA Programming Guide, "Compute
-    Capabilities"; PTX ISA, wgmma and tcgen05; AMD CDNA 3 ISA.
+    `matrix` instructions, or HMMA for tiles of fewer than `rows` rows, and fp8 with those named `fp8`. Sources: CUDA
+    Programming Guide, "Compute Capabilities"; PTX ISA, wgmma and tcgen05; AMD CDNA 3 ISA.
     """
 
     target: GPUTarget
@@ -73,6 +73,7 @@ class Card:
     blocks: int
     matrix: str
     rows: int = 0
+    fp8: str = ""
     reserved: int = 1024
 
     def resident(self, registers: int, shared: int, warps: int) -> int:
@@ -84,10 +85,12 @@ class Card:
 
 CARDS = {
     "sm_80": Card(GPUTarget("cuda", 80, 32), 163 * 1024, warps=64, blocks=32, matrix="HMMA"),
-    "sm_89": Card(GPUTarget("cuda", 89, 32), 99 * 1024, warps=48, blocks=24, matrix="HMMA"),
-    "sm_90": Card(GPUTarget("cuda", 90, 32), 227 * 1024, warps=64, blocks=32, matrix="HGMMA", rows=64),
-    "sm_100": Card(GPUTarget("cuda", 100, 32), 227 * 1024, warps=64, blocks=32, matrix="UTCHMMA", rows=64),
-    "sm_120": Card(GPUTarget("cuda", 120, 32), 99 * 1024, warps=48, blocks=24, matrix="HMMA"),
+    "sm_89": Card(GPUTarget("cuda", 89, 32), 99 * 1024, warps=48, blocks=24, matrix="HMMA", fp8="QMMA"),
+    "sm_90": Card(GPUTarget("cuda", 90, 32), 227 * 1024, warps=64, blocks=32, matrix="HGMMA", rows=64, fp8="QGMMA"),
+    "sm_100": Card(
+        GPUTarget("cuda", 100, 32), 227 * 1024, warps=64, blocks=32, matrix="UTCHMMA", rows=64, fp8="UTCQMMA"
+    ),
+    "sm_120": Card(GPUTarget("cuda", 120, 32), 99 * 1024, warps=48, blocks=24, matrix="HMMA", fp8="QMMA"),
     "gfx942": Card(GPUTarget("hip", "gfx942", 64), 64 * 1024, warps=32, blocks=32, matrix="mfma", reserved=0),
 }
 
@@ -151,6 +154,7 @@ class Row:
     spill: int = 0
     shared: int = 0
     tiles: tuple[int, ...] = ()  # rows of the products of bf16 or fp16
+    has_fp8: bool = False  # products of fp8
     matrix: str = ""  # tensor-core instructions
     loads: int = 0
     wide_loads: int = 0
@@ -204,9 +208,11 @@ def run_model(config: ModelConfig, sequences: int) -> None:
     loss.backward()
 
 
-def workloads() -> Iterator[tuple[str, Callable[[], None]]]:
-    """Everything that launches kernels: a name, and a function to call."""
+def workloads(card: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Everything that launches kernels on a card: a name, and a function to call."""
     for op in OPS.values():
+        if op.cards and card not in op.cards:
+            continue
         for shape in (*op.bench_shapes, *op.compiled_shapes) if "triton" in op.implementations else ():
             case = Case(op, shape, torch.bfloat16, META)
             yield f"{op.name} {written(shape)}", case.call(op.implementations["triton"], case.passes[-1]).run
@@ -268,6 +274,7 @@ def compile_launch(launch: Launch) -> Row:
     return Row(
         launch, seconds=seconds, warps=compiled.metadata.num_warps, registers=registers, spill=spill,
         shared=compiled.metadata.shared, tiles=tuple(map(int, tiles)),
+        has_fp8=re.search(r"tt\.dot.*xf8E", compiled.asm["ttir"]) is not None,
         matrix=" ".join(f"{number} {name}" for name, number in matrix.items()), loads=len(loads),
         wide_loads=wide_loads, stores=len(stores), wide_stores=wide_stores, code=code,
     )  # fmt: skip
@@ -296,7 +303,7 @@ def _read_amdgcn(compiled: triton.compiler.CompiledKernel) -> tuple[int, int, st
 
 
 def is_serialized(code: str) -> bool:
-    """Whether a kernel waits for its HGMMAs one by one, which ptxas inserts when registers run out.
+    """Whether a kernel waits for its HGMMAs or QGMMAs one by one, which ptxas inserts when registers run out.
 
     Products into the same registers are the steps of one `tl.dot`, to be issued back to back and then waited for.
     """
@@ -305,7 +312,7 @@ def is_serialized(code: str) -> bool:
     for name, operands in re.findall(rf"{INSTRUCTION}(.*)", code, re.MULTILINE):
         if name.startswith("WARPGROUP.DEPBAR"):
             waits = True
-        elif name.startswith("HGMMA"):
+        elif name.startswith(("HGMMA", "QGMMA")):
             target = operands.split(",")[0].strip()
             chained += target == into
             waiting += target == into and waits
@@ -321,6 +328,11 @@ def compile_all(launches: list[Launch]) -> Iterator[Row]:
             yield Row(launch, f"{type(error).__name__}: {error}") if error else future.result()
 
 
+def _bases(matrix: str) -> set[str]:
+    """Names of instructions without their modifiers."""
+    return {name.partition(".")[0] for name in matrix.split()}
+
+
 def failures(row: Row, baseline: dict[str, int]) -> list[str]:
     """What is wrong with a compilation. `baseline` is what was `measured` when it was accepted, if it was."""
     if row.error:
@@ -333,8 +345,10 @@ def failures(row: Row, baseline: dict[str, int]) -> list[str]:
     if wanted and wanted != {card.matrix, "HMMA"} & set(row.matrix.split()):
         kinds = " and ".join(sorted(wanted))
         found.append(f"has no {kinds} for a product of bf16 or fp16, but {row.matrix or 'no tensor core'}")
+    if row.has_fp8 and {card.fp8, card.matrix, "HMMA"} & _bases(row.matrix) != {card.fp8}:
+        found.append(f"has no {card.fp8} for a product of fp8, but {row.matrix or 'no tensor core'}")
     if is_serialized(row.code):
-        found.append("waits for each HGMMA before it issues the next")
+        found.append("waits for each wgmma before it issues the next")
     if row.spill > (was := baseline.get("spill", 0) if row.may_spill else 0):
         found.append(f"spills {row.spill:,} bytes, {was:,} are accepted")
     for kind in ("loads", "stores"):
@@ -390,13 +404,12 @@ def main(argv: list[str] | None = None) -> int:
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set, so that kernels would be interpreted: unset it to compile them")
 
-    start, version, sources = time.perf_counter(), triton.__version__, list(workloads())
-    if args.implementation:
-        try:
-            sources = list(own_workloads(args.implementation, args.op))
-        except KernelError as error:
-            parser.error(str(error))
-    everything = [launch for card in cards for launch in record(card, sources)]
+    start, version = time.perf_counter(), triton.__version__
+    try:
+        own_sources = list(own_workloads(args.implementation, args.op)) if args.implementation else None
+    except KernelError as error:
+        parser.error(str(error))
+    everything = [launch for card in cards for launch in record(card, own_sources or workloads(card))]
     launches = [launch for launch in everything if args.kernel in launch.name]
     if not launches:
         names = ", ".join(sorted({launch.name for launch in everything})) or "none"

@@ -1,4 +1,4 @@
-"""All that takes a GPU, in five minutes on 16 cores: `make gpu`, or `python -m bench.gpu`.
+"""All that takes a GPU, in some five minutes on 16 cores: `make gpu`, or `python -m bench.gpu`.
 
     python -m bench.gpu steps tune    some parts of it, in its order
 
@@ -24,7 +24,7 @@ from bench import processes, records
 from runtime.config import Parser
 from runtime.program import program
 
-SUBJECTS = ("attention", "kernels", "triton", "cross_entropy", "adamw", "model", "capture")
+SUBJECTS = ("attention", "kernels", "triton", "cross_entropy", "adamw", "fp8", "precision", "model", "capture")
 TESTS = [f"tests/test_{subject}.py" for subject in SUBJECTS]
 # Strides are arguments of a launch, so one shape shows all they do; float32 attention takes longest to compile.
 NEEDED = "not (test_strided_inputs and attention-triton and not 2x17x17)"
@@ -38,11 +38,11 @@ def parts(results: Path, cores: int) -> list[Part]:
     pytest = [*python, "pytest", "-q", "-p", "no:cacheprovider"]
     tests, kernels = [*pytest, *TESTS, "-k", NEEDED, "-p", "bench.gpu"], [*pytest, "bench/bench_kernels.py", to]
     return [
-        ("tests", 90, [[*tests, f"--shard={i}/{cores}"] for i in range(cores)]),
-        ("steps", 85, [[*python, "bench.steps", to, "--seconds=80"]]),
+        ("tests", 85, [[*tests, f"--shard={i}/{cores}"] for i in range(cores)]),
+        ("steps", 95, [[*python, "bench.steps", to, "--seconds=90"]]),
         ("kernels", 50, [[*kernels, "--within=38"]]),
         ("attention", 25, [[*kernels, "--kernel=attention", "--within=17"]]),
-        ("tune", 50, [[*python, "bench.tune", to, "--seconds=45"]]),
+        ("tune", 45, [[*python, "bench.tune", to, "--seconds=40"]]),
     ]
 
 

@@ -120,7 +120,8 @@ class Case:
         A backward may find in L2 what the forward left, so forward+backward is only charged the larger of the two."""
         total, forward = self.cost(name), self.cost("forward")
         moved = max(forward.bytes, total.bytes - forward.bytes)
-        return max(moved / (rated_bandwidth(card) or math.inf), total.flops / (rated_flops(card) or math.inf))
+        rate = self.op.flops_rate * (rated_flops(card) or math.inf)
+        return max(moved / (rated_bandwidth(card) or math.inf), total.flops / rate)
 
     def input_sets(self) -> int:
         """How many copies of the inputs to rotate so that every call finds L2 cold."""

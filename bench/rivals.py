@@ -91,6 +91,20 @@ def quack_cross_entropy(function, logits, targets):
     return function(logits, targets, ignore_index=IGNORE)
 
 
+def half_linear() -> Callable:
+    """The product that FP8 stands in for, of values that were dequantised before."""
+
+    @cache
+    def dequantized(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        return (codes.float() * scale).to(dtype)
+
+    def linear(x, weight, scale, weight_scale, dtype, precise):
+        return F.linear(dequantized(x, scale, dtype), dequantized(weight, weight_scale, dtype))
+
+    return linear
+
+
+RIVALS["fp8_linear"] = {"F.linear": half_linear}
 LINEAR = "linear_cross_entropy"
 
 

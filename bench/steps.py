@@ -3,9 +3,9 @@
     python -m bench.steps --shape 124M --variant captured    one of them
 
 Four models, each with the Triton kernels, captured in CUDA graphs and eager, and with the references and SDPA under
-torch.compile: time and tokens per second, MFU, memory, the host's time to launch a step, and device time by kernel.
-Each is a process of its own. Some run side by side, the largest first: they build and compile together, and each is
-alone on the card while it is timed.
+torch.compile; two of them captured in FP8 too, on a card that has it: time and tokens per second, MFU, memory, the
+host's time to launch a step, and device time by kernel. Each is a process of its own. Some run side by side, the
+largest first: they build and compile together, and each is alone on the card while it is timed.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import math
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
@@ -27,6 +28,7 @@ from bench import processes, records
 from bench.processes import card_held
 from bench.timing import synchronize
 from runtime.config import Parser, number
+from runtime.hardware import has_fp8
 from runtime.program import program
 from train import Trainer, configure
 
@@ -54,6 +56,11 @@ VARIANTS: dict[str, Knobs] = {
     "eager": {"capture": "off", "compile": "off"},
     "torch.compile": {"capture": "off", "compile": "on", "kernels": "torch", "kernels.attention": "sdpa"},
 }
+FP8: dict[str, Knobs] = {
+    "fp8": VARIANTS["captured"] | {"precision": "fp8"},
+    "fp8, triton": VARIANTS["captured"] | {"precision": "fp8", "kernels.fp8_linear": "triton"},
+}
+FP8_SHAPES = ("124M", "M4")
 WARM_UP = 6  # steps: they compile, and capture
 SAMPLES, SAMPLE_S, PROFILED = 5, 0.3, 3
 SIDE_BY_SIDE = 6  # processes: the memory of the six largest together is within 80 GB
@@ -67,24 +74,33 @@ def trainer_of(knobs: Knobs, folder: Path) -> Trainer:
     always = {
         "config": folder / "defaults.py", "out": folder / "out", "data.corpus": text, "data.cache": folder / "cache",
         "data.tokenizer": "bytes", "optimizer": "adamw", "steps": 1000, "eval_tokens": 4096,
+        "micro_batch": 0,
     }  # fmt: skip
     return Trainer(*configure([f"--{key}={value}" for key, value in (always | knobs).items()]))
+
+
+def random_step(trainer: Trainer) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    """A training step on a batch of random tokens."""
+    shape, batch = trainer.model.config, trainer.config.batch_size
+    tokens = torch.randint(shape.vocab_size, (2, batch, shape.seq_len))
+    inputs, targets = tokens.pin_memory() if trainer.device.type == "cuda" else tokens
+    return partial(trainer.train_step, inputs, targets, 0.5)
+
+
+def seconds_of(step: Callable[[], object], n: int) -> float:
+    """Seconds that a step takes, the mean of `n` of them."""
+    begin = time.perf_counter()
+    for _ in range(n):
+        step()
+    synchronize()
+    return (time.perf_counter() - begin) / n
 
 
 def measure(trainer: Trainer, lock: Path) -> dict:
     """Time the trainer's steps; `ms` is the median of samples of several steps each."""
     shape, batch, gpu = trainer.model.config, trainer.config.batch_size, trainer.device.type == "cuda"
-    tokens = torch.randint(shape.vocab_size, (2, batch, shape.seq_len))
-    inputs, targets = tokens.pin_memory() if gpu else tokens
-    step = partial(trainer.train_step, inputs, targets, 0.5)
-
-    def seconds(n: int) -> float:
-        begin = time.perf_counter()
-        for _ in range(n):
-            step()
-        synchronize()
-        return (time.perf_counter() - begin) / n
-
+    step = random_step(trainer)
+    seconds = partial(seconds_of, step)
     with card_held(lock, alone=False):
         begin = time.perf_counter()
         first_loss = step()[0].item()
@@ -97,11 +113,11 @@ def measure(trainer: Trainer, lock: Path) -> dict:
         loss, _ = step()
         host = time.perf_counter() - begin
         kernels = by_kernel(step) if gpu else []
-    speed = inputs.numel() / taken
+    speed = batch * shape.seq_len / taken
     return {
         "batch": batch, "seq_len": shape.seq_len, "optimizer": trainer.config.optimizer,
-        "precision": trainer.precision, "first_s": first, "ms": 1e3 * taken, "tok_s": speed,
-        "mfu": speed * trainer.flops / trainer.peak if trainer.peak else None, "host_ms": 1e3 * host,
+        "precision": trainer.config.precision, "first_s": first, "ms": 1e3 * taken, "tok_s": speed,
+        "mfu": speed * trainer.flops / trainer.meter.peak if trainer.meter.peak else None, "host_ms": 1e3 * host,
         "memory": torch.cuda.max_memory_allocated() if gpu else None, "flops_per_token": trainer.flops,
         "first_loss": first_loss, "loss": loss.item(), "kernels": kernels[:40],
     }  # fmt: skip
@@ -118,6 +134,12 @@ def by_kernel(step) -> list[tuple[float, float, str]]:
         for event in profiled.key_averages() if event.self_device_time_total > 0
     ]  # fmt: skip
     return sorted(found, reverse=True)
+
+
+def is_due(shape: str, variant: str) -> bool:
+    """Whether a variant is timed unless it is asked for: FP8 on a card that has it."""
+    has_card = torch.cuda.is_available() and has_fp8(torch.device("cuda"))
+    return variant in VARIANTS or (variant in FP8 and shape in FP8_SHAPES and has_card)
 
 
 def run(shape: str, variant: str, lock: Path, deadline: float) -> dict:
@@ -145,21 +167,26 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 1 where a shape and variant has no figures."""
     parser = Parser(prog="python -m bench.steps", description=__doc__.partition("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, help="only this one")
-    parser.add_argument("--variant", choices=VARIANTS, help="only this one")
+    parser.add_argument("--variant", choices=VARIANTS | FP8, help="only this one")
     parser.add_argument("--seconds", type=number(float, "(0, inf)"), default=300, help="stop after so long (300)")
     parser.add_argument("--results", **records.OPTION)
     parser.add_argument("--lock", type=Path, help=argparse.SUPPRESS)  # of the process of one shape and variant
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         if args.lock:
-            trainer = trainer_of(SHAPES[args.shape] | VARIANTS[args.variant], Path(folder))
+            trainer = trainer_of(SHAPES[args.shape] | (VARIANTS | FP8)[args.variant], Path(folder))
             print("\n" + json.dumps(measure(trainer, args.lock)), flush=True)
             return 0
-        shapes, variants = [args.shape] if args.shape else SHAPES, [args.variant] if args.variant else VARIANTS
+        pairs = [
+            (shape, variant)
+            for shape, variant in product(SHAPES, VARIANTS | FP8)
+            if args.shape in (None, shape)
+            and (variant == args.variant or (not args.variant and is_due(shape, variant)))
+        ]
         one = partial(run, lock=Path(folder, "lock"), deadline=time.monotonic() + args.seconds)
         failed = False
         with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-            for row in pool.map(lambda each: one(*each), product(shapes, variants)):
+            for row in pool.map(lambda each: one(*each), pairs):
                 records.append(args.results, "steps", row)
                 print(line(row), flush=True)
                 failed |= "failed" in row

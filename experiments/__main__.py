@@ -1,13 +1,13 @@
 """Run suites of experiments, and report on them.
 
-python -m experiments                              # what there is, and what it took here
-python -m experiments lr --scale tiny              # run a suite, or go on with it, and write its report
-python -m experiments all --scale low --dry-run    # show what would be run
-python -m experiments report lr                    # write the report of what was run
+python -m experiments                              # list the suites, and what each took on this machine
+python -m experiments lr --scale tiny              # run or continue a suite, and write its report
+python -m experiments all --scale low --dry-run    # list the trials, and run none
+python -m experiments report lr                    # write the report of the trials that have run
 
 python -m experiments --base small.py --grid lr=1e-3,3e-3 --versus model.activation=swiglu,relu2 --seeds 3 --budget 60s
                                                    # a sweep of your own, which ends in the same report
-python -m experiments compare out/a out/b          # two runs, or folders of runs: their difference, with its interval
+python -m experiments compare out/a out/b          # two runs, or folders of runs: the difference in loss
 """
 
 import argparse
@@ -120,7 +120,8 @@ def _main(asked: argparse.Namespace, suites: Mapping[str, Suite], command: Seque
 def run(
     asked: argparse.Namespace, suites: Sequence[Suite], scale: Scale, extra: Mapping, command: Sequence[str]
 ) -> bool:
-    """Say what there is to run and, unless only that is asked for, run it. Returns whether it came to its end."""
+    """Print the trials and the time they will take; run them unless this is a dry run. Returns False if a signal ended
+    it early."""
     from experiments import run as runner
 
     trials = [t for suite in suites for t in runner.trials(suite, scale, asked.seeds, extra, asked.offline)]
@@ -146,7 +147,7 @@ def choose(names: Sequence[str], suites: Mapping[str, Suite], scale: Scale) -> l
 
 
 def assigned(assignments: Sequence[str]) -> dict:
-    """`KNOB=VALUE` as knobs of train.py. Raises `ConfigError`, also for a knob that the runner gives to trials."""
+    """Parse `KNOB=VALUE` texts into knobs of train.py. Raises `ConfigError`, also for a knob that the runner sets."""
     if not assignments:
         return {}
     if odd := [text for text in assignments if text[:1] in ("", "-", "=") or "=" not in text]:
@@ -162,7 +163,7 @@ def assigned(assignments: Sequence[str]) -> dict:
 
 
 def listing(suites: Mapping[str, Suite], results: Path) -> Iterator[str]:
-    """Each suite in two lines: its rows and title, and the number of its trials, with those that ran, at each scale."""
+    """Two lines for each suite: its title and rows; and for each scale the number of trials and of those that ran."""
     for name, suite in suites.items():
         yield f"{name:14s} {suite.title} (row{'s' * (len(suite.rows) > 1)} {', '.join(map(str, suite.rows))})"
         sizes = []

@@ -1,4 +1,4 @@
-"""Numbers of runs and of curves, as pure functions.
+"""Measures of runs, and of curves over several runs: pure functions.
 
 A measure takes an outcome and raises `LookupError` where the run did not get to it. A curve is a list of points (x, y)
 sorted by x; a loss is in nats per token, and infinite for a run that diverged or became NaN.
@@ -32,7 +32,13 @@ def _final(key: str, outcome: Outcome) -> float:
     return value
 
 
-speed = partial(_final, "tok_s_steady")  # training tokens per second, warm-up excluded
+def speed(outcome: Outcome) -> float:
+    """Training tokens per second, warm-up excluded. A run that simulates its precision tells nothing about it."""
+    if outcome.final.get("simulated"):
+        raise LookupError(f"{outcome.labels.get('variant', 'its precision')} is simulated here, so it has no speed")
+    return _final("tok_s_steady", outcome)
+
+
 wall_speed = partial(_final, "tok_s_wall")
 cost = partial(_final, "flops_per_token")
 bits_a_byte = partial(_final, "val_bpb")

@@ -1,6 +1,6 @@
-"""Trials forked from a warm process, by multiprocessing's fork server: each begins where it has imported everything.
+"""Trials forked from a process that has imported everything already: multiprocessing's fork server.
 
-That is for a CPU on Linux alone. CUDA does not survive a fork, and other systems' libraries may not.
+This is for CPUs on Linux only. CUDA does not survive a fork, and other systems' libraries may not.
 """
 
 import ctypes
@@ -17,10 +17,11 @@ LIBC = ctypes.CDLL(None)  # loaded here: between fork and exec no lock may be wa
 
 
 class Fork:
-    """A run of train.py, forked from the warm process: the leader of a session, with the interface of a `Popen`."""
+    """A run of train.py in a forked process with a session of its own. The interface is that of `subprocess.Popen`."""
 
     def __init__(self, argv: Sequence[str], stdout: Path, stderr: Path, env: Mapping[str, str], cap: int | None):
-        """Train by the flags `argv`. Output is appended to files; for `env` and `cap` see `_train`."""
+        """Start it with the flags `argv` and the environment `env`. Output is appended to two files. Allocations beyond
+        `cap` bytes of private memory fail."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["experiments.warm"])
         _ensure_running()
@@ -41,7 +42,7 @@ class Fork:
 
 
 def _ensure_running() -> None:
-    """Start the warm process, if it is not running, with modules found where they are here."""
+    """Start the fork server, if it is not running, with this process's search path for modules."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     try:
@@ -52,7 +53,7 @@ def _ensure_running() -> None:
 
 
 def _train(argv: list[str], stdout: Path, stderr: Path, env: dict[str, str], cap: int | None) -> None:
-    """In the forked process: become as one that was started as `env train.py argv`, and train."""
+    """Runs in the forked process: set it up as if it had been started as `env train.py argv`, and train."""
     import torch
 
     import train
@@ -70,7 +71,7 @@ def _train(argv: list[str], stdout: Path, stderr: Path, env: dict[str, str], cap
 
 
 def confine(parent: int, cap: int | None) -> None:
-    """In the process forked from `parent`: be killed when that one dies, and let allocations beyond `cap` bytes of
+    """Runs in a process forked from `parent`: it is killed when the parent dies, and allocations beyond `cap` bytes of
     private memory fail."""
     die_with_parent()
     if os.getppid() != parent:
@@ -80,5 +81,5 @@ def confine(parent: int, cap: int | None) -> None:
 
 
 def die_with_parent() -> None:
-    """Be killed when the parent dies (Linux's prctl PR_SET_PDEATHSIG)."""
+    """Have this process killed when its parent dies (Linux's prctl PR_SET_PDEATHSIG)."""
     LIBC.prctl(1, signal.SIGKILL)

@@ -141,7 +141,7 @@ def verdict(finding: Finding, elsewhere: bool, p: float | None) -> Verdict:
         return "artefact"
     if p is not None and p > ALPHA:
         return "within noise"
-    if finding.seeds < 2:
+    if finding.seeds < 2 and not finding.counted:
         return "seen once" if finding.holds else "not seen"
     return "reproduced" if finding.holds else "refuted"
 
@@ -163,7 +163,7 @@ FORMS: Mapping[Measure, str] = {
 
 
 def judge(function: Callable[..., Finding]) -> Callable[..., partial[Finding]]:
-    """Have a call with all arguments but the last two, the results and their noise, give a judge that takes these."""
+    """A decorator of judges: a call with all arguments but `results` and `noise` returns a function of these two."""
     return partial(partial, function)
 
 
@@ -208,6 +208,14 @@ def threshold(
     delta = decisive - (low if math.isfinite(low) else high)
     holds = low <= decisive <= high
     return Finding(", ".join(texts), holds, delta if math.isfinite(delta) else None, seeds=n_seeds(outcomes))
+
+
+@judge
+def counted(count: Callable[[], float], bounds: Bounds, show: str, results: Results, noise: Noise | None) -> Finding:
+    """A number that follows from counts, whatever the outcomes, lies within bounds."""
+    results.where()  # raises if nothing was run
+    number = count()
+    return Finding(show.format(number), inside(number, bounds), counted=True)
 
 
 def by_seed(results: Results, side: str | Where, measure: Measure, where: Where | None) -> dict[int, float]:

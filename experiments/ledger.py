@@ -1,8 +1,8 @@
-"""The ledger: how every trial ended, a file for each suite and scale, a line for each outcome, never rewritten.
+"""The ledger: how every trial ended. One JSONL file for each suite and scale, one line for each outcome.
 
-The latest line of a key holds, so a rerun supersedes what was there; old lines stay for those who ask how a number came
-about. A line is on the disk whole before its trial counts as done. What a killed process left half-written is passed
-over when read, and cut off before the next line.
+Lines are only appended. The latest line of a key counts, so a rerun supersedes earlier outcomes, which stay in the
+file. A line is on disk before its trial counts as done. If a process is killed while it writes one, `read` ignores the
+incomplete line, and the next `append` removes it.
 """
 
 import json
@@ -18,9 +18,9 @@ from runtime import files
 from runtime.errors import UserError
 from runtime.records import read_rows, to_json
 
-ROWS = 20  # evaluations and diagnosed steps kept of a run, whose metrics.jsonl has all
+ROWS = 20  # evaluations, and steps with diagnostics, that an outcome keeps; metrics.jsonl has all of them
 _PEAKS = ("memory", "memory_reserved", "memory_retries", "mfu")  # of the last row of training
-_TEXT = ("status", "time", "error")  # in status.json; readers take all else for numbers
+_TEXT = ("status", "time", "error")  # in status.json; its other values are numbers
 _OPTIONAL = ("error", "final", "steps", "evals", "diag", "digest")  # left out of a line where they are empty
 _KINDS = {
     **dict.fromkeys(("key", "suite", "status", "started", "commit", "machine", "error", "digest"), str),
@@ -40,7 +40,8 @@ def place(results: Path, scale: Scale, suite: str) -> Path:
 
 
 def read(path: Path) -> list[Outcome]:
-    """Every line, oldest first; none if there is no ledger. Raises `LedgerError`, or `OSError` if it is no file."""
+    """All outcomes of a ledger, oldest first; [] if there is no ledger. Raises `LedgerError` for a damaged line, and
+    `OSError` if the path is no file."""
     outcomes = []
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # what follows the last newline is torn
     for number, line in enumerate(lines, 1):
@@ -66,7 +67,7 @@ def _check(outcome: Outcome) -> None:
 
 
 def append(path: Path, outcome: Outcome) -> None:
-    """Add a line, on the disk when this returns. Raises `OSError`."""
+    """Append an outcome; it is on disk when this returns. Raises `OSError`."""
     fields = {name: value for name, value in asdict(outcome).items() if value or name not in _OPTIONAL}
     line = to_json(fields, separators=(",", ":"))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +81,9 @@ def append(path: Path, outcome: Outcome) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keep other sweeps from a ledger, or from the runs' folders. Raises `LedgerError`, or `OSError`."""
+    """A context that holds the lock of a ledger, or of a folder of runs.
+
+    Raises `LedgerError` if another sweep holds it, and `OSError`."""
 
     def refuse(pid: int) -> NoReturn:
         raise LedgerError(f"another sweep holds {path}: wait for it, or give other --results and --out")
@@ -91,7 +94,8 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def condense(folder: Path) -> dict[str, Any]:
-    """What an outcome keeps of a run's folder: `final`, `steps`, `evals` and `diag`, as far as they were written."""
+    """The fields of an outcome that come from a run's folder: `final`, `steps`, `evals`, and `diag` if there are any
+    diagnostics. The files may be missing or incomplete."""
     from runtime.run import read_status
 
     final, metrics = read_status(folder), folder / "metrics.jsonl"

@@ -55,9 +55,8 @@ def read_values(text: str, flag: str) -> tuple[str, list[Any]]:
 def suite(
     base: str, grid: Sequence[str], versus: Sequence[str], seeds: int, budget: str, name: str, extra: Knobs
 ) -> Suite:
-    """The suite that the flags declare: `versus` knobs make its variants, of which the first is compared with each
-    other one, at the best point of the grid where there is one. Raises `ConfigError`, also for what train.py refuses.
-    """
+    """The suite that the flags declare. The values of `versus` are its variants; the first is compared with each of the
+    others, at the best point of the grid if there is a grid. Raises `ConfigError`, also for what train.py refuses."""
     if not re.fullmatch(r"[\w.-]*\w", name):
         raise ConfigError(f"--name is the name of a file, not {name!r}")
     axes, sides = [read_values(text, "--grid") for text in grid], [read_values(text, "--versus") for text in versus]
@@ -117,8 +116,8 @@ def runs(folder: Path) -> list[Outcome]:
 
 
 def compare(a: Path, b: Path) -> str:
-    """Two runs, or groups of runs, side by side: the knobs by which they differ, their ends, and the difference in
-    loss with its 95% interval: by seed where each side has one run of each, else of means."""
+    """Compare two runs, or groups of runs, in words: the knobs that differ, how each run ended, and the difference in
+    loss with its 95% interval. It is paired by seed if each side has one run of each seed, else of the means."""
     sides = [runs(a), runs(b)]
     everything = [o for side in sides for o in side]
     if failed := [o for o in everything if o.status not in ("finished", *analysis.FAILED)]:

@@ -1,4 +1,4 @@
-"""Write what the ledgers say: an index of every claim with its verdict, and the trials and figures of each suite.
+"""Reports of the ledgers: an index of every claim with its verdict, and the trials and figures of each suite.
 
     results/<scale>/index.html (one file, opens offline), index.md, <suite>.csv, <suite>-<plot>.png
 
@@ -35,7 +35,8 @@ UNSEEN = ("started", "commit", "machine", "key", "recipe", "digest")  # only in 
 
 @dataclass(frozen=True)
 class Section:
-    """A suite's part of the report: the outcomes of its trials, and why its claims cannot be judged on them."""
+    """A suite's part of the report: the outcomes of its trials, and the reason why its claims cannot be judged on them
+    ("": they can)."""
 
     suite: Suite
     results: Results
@@ -107,8 +108,8 @@ def section(suite: Suite, scale: Scale, results: Path, seeds: int, extra: Knobs 
 
 
 def compared(sections: Sequence[Section]) -> list[Section]:
-    """The sections, where those whose outcomes are of another recipe, or another text of the same name, than the page's
-    latest are in doubt."""
+    """The sections, with a `doubt` for those that have outcomes of another recipe than the latest outcome's, or of
+    another text of the same name."""
 
     def text(outcome: Outcome) -> tuple[Any, Any]:
         return outcome.knobs.get("data.corpus"), outcome.knobs.get("data.max_tokens") or 0
@@ -160,7 +161,7 @@ def look(claim: Claim, part: Section, scale: Scale, noise: Noise | None) -> Find
 
 
 def table(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """A row a trial: its labels, then how it ended. What is both is the label."""
+    """A row for each trial: its labels, then how it ended. A label takes the place of a number of the same name."""
     return [
         {**o.labels, "status": o.status, **{name: o.final.get(name) for name in MEASURED}, "seconds": o.seconds,
          "error": o.error, **{name: getattr(o, name) for name in UNSEEN}, **o.labels}
@@ -193,6 +194,8 @@ def provenance(outcomes: Sequence[Outcome]) -> str:
     machines = ", ".join(dict.fromkeys(outcome.machine for outcome in outcomes))
     texts = {f"{o.knobs.get('data.corpus', 'text')} {o.digest}": None for o in outcomes if o.digest}
     span, seconds = " to ".join(dict.fromkeys((days[0], days[-1]))), sum(outcome.seconds for outcome in outcomes)
+    simulated = sum(bool(outcome.final.get("simulated")) for outcome in outcomes)
+    ends += f"; {simulated} SIMULATED their precision, without its speed" * bool(simulated)
     told = f"{ends}; {seconds:,.0f} s of trials; {span}; on {machines}; commit {commits}"
     return f"{told}{'; text ' * bool(texts)}{', '.join(texts)}."
 

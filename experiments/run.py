@@ -140,7 +140,8 @@ def _digest(data: DataConfig) -> str:
 
 
 def is_done(trial: Trial, outcome: Outcome | None) -> bool:
-    """Whether an outcome is that of the trial with the trainer of today and, if it got to train, the text of today."""
+    """Whether a trial need not run again: its outcome is of the present recipe and, if it got to train, of the text as
+    it is now."""
     if outcome is None or outcome.status == "interrupted" or outcome.recipe != RECIPE:
         return False
     return not outcome.digest or outcome.digest == digest_of(trial)
@@ -154,8 +155,8 @@ class Job:
 
     def __init__(self, trial: Trial, out: Path, machine: str, environment: Mapping[str, str], limit: float,
                  wandb: str = "off", command: Sequence[str] = TRAIN):  # fmt: skip
-        """Start it: under `out`/scale/suite, in a folder named by its key, emptied first. After `limit` seconds it is
-        killed. Its checkpoints are not used, so only the last is written."""
+        """Start the trial. Its folder is `out`/scale/suite/key, which is emptied first. After `limit` seconds it is
+        killed. Only the last checkpoint is written, since none is used."""
         self.trial, self.machine, self.limit, self.environment = trial, machine, limit, dict(environment)
         self.folder = out.absolute() / trial.scale / trial.suite.name / trial.key
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -175,7 +176,8 @@ class Job:
                 )  # fmt: skip
 
     def ended(self) -> Outcome | None:
-        """What came of it, None while it runs. The status that the run itself recorded holds, whatever it did after."""
+        """The outcome, or None while the trial runs. A status that the run itself recorded counts, whatever its process
+        did afterwards."""
         late = time.perf_counter() - self._begin > self.limit
         if self._process.poll() is None and not late:
             return None
@@ -185,8 +187,8 @@ class Job:
         if status == "killed":
             starved = code == -signal.SIGKILL and kernel_ooms() > self._ooms
             status = "time_limit" if late else "unsupported" if code == 2 else "oom" if starved else "crashed"
-        for checkpoint in self.folder.glob("*.pt*"):
-            checkpoint.unlink()
+        for path in (*self.folder.glob("*.pt*"), *self.folder.glob("shards-*")):  # checkpoints
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         error = "" if status == "finished" else self._last_words(code)
         self._errors.close()
         trial = self.trial
@@ -197,7 +199,7 @@ class Job:
         )  # fmt: skip
 
     def kill(self) -> None:
-        """End it and what it started, if it has not ended, and wait."""
+        """Kill the process, and those that it started, if it still runs, and wait for it."""
         if self._process.poll() is None:
             for end in (os.killpg, os.kill):  # one just forked has no group yet
                 with suppress(ProcessLookupError):
@@ -223,7 +225,8 @@ def kernel_ooms() -> int:
 
 
 def places(jobs: int = 0) -> list[dict[str, str]]:
-    """The environments of trials that run at once: `jobs`, or as many as cores, which they share; `ON_CARD` a GPU."""
+    """An environment for each of the trials that run at once: `jobs`, or by default `ON_CARD` per GPU, or one per core.
+    They share the cores."""
     cards, cores = torch.cuda.device_count(), os.cpu_count() or 1
     jobs = jobs or ON_CARD * cards or cores
     if cards:
@@ -250,8 +253,8 @@ def measures_its_card(trial: Trial) -> bool:
 
 
 def expected(trial: Trial, past: Sequence[Outcome]) -> float:
-    """Seconds that a trial takes, given outcomes on its machine: as the same trial last did, or as the median of its
-    suite, or by its FLOPs, scaled by the median of what those of others took."""
+    """Expected seconds of a trial, from past outcomes on its machine: what the same trial took last, or else the median
+    of its suite, or else an estimate from its FLOPs, scaled by the median error of that estimate for other trials."""
     same = [o.seconds for o in past if o.key == trial.key]
     suite = [o.seconds for o in past if o.suite == trial.suite.name]
     if same or suite:
@@ -284,7 +287,7 @@ def summary(outcome: Outcome) -> str:
 
 
 class Sweep:
-    """Trials, those of them that ledgers under `results` have, and those to run."""
+    """A list of trials: those `done`, with their outcomes from the ledgers under `results`, and those `waiting`."""
 
     def __init__(self, declared: Sequence[Trial], results: Path, jobs: int = 0, rerun: bool = False):
         self.results, self.places = results, places(jobs)
@@ -305,12 +308,12 @@ class Sweep:
 
     def run(self, out: Path, time_limit: float = math.inf, within: float = math.inf, wandb: str = "off",
             command: Sequence[str] = TRAIN, say: Callable[[str], None] = print) -> bool:  # fmt: skip
-        """Run what is waiting, one trial in each of the places at a time. Returns False if a signal ended it early.
+        """Run the waiting trials, one in each place at a time. Returns False if a signal ended the sweep early.
 
-        On a GPU, trials that measure it, or that ran out of memory beside others, come last, with a card each. After
-        `time_limit` seconds no more trials start. `within` a time, the cheapest suites come first, no trial starts that
-        is not expected to end in time, and those that are wrong about it are killed and leave no outcome. Raises
-        `LedgerError` if another sweep of one of the suites is under way.
+        On a GPU, trials that measure it, and those that ran out of memory beside others, run last, each with a card to
+        itself. After `time_limit` seconds no more trials start. With `within`, the sweep ends after that many seconds:
+        the cheapest suites run first, a trial starts only if it is expected to end in time, and one that does not is
+        killed and has no outcome. Raises `LedgerError` if another sweep of one of the suites is running.
         """
         begin, jobs, total = time.monotonic(), [], len(self.waiting)
         cards = list({place[CARD]: place for place in self.places if CARD in place}.values())

@@ -85,7 +85,7 @@ class Finding:
 
     `difference` is what was compared, `interval` half the width of its 95% confidence interval, `p` the probability of
     a difference this large by the noise of seeds alone (None: the claim compares no means). `seeds` is the number of
-    runs of each trial; an `artefact` explains the claim away.
+    runs of each trial; an `artefact` explains the claim away; what is `counted` is the same for all seeds.
     """
 
     ours: str
@@ -95,6 +95,7 @@ class Finding:
     p: float | None = None
     seeds: int = 1
     artefact: bool = False
+    counted: bool = False
 
 
 @dataclass(frozen=True)

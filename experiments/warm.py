@@ -1,6 +1,6 @@
-"""Imported by the process that trials are forked from, and by nothing else: all that a trial imports, once for all.
+"""The imports of a trial, done once by the fork server of `experiments.forks`. Nothing else imports this module.
 
-Nothing here may compute. A process forked from one that has started OpenMP's threads hangs.
+Nothing here may compute: a process forked from one that has started OpenMP's threads hangs.
 """
 
 import gc
@@ -19,4 +19,4 @@ with suppress(ImportError):
 PID = os.getpid()
 os.setsid()  # a terminal's signals are for the sweep to answer
 die_with_parent()
-gc.freeze()  # what is here is never freed, and what is not looked at is shared with the trials
+gc.freeze()  # the collector leaves these objects alone, so that their pages stay shared with the trials

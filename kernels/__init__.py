@@ -14,7 +14,18 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from kernels import adamw, attention, cross_entropy, linear_cross_entropy, own, rmsnorm, rope, swiglu
+from kernels import (
+    adamw,
+    attention,
+    cross_entropy,
+    fp8_linear,
+    fp8_quantize,
+    linear_cross_entropy,
+    own,
+    rmsnorm,
+    rope,
+    swiglu,
+)
 from kernels.launch import AVAILABLE, c_compiler
 from kernels.spec import KernelError, Op
 
@@ -27,6 +38,8 @@ OPS: dict[str, Op] = {
         swiglu.OP,
         linear_cross_entropy.OP,
         adamw.OP,
+        fp8_linear.OP,
+        fp8_quantize.OP,
         cross_entropy.OP,
         cross_entropy.IN_PLACE_OP,
     )
@@ -53,6 +66,8 @@ class KernelChoice:
     swiglu: Annotated[str, "torch or triton or path.py:function"] = ""
     linear_cross_entropy: Annotated[str, "torch or triton or path.py:function"] = ""
     adamw: Annotated[str, "torch or triton or path.py:function"] = ""
+    fp8_linear: Annotated[str, "torch or cublas or triton or path.py:function"] = ""
+    fp8_quantize: Annotated[str, "torch or triton or path.py:function"] = ""
 
 
 @dataclass(frozen=True)
@@ -65,6 +80,8 @@ class Kernels:
     swiglu: Callable[..., Tensor]
     linear_cross_entropy: Callable[..., Tensor]
     adamw: Callable[..., None]
+    fp8_linear: Callable[..., Tensor]
+    fp8_quantize: Callable[..., None]
     names: Mapping[str, str]
 
     def require(self, op: str, feature: str) -> None:
@@ -120,7 +137,7 @@ def _own(op: Op, wanted: str, device: torch.device) -> Callable:
 
 def _automatic(op: Op, device: torch.device) -> str:
     preferred = op.preferred.get(device.type, "torch")
-    if preferred != "torch" and c_compiler() is None:  # Triton can launch nothing
+    if preferred in ("triton", "auto") and c_compiler() is None:  # Triton can launch nothing
         preferred = "sdpa"
     return preferred if preferred in op.implementations else "torch"
 

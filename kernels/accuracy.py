@@ -134,6 +134,10 @@ def _held(x: Tensor) -> Tensor:
     return x.double() if x.is_floating_point() else x
 
 
+def _is_rounded(x: Tensor) -> bool:
+    return x.is_floating_point() and x.itemsize > 1
+
+
 def _promoted(tensors: Iterable[Tensor]) -> torch.dtype:
     """The dtype of an operation's result: 0-dimensional tensors do not promote the others."""
     dtypes = [x.dtype for x in tensors if x.ndim] or [x.dtype for x in tensors]
@@ -205,7 +209,8 @@ class Truth:
             return math.inf
         if not exact.numel():
             return 0.0
-        error = torch.where(result == exact, 0.0, (result.double() - exact).abs())  # inf - inf would be NaN
+        found = result.double()
+        error = torch.where(found == exact, 0.0, (found - exact).abs())  # inf - inf would be NaN
         error, sigma = (x.reshape(-1, x.shape[-1] if x.ndim else 1) for x in (error, sigma))
         overall = _rms(sigma.flatten())
         row = _rms(sigma).maximum(overall)
@@ -231,15 +236,18 @@ def _count(sigma: Tensor) -> Tensor:
 
 
 def truth(op: Op, inputs: Mapping[str, Any], samples: int = SAMPLES) -> Truth:
-    """Exact results and sigma of `op` on `inputs`, from its reference; `inputs` are in the dtypes under test."""
-    tensors = [x for x in tree_leaves(dict(inputs)) if torch.is_tensor(x) and x.is_floating_point()]
+    """Exact results and sigma of `op` on `inputs`, from its reference; `inputs` are in the dtypes under test.
+
+    Codes of 8 bits are data: what is computed of them is rounded to the dtypes of the other tensors, or of the result.
+    """
+    tensors = [x for x in tree_leaves(dict(inputs)) if torch.is_tensor(x) and _is_rounded(x)]
     narrowest = min((x.dtype for x in tensors), key=lambda dtype: dtype.itemsize)
 
     def run(seed: int | None) -> dict[str, Rounded]:
         noise = Noise(seed, tensors[0].device, narrowest)
 
         def rounded(x: Tensor) -> Tensor:
-            return Rounded(x.double(), x.dtype, noise) if x.is_floating_point() else x
+            return Rounded(x.double(), x.dtype, noise) if _is_rounded(x) else x
 
         return evaluate(op, op.implementations["torch"], inputs, rounded)
 

@@ -65,6 +65,8 @@ class Op:
         op returns None.
     launches: tables of the launch parameters of its kernels.
     lacks: `lacks[implementation]` holds the features that it does not have, each with advice on what to use instead.
+    cards: the cards whose instructions its Triton kernels need; none for any card.
+    flops_rate: the rate of its matrix products on a card that has it, at most, over that of bf16.
     workspace: `workspace[implementation]` takes the arguments of a call and returns the bytes that its peak has beside
         arguments and results.
     """
@@ -82,6 +84,8 @@ class Op:
     mutates: tuple[str, ...] = ()
     launches: tuple[LaunchTable, ...] = ()
     lacks: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    cards: tuple[str, ...] = ()
+    flops_rate: float = 1.0
     workspace: Mapping[str, Callable[..., int]] = field(default_factory=dict)
 
     def draw(self, shape: Mapping[str, int], dtype: torch.dtype, device: torch.device, seed: int = 0) -> dict[str, Any]:

@@ -103,6 +103,8 @@ def compile_seeds() -> dict:
     spills = compiled(_spilling_kernel, "sm_90", **spilling)
     half = {"dtype": torch.bfloat16}
     products = {card: compiled(_product_kernel, card, BLOCK=128, **half) for card in CARDS}
+    eight = {"dtype": torch.float8_e4m3fn, "POWERS": 0, "num_warps": 8}
+    fp8 = {card: compiled(_products_kernel, card, 1024, **eight) for card, about in CARDS.items() if about.fp8}
     return {
         "as in the baseline": says(wide),
         "fewer wide accesses": says(narrow, wide_loads=wide.wide_loads, wide_stores=wide.wide_stores),
@@ -123,6 +125,9 @@ def compile_seeds() -> dict:
         "product, fp32": says(compiled(_product_kernel, "sm_90", BLOCK=32)),
         "product, both ways": says(replace(products["sm_90"], matrix="8 HGMMA 8 HMMA")),
         "product, no way": says(replace(products["gfx942"], matrix="")),
+        "fp8": [row.matrix for row in fp8.values()],
+        "fp8 products": [text for row in fp8.values() for text in says(row)],
+        "fp8 product, as bf16": says(replace(fp8["sm_90"], matrix="8 HGMMA")),
         "serialized": says(compiled(_products_kernel, "sm_90", 1024, POWERS=8, maxnreg=128, **half)),
         "lengths": lengths("sm_90"),
     }
@@ -210,7 +215,10 @@ def test_the_models_kernels_pass():
         "product, two warps": [r"has no HGMMA for a product of bf16 or fp16, but \d+ HMMA"],
         "product, fp32": [],
         "product, both ways": ["has no HGMMA for a product of bf16 or fp16, but 8 HGMMA 8 HMMA"],
-        "serialized": ["waits for each HGMMA before it issues the next", r"spills [\d,]+ bytes, 0 are accepted"],
+        "fp8": [rf"\d+ {name}" for name in ("QMMA", "QGMMA", "UTCQMMA", "QMMA")],
+        "fp8 products": [],
+        "fp8 product, as bf16": ["has no QGMMA for a product of fp8, but 8 HGMMA"],
+        "serialized": ["waits for each wgmma before it issues the next", r"spills [\d,]+ bytes, 0 are accepted"],
         "product, no way": ["has no mfma for a product of bf16 or fp16, but no tensor core"],
     }.items(),
 )

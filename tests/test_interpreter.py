@@ -177,6 +177,64 @@ def test_dot_of_float32_is_tf32_unless_told(precision):
 
 
 @triton.jit
+def dot_scaled(
+    a_ptr, a_scale_ptr, b_ptr, b_scale_ptr, out_ptr,
+    A: tl.constexpr, B: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    m, n = tl.arange(0, 16), tl.arange(0, 32)
+    a_k, b_k = tl.arange(0, K // 2 if A == "e2m1" else K), tl.arange(0, K // 2 if B == "e2m1" else K)
+    blocks = tl.arange(0, K // BLOCK)
+    a = tl.load(a_ptr + m[:, None] * a_k.shape[0] + a_k[None, :])
+    b = tl.load(b_ptr + n[None, :] * b_k.shape[0] + b_k[:, None])
+    a_scale = tl.load(a_scale_ptr + m[:, None] * (K // BLOCK) + blocks[None, :])
+    b_scale = tl.load(b_scale_ptr + n[:, None] * (K // BLOCK) + blocks[None, :])
+    out = tl.dot_scaled(a, a_scale, A, b, b_scale, B)
+    tl.store(out_ptr + m[:, None] * 32 + n[None, :], out)
+
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def operand(name, rows, k, block):
+    """Random codes and scales as a kernel takes them, and the numbers that they stand for."""
+    if name == "e2m1":
+        codes = torch.randint(16, (rows, k))
+        values, data = E2M1[codes], (codes[:, ::2] + 16 * codes[:, 1::2]).to(torch.uint8)
+    else:
+        data = torch.randn(rows, k).to({"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}[name])
+        values = data.float()
+    if block == 16:  # NVFP4
+        scale = torch.rand(rows, k // block).to(torch.float8_e4m3fn)
+        factors = scale.float()
+    else:
+        scale = torch.randint(120, 135, (rows, k // block), dtype=torch.uint8)
+        factors = torch.exp2(scale.float() - 127)
+    return data, scale, values * factors.repeat_interleave(block, 1)
+
+
+@pytest.mark.parametrize("a, b, block", [
+    ("e2m1", "e2m1", 16), ("e2m1", "e2m1", 32), ("e4m3", "e4m3", 32), ("e5m2", "e4m3", 32), ("e4m3", "e2m1", 32),
+])  # fmt: skip
+def test_dot_scaled_multiplies_what_codes_and_scales_stand_for(a, b, block):
+    """NVFP4 has e4m3 scales of 16 values, which the interpreter as shipped reads as powers of two."""
+    lhs, lhs_scale, lhs_values = operand(a, 16, 64, block)
+    rhs, rhs_scale, rhs_values = operand(b, 32, 64, block)
+    out = torch.empty(16, 32)
+    with sanitize() as record:
+        dot_scaled[(1,)](lhs, lhs_scale, rhs, rhs_scale, out, a, b, 64, block)
+    torch.testing.assert_close(out, lhs_values @ rhs_values.T, rtol=1e-5, atol=1e-4)
+    assert record.flops == 2 * 16 * 32 * 64
+
+
+def test_a_scale_of_255_is_nan():
+    data, scale, _ = operand("e4m3", 16, 32, 32)
+    rhs, rhs_scale, _ = operand("e4m3", 32, 32, 32)
+    scale[3] = 255
+    dot_scaled[(1,)](data, scale, rhs, rhs_scale, out := torch.empty(16, 32), "e4m3", "e4m3", 32, 32)
+    assert out[3].isnan().all() and not out[:3].isnan().any() and not out[4:].isnan().any()
+
+
+@triton.jit
 def plus(a, b):
     return a + b
 

@@ -72,7 +72,7 @@ def install() -> None:
     upstream._implicit_cvt = _convert_argument
     upstream.ReduceOps.apply_impl = _reduce
     upstream.ScanOps.apply_impl = _scan
-    TritonSemantic.load = _load
+    TritonSemantic.load, TritonSemantic.dot_scaled = _load, _dot_scaled
     Autotuner.run = _run_first
     # Upstream patches `tl` anew at each launch and each call of a device function, which is most of a kernel's time.
     upstream._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
@@ -133,6 +133,33 @@ def _pack(values: np.ndarray, dtype: tl.dtype) -> TensorHandle:
         wide = wide.clamp(-largest, largest)
     bits = wide.to(torch_dtype).view(torch.uint8 if torch_dtype.itemsize == 1 else torch.uint16)
     return TensorHandle(bits.numpy(), dtype)
+
+
+_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+
+def _unscale(handle, scale, name: str, k_axis: int, k_pack: bool) -> np.ndarray:
+    """An operand of `tl.dot_scaled` as numbers: codes times the scale of their block along `k_axis`.
+
+    Two e2m1 codes share a byte, the first in the low bits; they are neighbours along K, or the other axis without
+    `k_pack`. Scales are e8m0 in uint8, or e4m3; those of the second operand are `[N, K / block]`."""
+    codes = handle.data
+    if name == "e2m1":
+        axis = k_axis if k_pack else 1 - k_axis
+        values = np.stack((_E2M1[codes & 15], _E2M1[codes >> 4]), axis + 1).reshape(
+            [2 * size if i == axis else size for i, size in enumerate(codes.shape)]
+        )
+    else:
+        dtype = {"e4m3": tl.float8e4nv, "e5m2": tl.float8e5}.get(name, handle.dtype.scalar)
+        values = _unpack(TensorHandle(codes, dtype)).astype(np.float32)
+    if scale is None:
+        return values
+    if scale.dtype.scalar == tl.float8e4nv:
+        factors = _unpack(scale)
+    else:
+        factors = np.where(scale.data == 255, np.nan, np.exp2(scale.data.astype(np.float32) - 127)).astype(np.float32)
+    factors = factors if k_axis else factors.T
+    return values * factors.repeat(values.shape[k_axis] // factors.shape[k_axis], k_axis)
 
 
 def _poison(dtype: tl.dtype, shape: tuple[int, ...]) -> TensorHandle:
@@ -244,6 +271,13 @@ class ExactBuilder(upstream.InterpreterBuilder):
             lhs, rhs = ((x.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32) for x in (lhs, rhs))
         return _pack(np.matmul(lhs, rhs, dtype=acc.dtype) + acc, d.dtype)
 
+    def create_dot_scaled(self, a, a_scale, a_format, b, b_scale, b_format, fast_math, a_k_pack, b_k_pack, d):
+        lhs = _unscale(a, a_scale, a_format.name.lower(), 1, a_k_pack)
+        rhs = _unscale(b, b_scale, b_format.name.lower(), 0, b_k_pack)
+        if self.observer:
+            self.observer.dot(flops=2 * math.prod(lhs.shape) * rhs.shape[-1])
+        return _pack(np.matmul(lhs, rhs, dtype=np.float32) + d.data, d.dtype)
+
     # launches
 
     def set_grid_dim(self, nx, ny, nz):
@@ -314,6 +348,15 @@ def _load(self, ptr, mask, other, *args):
         # Upstream tests `if other`, which is false for a single zero.
         return self.where(mask, loaded, self.cast(other, loaded.dtype))
     return loaded
+
+
+_upstream_dot_scaled = TritonSemantic.dot_scaled
+
+
+def _dot_scaled(self, lhs, lhs_scale, lhs_format, rhs, rhs_scale, rhs_format, *args):
+    """Interpreted code passes the names of formats as they are, which upstream takes for `constexpr`."""
+    lhs_format, rhs_format = (tl.constexpr(getattr(name, "value", name)) for name in (lhs_format, rhs_format))
+    return _upstream_dot_scaled(self, lhs, lhs_scale, lhs_format, rhs, rhs_scale, rhs_format, *args)
 
 
 def _on_exact_numbers(apply_impl):
