@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import chain
@@ -31,7 +32,8 @@ from bench.timing import synchronize
 from data.corpora import open_corpus
 from data.formats import pieces
 from model import export
-from model.generate import generate, load_run
+from model.generate import generate
+from model.load import load_run
 from runtime.hardware import autocast
 from train import Trainer
 
@@ -220,6 +222,28 @@ def generating(trainer: Trainer, rows: int, prompt: int, tokens: int, precision:
     return partial(timed, turn, amount=rows * tokens)
 
 
+def llama_cpp(trainer: Trainer, rows: int, prompt: int, tokens: int) -> Callable[[], dict]:
+    """A turn of llama.cpp, which runs on the CPU, with its own defaults. Raises ImportError where it is missing."""
+    import gguf  # noqa: F401 - the export needs it
+    import xllamacpp
+
+    file = trainer.run.folder.with_suffix(".gguf")
+    if not file.exists():
+        export.main([f"--run={trainer.run.folder}", "--to=gguf"])
+    params, shape = xllamacpp.CommonParams(), trainer.model.config
+    params.model.path, params.n_parallel, params.n_ctx = str(file), rows, rows * shape.seq_len
+    params.cpuparams.n_threads, params.fit_params = torch.get_num_threads(), False
+    server = xllamacpp.Server(params)
+    sampling = {"temperature": 0.8, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
+    request = {"prompt": torch.randint(shape.vocab_size, (rows, prompt)).tolist(), "n_predict": tokens} | sampling
+
+    def turn() -> None:
+        answer = server.handle_completions(request | {"ignore_eos": True, "cache_prompt": False})
+        assert (len(answer["choices"]), answer["usage"]["completion_tokens"]) == (rows, tokens)  # those of a row
+
+    return partial(timed, turn, amount=rows * tokens)
+
+
 @pytest.mark.parametrize("rows", [1, 8])
 def test_generate(trainer, size, rows, race):
     transformers = pytest.importorskip("transformers")
@@ -233,6 +257,9 @@ def test_generate(trainer, size, rows, race):
 
     turns = {"nanofuse": generating(trainer, rows, 16, size.tokens)}
     turns["transformers"] = partial(timed, theirs, amount=rows * size.tokens)
+    if DEVICE.type == "cpu":
+        with suppress(ImportError):
+            turns["llama.cpp"] = llama_cpp(trainer, rows, 16, size.tokens)
     race(f"{label(trainer)}, batch {rows}, temperature 0.8", size.turns, turns, "tok")
 
 
@@ -257,7 +284,8 @@ def test_save(size, race, tmp_path):
     trainer = trainer_of(size.saved | {"batch_size": 1, "compile": "off", "capture": "off"}, tmp_path)
     shape = trainer.model.config
     trainer.train_step(*torch.randint(shape.vocab_size, (2, 1, shape.seq_len)), 0.5)  # makes the optimizer's state
-    tensors = [x for x in tree_leaves(trainer.tensors()) if isinstance(x, Tensor)]
+    parts = trainer.model.state_dict(), [optimizer.state_dict() for optimizer in trainer.optimizers]
+    tensors = [x for x in tree_leaves(parts) if isinstance(x, Tensor)]
     state = {str(x.data_ptr()): x for x in tensors}  # a tied head is the embedding
     kept = {name: torch.empty_like(x, device="cpu") for name, x in state.items()}
 

@@ -5,22 +5,20 @@ import json
 import math
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from data.tokenizer import Tokenizer
-from kernels import KernelChoice, KernelError, bind
-from model import checkpoint
 from model.evaluate import evaluating
-from model.gpt import GPT, KVCache, ModelConfig, StaticKVCache
+from model.gpt import GPT, KVCache, StaticKVCache
+from model.load import add_flags, load
+from model.tensors import is_sharded
 from runtime.capture import Captured
 from runtime.config import ConfigError, Parser, number
 from runtime.errors import UserError
-from runtime.hardware import DTYPES, Precision, autocast, pick_device, pick_precision
+from runtime.phase import phase
 from runtime.program import leave, program
-from runtime.run import find
 from runtime.text import typed
 
 FLOAT32 = torch.finfo(torch.float32)  # of the logits
@@ -120,7 +118,8 @@ class Decoder:
             self._use(self.cache, len(rows))
 
 
-@torch.inference_mode()
+@phase("sample")
+@torch.no_grad()
 def generate(
     model: GPT,
     prompts: Sequence[Sequence[int]],
@@ -132,9 +131,11 @@ def generate(
     top_p: float = 1.0,
     stop: int | None = None,
     generator: torch.Generator,
+    ended: Callable[[list[int]], bool] = lambda new: False,
     on_token: Callable[[int, int], None] = lambda row, token: None,
 ) -> list[list[int]]:
-    """Continue each prompt (at least one id) by up to `max_new_tokens`; a row ends early at the id `stop`.
+    """Continue each prompt (at least one id) by up to `max_new_tokens`; a row ends early at the id `stop`, or
+    when `ended` is true of its new ids.
 
     Only `ids` are sampled (None: all ids of the model, whose vocabulary may be padded beyond the tokenizer's). The
     context is all tokens up to `seq_len`. Beyond that its first half is dropped whenever it is full (`window_start`),
@@ -155,8 +156,10 @@ def generate(
 
     rows, new = [list(p) for p in prompts], [[] for _ in prompts]
     active = list(range(len(rows)))  # rows that have not ended
-    decoder = Decoder(model, sample, captured=device.type == "cuda")
-    with evaluating(model):
+    sharded = is_sharded(model.embedding.weight)
+    decoder = Decoder(model, sample, captured=device.type == "cuda" and not sharded)
+    # FSDP2 gathers parameters into buffers that training uses too, and inference tensors cannot be written to there.
+    with torch.inference_mode(not sharded), evaluating(model):
         for _ in range(max_new_tokens):
             uniform = torch.rand(len(rows), dtype=torch.float64, generator=generator)
             sampled = decoder([rows[i] for i in active], uniform[active])
@@ -168,6 +171,7 @@ def generate(
                 rows[i].append(token)
                 new[i].append(token)
                 on_token(i, token)
+            continuing = [n for n in continuing if not ended(new[active[n]])]
             if not continuing:
                 break
             if len(continuing) < len(active):
@@ -176,30 +180,18 @@ def generate(
     return new
 
 
-def load_run(
-    folder: Path, device: torch.device, kernels: str = "auto", which: str = "best", precision: Precision = "fp32"
-) -> tuple[GPT, Tokenizer]:
-    """Load the model and tokenizer of a run from `best.pt`, or from `last.pt` if `which` is "last" or there is no best.
-
-    The model's dropout is 0, so that it runs with every kernel. In half precision its weights are cast once, here."""
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    path = folder / f"{which}.pt"
-    path = path if path.exists() else folder / "last.pt"
-    state = checkpoint.load(path, device)
-    with device:
-        model = GPT(ModelConfig(**state["model_config"] | {"dropout": 0.0}), bind(KernelChoice(every=kernels), device))
-    if precision != "fp32":
-        model.keep_copies(DTYPES[precision])
-    checkpoint.load_weights(model, state, path)
-    return model.eval(), tokenizer
+def continued(model: GPT, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, seed: int) -> str:
+    """The text of `prompt` at the start of a document, and what the model makes of it."""
+    ids, generator = [tokenizer.eot, *tokenizer.encode(prompt)], torch.Generator().manual_seed(seed)
+    (new,) = generate(model, [ids], max_new_tokens, tokenizer.ids, stop=tokenizer.eot, generator=generator)
+    return prompt + tokenizer.decode(new)
 
 
 @program
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m model.generate", description="Generate text with a trained model.")
+    add_flags(parser)
     add = parser.add_argument
-    add("--run", required=True, help="the run's folder, such as out/small, or its name in out/")
-    add("--checkpoint", choices=("best", "last"), default="best", help="which checkpoint (default best)")
     add(
         "--prompt",
         action="append",
@@ -218,16 +210,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     add("--stop", help="text of one token that ends generation (default: the end-of-text token)")
     add("--seed", type=number(int), default=0, help="random seed (default 0)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default auto)")
-    add("--precision", default="fp32", choices=("auto", *DTYPES), help="autocast dtype (default fp32)")
-    add("--kernels", default="auto", choices=("auto", "torch", "triton"), help="kernels of all ops (default auto)")
     args = parser.parse_args(argv)
-    device = pick_device(args.device)
-    precision = pick_precision(args.precision, device)
-    try:
-        model, tokenizer = load_run(find(args.run), device, args.kernels, args.checkpoint, precision)
-    except KernelError as error:
-        raise ConfigError(str(error)) from error
+    _, model, tokenizer, autocast = load(args)
     stop = tokenizer.eot if args.stop is None else _one_token(tokenizer, args.stop)
     texts = [typed(text) for text in args.prompt or [""]]
     prompts = [[tokenizer.eot, *tokenizer.encode(text)] for text in texts]
@@ -239,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     single = len(texts) == 1
     if single:
         print(texts[0], end="", flush=True)
-    with autocast(device, precision):
+    with autocast():
         rows = generate(
             model, prompts, args.tokens, tokenizer.ids,
             temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, stop=stop,

@@ -5,24 +5,39 @@ import re
 
 import pytest
 import torch
+from tiny_models import THEIRS, save_tiny
 
 import train
 from data.formats import DataError
-from data.tokenizer import Tokenizer, byte_tokenizer, train_bpe
+from data.tokenizer import Tokenizer, train_bpe
 from kernels import KernelChoice, bind
 from model import generate
-from model.export import ExportError, from_huggingface, main, to_huggingface, window_of
-from model.generate import load_run
+from model.export import main
 from model.gpt import GPT, ModelConfig
+from model.huggingface import (
+    ARCHITECTURES,
+    ExportError,
+    architecture_of,
+    from_huggingface,
+    read_tensors,
+    to_huggingface,
+    window_of,
+)
+from model.load import load_run
 
 safetensors = pytest.importorskip("safetensors.torch") and pytest.importorskip("safetensors")
 transformers = pytest.importorskip("transformers")
 
 FAMILIES = {
-    "llama": {"model.qk_norm": "false", "model.tied": "true"},
+    "llama": {"model.qk_norm": "false", "model.tied": "true", "model.rope_theta": 500.0},
     "qwen3": {"model.qk_norm": "true", "model.tied": "false", "model.n_kv_head": 1, "model.head_dim": 24},
     "windowed qwen3": {"model.qk_norm": "true", "model.window": "SL:5", "model.dropout": 0.1},
-}
+    "gpt2": {
+        "model.qk_norm": "false", "model.norm": "layer", "model.position": "learned", "model.activation": "gelu",
+        "model.bias": "true",
+    },
+}  # fmt: skip
+CLASSES = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}  # of the others: Qwen3ForCausalLM
 TEXT = "The quick fox jumps over the moon.\n\n  Ünïcode, tabs\t, 12345 and <|endoftext|> too 🙂"
 
 
@@ -32,15 +47,15 @@ def small_model():
     return to_huggingface(config, GPT(config, bind(KernelChoice())).state_dict(), 0)
 
 
-@pytest.mark.parametrize("changes", FAMILIES.values(), ids=FAMILIES)
-def test_transformers_gives_our_logits_and_ids(run, tmp_path, capsys, changes):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_gives_our_logits_and_ids(run, tmp_path, capsys, family):
     tokenizer = {"data.tokenizer": "bpe", "data.vocab_size": 300}
-    _, folder = run(**changes, **tokenizer, steps=6, **{"model.rope_theta": 500.0, "model.norm_eps": 0.1})
+    _, folder = run(**FAMILIES[family], **tokenizer, steps=6, **{"model.norm_eps": 0.1})
     assert main(["--run", str(folder), "--to", str(tmp_path / "hf")]) == 0
     model, tokenizer = load_run(folder, torch.device("cpu"))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    assert type(theirs).__name__ == ("Qwen3ForCausalLM" if changes["model.qk_norm"] == "true" else "LlamaForCausalLM")
+    assert type(theirs).__name__ == CLASSES.get(family, "Qwen3ForCausalLM")
 
     plain = TEXT.replace("<|endoftext|>", "")
     assert their_tokenizer(plain)["input_ids"] == tokenizer.encode(plain)
@@ -50,7 +65,7 @@ def test_transformers_gives_our_logits_and_ids(run, tmp_path, capsys, changes):
     ids = torch.randint(tokenizer.vocab_size, (2, 32))
     with torch.no_grad():
         ours = model.head(model.hidden(ids))
-        torch.testing.assert_close(ours, theirs(ids).logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(ours, theirs(ids).logits, atol=1e-5, rtol=1e-5)
 
     assert main(["--run", str(tmp_path / "again"), "--from", str(tmp_path / "hf")]) == 0
     back, back_tokenizer = load_run(tmp_path / "again", torch.device("cpu"))
@@ -65,41 +80,100 @@ def test_transformers_gives_our_logits_and_ids(run, tmp_path, capsys, changes):
     assert "holds imported weights" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "kind, windows",
-    [
-        ({}, (0, 0)),
-        ({"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}, (0, 9)),
-    ],
-    ids=["full", "windowed"],
-)
-def test_a_transformers_model_is_imported(tmp_path, kind, windows):
-    """The model has transformers' own initialization, sharded files and bfloat16 weights."""
-    config = transformers.Qwen3Config(
-        vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=64, tie_word_embeddings=False, **kind,
-    )  # fmt: skip
-    transformers.Qwen3ForCausalLM(config).bfloat16().save_pretrained(tmp_path / "hf", max_shard_size="20KB")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
-    byte_tokenizer().to_huggingface().save(str(tmp_path / "hf" / "tokenizer.json"))
+@pytest.fixture(params=THEIRS)
+def theirs(request, tmp_path):
+    """A random model of transformers, saved to `hf` in several shards."""
+    return save_tiny(request.param, tmp_path / "hf", max_shard_size="20KB")
+
+
+def test_a_transformers_model_is_imported(theirs, tmp_path):
+    """And its tensors come back."""
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
     assert main(["--run", str(tmp_path / "run"), "--from", str(tmp_path / "hf")]) == 0
-    model, _ = load_run(tmp_path / "run", torch.device("cpu"))
-    assert model.config.windows == windows
+    model, tokenizer = load_run(tmp_path / "run", torch.device("cpu"))
+    if theirs.config.model_type == "qwen3":
+        assert model.config.windows == ((0, 9) if theirs.config.use_sliding_window else (0, 0))
     ids = torch.randint(257, (2, 40))
     with torch.no_grad():
-        torch.testing.assert_close(model.head(model.hidden(ids)), theirs(ids).logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(model.head(model.hidden(ids)), theirs(ids).logits, atol=1e-5, rtol=1e-5)
+    config, tensors = to_huggingface(model.config, model.state_dict(), tokenizer.eot)
+    expected = theirs.state_dict()
+    assert all(torch.equal(tensor, expected.pop(name)) for name, tensor in tensors.items())
+    assert set(expected) <= ({"lm_head.weight"} if theirs.config.tie_word_embeddings else set())
+    again = type(theirs)(type(theirs.config).from_dict(config)).eval()
+    again.load_state_dict(tensors, strict=False)
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_files_of_gpt2_without_its_head_have_no_prefix():
+    """So the first GPT-2 was published, with buffers of its attention's mask."""
+    model = transformers.GPT2LMHeadModel(THEIRS["gpt2"])
+    tensors = dict(model.transformer.state_dict())
+    mask = {"h.0.attn.bias": torch.ones(1, 1, 64, 64), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+    _, weights = from_huggingface(model.config.to_dict(), tensors | mask)
+    assert torch.equal(weights["embedding.weight"], model.transformer.wte.weight)
+    assert weights["blocks.0.attention.qkv.weight"].shape == (96, 32)
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"model_type": "mamba"}, "its model_type is 'mamba'; only llama and qwen3 are supported"),
+        ({"activation_function": "gelu"}, "its activation_function is 'gelu'"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "its scale_attn_by_inverse_layer_idx is True"),
+        ({"n_head": 5}, "n_embd 32 must be a multiple of n_head 5"),
+        ({"n_layer": 3}, "its n_layer is 3, and its weights have 2 layers"),
+        ({"n_inner": 64}, "transformer.h.0.mlp.c_fc.weight has the shape [32, 128], and by its config.json [32, 64]"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_no_gpt2_of_ours_has_is_refused(change, message):
+    model = transformers.GPT2LMHeadModel(THEIRS["gpt2"])
+    with pytest.raises(ExportError, match=re.escape(message)):
+        from_huggingface(model.config.to_dict() | change, dict(model.state_dict()))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [({"n_kv_head": 1}, "n_kv_head 1 is not a GPT-2, which has n_kv_head 2"), ({"head_dim": 4}, "head_dim 4 is not")],
+    ids=["n_kv_head", "head_dim"],
+)
+def test_a_gpt2_has_as_many_kv_heads_as_heads(change, message):
+    ours = ARCHITECTURES["gpt2"].knobs | change
+    with pytest.raises(ExportError, match=message):
+        architecture_of(ModelConfig(n_layer=1, n_head=2, d_model=16, **ours).resolved(30))
+
+
+@pytest.mark.parametrize(
+    "index, message",
+    [
+        ({"weight_map": {"a": "b.safetensors"}}, "it lacks b.safetensors, which its model.safetensors.index.json"),
+        ({"weight_map": {"a": "../b.safetensors"}}, "names '../b.safetensors': it must name files beside it"),
+        ({"weight_map": 3}, "names None"),
+        (None, "it has no model.safetensors: pytorch_model.bin is a pickle, which can run any code"),
+    ],
+    ids=["missing", "elsewhere", "malformed", "pickle"],
+)
+def test_weights_that_are_not_there_are_refused(tmp_path, index, message):
+    (tmp_path / "pytorch_model.bin").touch()
+    if index is not None:
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ExportError, match=re.escape(message)):
+        read_tensors(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "mamba"}, "its model_type is 'mamba'; only llama, qwen3, gpt2 are supported"),
+        ({"model_type": "qwen2"}, "its model_type is 'qwen2', which has biases on q, k and v alone; only llama"),
         ({"model_type": ["llama"]}, "its model_type is ['llama']"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type is 'llama3'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": None}, "rope_type is 'linear'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"rope_parameters": 3}, "rope_parameters are 3: they must be an object"),
         ({"rope_parameters": {"rope_theta": "big"}}, "rope_theta must be a number, and is 'big'"),
         ({"use_sliding_window": True, "sliding_window": 4, "layer_types": ["linear"] * 2}, "layer_types have 'linear'"),
@@ -163,12 +237,20 @@ def test_a_head_saved_beside_the_embedding_it_is_tied_to():
 def test_a_llama_has_no_window(run, tmp_path, capsys):
     _, folder = run(steps=1, **{"model.qk_norm": "false", "model.window": "8"})
     assert main(["--run", str(folder), "--to", str(tmp_path / "hf")]) == 2
-    assert "a window (8) needs QK-norm" in capsys.readouterr().err and not (tmp_path / "hf").exists()
+    said = capsys.readouterr().err
+    assert "a model with window 8 is not a Llama, which has no window" in said and not (tmp_path / "hf").exists()
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"norm": "layer"}, {"norm_place": "post"}, {"position": "alibi"}, {"activation": "gelu"}, {"bias": True}],
+    [
+        {"norm": "layer"},
+        {"norm_place": "post"},
+        {"position": "alibi"},
+        {"activation": "gelu"},
+        {"bias": True},
+        {"logit_softcap": 30.0},
+    ],
     ids=lambda change: next(iter(change)),
 )
 def test_features_of_neither_architecture_are_refused(change):
@@ -176,7 +258,8 @@ def test_features_of_neither_architecture_are_refused(change):
     weights = GPT(config, bind(KernelChoice())).state_dict()
     ((knob, value),) = change.items()
     with pytest.raises(
-        ExportError, match=rf"a model with {knob} {value} is neither Llama nor Qwen3, which have norm rms"
+        ExportError,
+        match=rf"a model with {knob} {value} is not a Qwen3, which has {knob} (rms|pre|rope|swiglu|False|0.0)",
     ):
         to_huggingface(config, weights, 0)
 
@@ -193,7 +276,7 @@ def test_nothing_is_overwritten(run, tmp_path, capsys):
     for flags, message in (
         (["--run", str(folder), "--to", str(tmp_path / "full")], "exists and is not an empty folder"),
         (["--run", str(folder), "--from", str(tmp_path / "full")], "exists: choose a new name"),
-        (["--run", str(tmp_path / "new"), "--from", str(tmp_path / "full")], "has no model.safetensors"),
+        (["--run", str(tmp_path / "new"), "--from", str(tmp_path / "full")], "it has no config.json"),
     ):
         assert main(flags) == 2
         assert message in capsys.readouterr().err
@@ -211,9 +294,10 @@ def test_ids_without_a_token_are_not_generated(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("tokenizer.json", None, "tokenizer.json is not the tokenizer.json of a byte-level BPE tokenizer: "),
-        ("config.json", b"{", "cannot be read: Expecting property name"),
-        ("model.safetensors", b"cut", "cannot be read: Error while deserializing header"),
+        ("tokenizer.json", None, "hf has no tokenizer.json"),
+        ("tokenizer.json", b"{}", "tokenizer.json is not the tokenizer.json of a byte-level BPE tokenizer: "),
+        ("config.json", b"{", "its config.json cannot be read: Expecting property name"),
+        ("model.safetensors", b"cut", "its weights cannot be read: Error while deserializing header"),
     ],
 )
 def test_an_incomplete_folder_is_refused(run, tmp_path, capsys, name, content, message):
@@ -258,12 +342,12 @@ def test_a_failed_export_leaves_nothing(run, tmp_path, capsys, monkeypatch, erro
 @pytest.mark.parametrize(
     "path, value, message",
     [
-        (("added_tokens", 0, "id"), "256", "has the id '256': ids must be whole numbers from 0"),
-        (("model", "vocab", "A"), -1, "has the id -1"),
-        (("model", "vocab", "A"), 1.5, "has the id 1.5"),
+        (("added_tokens", 0, "id"), "256", 'string "256", expected u32'),
+        (("model", "vocab", "A"), -1, "integer `-1`, expected u32"),
+        (("model", "vocab", "A"), 1.5, "floating point `1.5`, expected u32"),
         (("model", "type"), "Unigram", "its model is 'Unigram'"),
         (("pre_tokenizer", "pretokenizers", 0, "pattern", "Regex"), 5, "its pre-tokenizer is"),
-        (("pre_tokenizer", "pretokenizers", 0, "pattern", "Regex"), "(", "which tiktoken cannot use"),
+        (("pre_tokenizer", "pretokenizers", 0, "pattern", "Regex"), "(", "unmatched parenthesis"),
     ],
     ids=["end", "negative", "fraction", "model", "number", "parenthesis"],
 )

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from model import checkpoint, generate
-from model.generate import load_run, main, next_tokens
+from model.generate import main, next_tokens
+from model.load import load_run
 
 
 @pytest.fixture
