@@ -103,9 +103,11 @@ def check_gpu(
     return Finding("GPU", f"{unseen}, though it is built for CUDA {built_for}: the command says why", say_why)
 
 
-def check_triton(version: str | None, system: str) -> Finding:
+def check_triton(version: str | None, system: str, gpu: bool) -> Finding:
     if version is None and system != "Linux":
         return Finding("Triton", f"none: it is published for Linux, and on {system} kernels are torch's")
+    if version is None and not gpu:
+        return Finding("Triton", "none: on a CPU kernels are torch's; .[kernels] has it for the sanitizer")
     if version is None:
         return Finding("Triton", "not installed: kernels are torch's", f"{PIP} 'triton>={OLDEST_TRITON}'")
     if _release(version) < _release(OLDEST_TRITON):
@@ -162,9 +164,9 @@ def check_hub(endpoint: str, error: str, env: Mapping[str, str]) -> Finding:
 
 def check_wandb(installed: bool, logged_in: bool) -> Finding:
     if not installed:
-        return Finding("W&B", "not installed: --wandb needs it", f"{PIP} wandb")
+        return Finding("W&B", "not installed: --log=wandb needs it", f"{PIP} wandb")
     if not logged_in:
-        return Finding("W&B", "not logged in: --wandb=online needs it", f"{shlex.quote(sys.executable)} -m wandb login")
+        return Finding("W&B", "not logged in: --log=wandb needs it", f"{shlex.quote(sys.executable)} -m wandb login")
     return Finding("W&B", "logged in")
 
 
@@ -240,7 +242,7 @@ def examine() -> list[Finding]:
         check_python(platform.python_version()),
         check_torch(torch.__version__),
         examine_gpu(),
-        check_triton(triton, platform.system()),
+        check_triton(triton, platform.system(), gpu),
         examine_compiler(),
         *([check_gpu_memory(*torch.cuda.mem_get_info())] if gpu else []),
         check_memory(_free_memory()),

@@ -17,6 +17,8 @@ from runtime.capture import WARM_UP
 from runtime.errors import UserError
 
 Precision = Literal["fp32", "bf16", "fp16"]
+PrecisionChoice = Literal["auto", "fp32", "bf16", "fp16", "fp8", "mxfp8", "nvfp4"]
+LOW = ("fp8", "mxfp8", "nvfp4")  # formats of linear layers; the rest of the model computes in bf16
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Dense bf16/fp16 tensor-core TFLOP/s with fp32 accumulation, from NVIDIA's and AMD's data sheets. On GeForce cards this
@@ -61,18 +63,34 @@ def pick_device(name: str) -> torch.device:
 def pick_precision(name: str, device: torch.device) -> Precision:
     """Return the precision to train in; `auto` is bf16 if the device has bf16 matrix units, else fp32.
 
-    Raises `HardwareError` for bf16 on a GPU without it."""
+    That of fp8, mxfp8 and nvfp4 is bf16: `model.precision` lowers layers from there. Raises `HardwareError` for bf16 on
+    a GPU without it, and for fp8 on one that has other FP8 formats or none."""
     if device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         bf16 = device.type == "mps" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if name == "auto":
         return "bf16" if bf16 else "fp32"
-    if name == "bf16" and not bf16 and device.type == "cuda":
+    if name == "fp8" and not has_fp8(device):
         raise HardwareError(
-            f"{torch.cuda.get_device_name(device)} does not compute in bf16: use --precision=fp16 or fp32"
+            f"{device_name(device)} does not multiply in FP8, as NVIDIA's cards since Ada and Hopper do: use "
+            "--precision=bf16"
         )
+    if name == "bf16" or name in LOW:
+        if not bf16 and device.type == "cuda":
+            raise HardwareError(
+                f"{torch.cuda.get_device_name(device)} does not compute in bf16: use --precision=fp16 or fp32"
+            )
+        return "bf16"
     return name
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether a device multiplies e4m3 and e5m2, or is a CPU, which emulates it. AMD's cards have formats of other
+    biases."""
+    if device.type == "cuda":
+        return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+    return device.type == "cpu"
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
@@ -113,12 +131,14 @@ def pick_residual(name: str, device: torch.device, precision: Precision) -> torc
     return torch.bfloat16 if bf16 else None
 
 
-def pick_compile(name: str, device: torch.device) -> tuple[bool, str]:
+def pick_compile(name: str, device: torch.device, sharded: bool = False) -> tuple[bool, str]:
     """Whether to use torch.compile, and a line that says why. `auto` does not on a GPU, which uses CUDA graphs instead.
 
     Raises `HardwareError` if `on` is impossible."""
     obstacle = ""
-    if device.type == "mps":
+    if sharded:
+        obstacle = "a sharded model gathers its parameters as it runs"
+    elif device.type == "mps":
         obstacle = "torch.compile does not support mps well yet"
     elif not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", ""), "g++", "clang++")):
         obstacle = "there is no C++ compiler (g++ or clang++)"
@@ -134,7 +154,12 @@ def pick_compile(name: str, device: torch.device) -> tuple[bool, str]:
 
 
 def pick_capture(
-    name: str, device: torch.device, precision: Precision, compiled: bool, recompute_dropout: bool
+    name: str,
+    device: torch.device,
+    precision: Precision,
+    compiled: bool,
+    recompute_dropout: bool,
+    sharded: bool = False,
 ) -> tuple[bool, str]:
     """Whether to capture the training step as CUDA graphs, and a line that says why.
 
@@ -143,6 +168,8 @@ def pick_capture(
     obstacle = ""
     if device.type != "cuda":
         obstacle = f"{device.type} has no CUDA graphs"
+    elif sharded:
+        obstacle = "a sharded model gathers its parameters as it runs"
     elif precision == "fp16":
         obstacle = "fp16's loss scaling is decided on the host"
     elif recompute_dropout:
@@ -241,6 +268,12 @@ def describe(device: torch.device, precision: Precision) -> str:
     return f"{device.type} ({device_name(device)}), {precision}, {rated}"
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory that this process can still allocate, those that torch holds for reuse included."""
+    reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reusable
+
+
 def memory(device: torch.device, graphs: bool = False) -> dict[str, int | None]:
     """Memory statistics: peak bytes allocated (on a CPU, of the process), peak bytes reserved, allocation retries.
 
@@ -265,5 +298,11 @@ def _peak_rss() -> int:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether `error` is a failed allocation. On a CPU torch raises a plain RuntimeError, known by its text only."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    """Whether `error` is a failed allocation, or came of one, as that of a CUDA graph whose capture it ended.
+
+    On a CPU torch raises a plain RuntimeError, known by its text only."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
