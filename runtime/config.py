@@ -4,26 +4,32 @@ An option, or knob, is a dataclass field. Its annotation has its help text and t
 
     lr: Annotated[float, "(0, inf)", "peak learning rate"] = 3e-3
 
-A field whose type is a dataclass is a section. `--model.n_layer=4` sets a knob of a section, and `--kernels=torch` sets
-the first knob of one. A config file has plain assignments (`lr = 1e-3`, `model = dict(n_layer=6)`). Each source is read
-into a flat dict from dotted key to value, so precedence is a dict union.
+A name annotated as a `Heading` begins a group of options. A field whose type is a dataclass is a section:
+`--model.n_layer=4` sets a knob of it, and `--kernels=torch` its first knob. A config file has plain assignments
+(`lr = 1e-3`, `model = dict(n_layer=6)`). Each source is read into a flat dict from dotted key to value, so precedence
+is a dict union.
 """
 
 import argparse
 import ast
 import dataclasses
 import difflib
+import inspect
 import operator
 import re
 import runpy
+import shutil
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from types import ModuleType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from runtime.errors import UserError
 
 T = TypeVar("T")
+Heading = ClassVar[None]  # annotation of a name in a configuration class that begins a group of knobs in `-h`
+HELP_COLUMN = 28  # of the text in `-h`
 
 
 class ConfigError(UserError):
@@ -32,7 +38,9 @@ class ConfigError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Knob:
-    """One option. Valid values are in `choices`, if there are any, and in `interval`, such as `[0, 1)`."""
+    """One option. Valid values are in `choices`, if there are any, and in `interval`, such as `[0, 1)`.
+
+    A number may also be one of `words`: the type of its field is then like `Literal["auto"] | int`."""
 
     key: str
     type: type
@@ -40,6 +48,7 @@ class Knob:
     default: Any
     choices: tuple[str, ...]
     interval: str
+    words: tuple[str, ...] = ()
 
     def read(self, value: Any) -> Any:
         """Convert `value` to the knob's type: parse a string, and accept an int as a float or a string. Raises
@@ -48,11 +57,13 @@ class Knob:
             raise ConfigError(
                 f"{self.key} must be {_join_or(self.choices)}, not {value!r}{_suggestion(value, self.choices)}"
             )
+        if value in self.words:
+            return value
         try:
             value = _convert(value, self.type)
         except (ValueError, KeyError, OverflowError):
             kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[self.type]
-            raise ConfigError(f"{self.key} must be {kind}, not {value!r}") from None
+            raise ConfigError(f"{self.key} must be {_join_or((*self.words, kind))}, not {value!r}") from None
         if self.type is int and not -(2**63) <= value < 2**64:
             raise ConfigError(f"{self.key} must be a whole number that 64 bits hold, not {value}")
         for compare, words, limit in _bounds(self.interval):
@@ -102,14 +113,20 @@ def knobs(cls: type, prefix: str = "") -> dict[str, Knob]:
     """All knobs of a configuration class and its sections, by dotted key, in declaration order."""
     found = {}
     for name, annotation in get_type_hints(cls, include_extras=True).items():
+        if annotation == Heading:
+            continue
         if dataclasses.is_dataclass(annotation):
             found |= knobs(annotation, f"{prefix}{name}.")
             continue
         kind, *extras = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
+        words: tuple[str, ...] = ()
+        if get_origin(kind) in (Union, UnionType):
+            literal, kind = get_args(kind)
+            words = get_args(literal)
         choices = get_args(kind) if get_origin(kind) is Literal else ()
         interval, text = ("", "", *extras)[-2:]
         default = cls.__dataclass_fields__[name].default
-        found[prefix + name] = Knob(prefix + name, str if choices else kind, text, default, choices, interval)
+        found[prefix + name] = Knob(prefix + name, str if choices else kind, text, default, choices, interval, words)
     return found
 
 
@@ -227,25 +244,87 @@ def number(kind: type, interval: str = "") -> Callable[[str], Any]:
     return read
 
 
-def read_flags(cls: type, argv: list[str], description: str) -> dict[str, Any]:
-    """Parse flags into values by dotted key. `-h` prints every knob and exits. Raises `ConfigError`."""
-    parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+def read_flags(cls: type, argv: list[str], doc: str, configs: Path | None = None) -> dict[str, Any]:
+    """Parse flags into values by dotted key. Raises `ConfigError`.
+
+    `-h` prints `doc` and the knobs by group, and exits; `-h SECTION` prints those of a section, and `-h all` every one.
+    The values shown are those that the other flags give, or the config file, a path or a file of the folder `configs`.
+    """
+    parser = Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("-h", "--help", nargs="?", const="")
     for key, knob in knobs(cls).items():
         bare = "true" if knob.type is bool else "on" if "on" in knob.choices else None  # value of the flag without one
-        default = "" if knob.default in ("", None) else f" (default {knob.default})"
-        parser.add_argument(
-            f"--{key}",
-            metavar="|".join(knob.choices) if knob.choices else knob.type.__name__,
-            help=f"{knob.help}{default}".replace("%", "%%"),
-            **({"nargs": "?", "const": bare} if bare else {}),
-        )
+        parser.add_argument(f"--{key}", **({"nargs": "?", "const": bare} if bare else {}))
     for name in _sections(cls):
-        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+        parser.add_argument(f"--{name}")
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [f"--{key}" for key in (*knobs(cls), *_sections(cls))]
         name = unknown[0].split("=")[0]
         problem = "no flag called" if name.startswith("-") else "unexpected argument"
-        raise ConfigError(f"{problem} {name}{_suggestion(name, flags)}; -h lists every flag")
+        raise ConfigError(f"{problem} {name}{_suggestion(name, flags)}; -h lists the flags, and -h all every one")
+    section = vars(given).pop("help", None)
     flat = flatten(cls, vars(given))
-    return dict(zip(flat, read(cls, flat, *flat), strict=True))
+    flat = dict(zip(flat, read(cls, flat, *flat), strict=True))
+    if section is not None:
+        file = flatten(cls, read_file(flat["config"], configs)) if configs and "config" in flat else {}
+        print(help_text(cls, doc, file | flat, section))
+        raise SystemExit(0)
+    return flat
+
+
+def help_text(cls: type, doc: str, values: Mapping[str, Any], section: str = "") -> str:
+    """The knobs by group, one a line, with the values of `values` or else their defaults.
+
+    Without a `section` the knobs of all sections are left out, and `doc` comes first; with "all" nothing is left out.
+    Raises `ConfigError` for a section that does not exist."""
+    sections = _sections(cls)
+    if section not in ("", "all", *sections):
+        raise ConfigError(f"-h {section}: it must be {_join_or((*sections, 'all'))}{_suggestion(section, sections)}")
+    width = min(shutil.get_terminal_size().columns, 120)
+    lines = [doc.strip()] if not section and doc else []
+    shown: str | None = None
+    for key, (knob, group) in _grouped(cls).items():
+        name = key.partition(".")[0] if "." in key else ""
+        if section != "all" and name != section:
+            continue
+        if group != shown:
+            lines += ["", group]
+            shown = group
+        kind = "|".join(knob.choices or (*knob.words, knob.type.__name__))
+        if knob.type is bool:
+            kind = "true|false" if knob.default else ""
+        value = values.get(key, knob.default)
+        value = f"{value:g}" if isinstance(value, float) else str(value)
+        value = {"True": "true", "False": ""}.get(value, value)
+        lines += _entry(f"--{key}" + (f"={kind}" if kind else ""), knob.help + (f" [{value}]" if value else ""), width)
+    if not section:
+        lines += ["", "sections"]
+        for name, kind in sections.items():
+            summary = inspect.getdoc(kind).partition(".")[0]
+            first = dataclasses.fields(kind)[0].name
+            lines += _entry(f"-h {name}", f"{summary} (--{name}=... sets {name}.{first})", width)
+    return "\n".join(lines)
+
+
+def _entry(name: str, text: str, width: int) -> list[str]:
+    """Lines of `-h` in two columns."""
+    lines = textwrap.wrap(text, max(width - HELP_COLUMN, 40), break_on_hyphens=False)
+    start = f"  {name}"
+    if len(start) < HELP_COLUMN - 1:
+        start = start.ljust(HELP_COLUMN) + lines.pop(0)
+    return [start, *(" " * HELP_COLUMN + line for line in lines)]
+
+
+def _grouped(cls: type, prefix: str = "", title: str = "options") -> dict[str, tuple[Knob, str]]:
+    """All knobs by dotted key, those of sections last, each with the title of its group."""
+    known, hints = knobs(cls, prefix), get_type_hints(cls, include_extras=True)
+    found: dict[str, tuple[Knob, str]] = {}
+    for name, annotation in hints.items():
+        if annotation == Heading:
+            title = name.replace("_", " ")
+        elif prefix + name in known:
+            found[prefix + name] = known[prefix + name], title
+    for name, kind in _sections(cls).items():
+        found |= _grouped(kind, f"{prefix}{name}.", name)
+    return found

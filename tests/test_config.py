@@ -147,14 +147,42 @@ def test_a_missing_file_lists_those_there(tmp_path):
         read_file("two.py", tmp_path)
 
 
+def helped(capsys, cls, *argv, doc="", configs=None):
+    """What `-h` prints; it exits with 0."""
+    with pytest.raises(SystemExit) as exit:
+        read_flags(cls, list(argv), doc, configs)
+    assert exit.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_has_groups_and_the_values_of_the_config_and_the_flags(capsys, tmp_path):
+    (tmp_path / "a.py").write_text("lr = 0.25\nmodel = dict(n_layer=7)\ndata = 'notes'\n")
+    options = {"doc": "Train.\n\n    python train.py\n", "configs": tmp_path}
+    shown = helped(capsys, Config, "--config=a.py", "--steps=5", "--batch_size", "64", "-h", **options)
+    lines = shown.splitlines()
+    assert lines[:5] == ["Train.", "", "    python train.py", "", "length of the run"]
+    assert "  --eps=float               adam and adamw: added to the denominator [1e-08]" in lines
+    assert "  --lr=float                peak learning rate of adam and adamw [0.25]" in lines
+    groups = [line for line in lines if line and line[0] != " "][1:]
+    assert groups[-1] == "sections" and {"optimization", "learning rate schedule", "batch"} < set(groups)
+    assert "n_layer" not in shown.partition("\nsections")[0] and "  -h model " in shown
+    assert len(lines) < 100 and all(len(line) <= 80 for line in lines)
+    model = helped(capsys, Config, "-h", "model", "--config=a.py", **options).splitlines()
+    assert model[:3] == [
+        "",
+        "model",
+        "  --model.n_layer=int       layers [7]",
+    ] and "  --model.tied=true|false" in "".join(model)
+    assert "  --data.corpus=str" in helped(capsys, Config, "-h", "data")
+    with pytest.raises(ConfigError, match=r"-h modle: it must be model, data, kernels or all \(did you mean model\?\)"):
+        read_flags(Config, ["-h", "modle"], "")
+
+
 def test_every_knob_of_the_trainer_has_help_and_a_default_it_accepts(capsys):
     for key, knob in knobs(Config).items():
         assert knob.help, key
         assert knob.read(knob.default) == knob.default, key
-    with pytest.raises(SystemExit):
-        read_flags(Config, ["-h"], "")
-    shown = capsys.readouterr().out
-    assert all(f"--{key}" in shown for key in knobs(Config))
+    assert helped(capsys, Config, "-h", "all").count("\n  --") == len(knobs(Config))
 
 
 def test_every_config_file_is_valid():
