@@ -1,40 +1,52 @@
 """Checkpoints: one file each, written atomically, and verified when loaded.
 
 `last.pt` is the newest, `previous.pt` the one before it, `best.pt` the one with the lowest validation loss.
+
+The file of a sharded model has meta tensors in place of the model's and the optimizers', and names the folder beside it
+that has their values (`model/shards.py`). That folder is complete before the file is written, and is deleted when no
+file names it any more. Any number of ranks, sharded or not, reads what any other wrote.
 """
 
-import hashlib
 import os
 import shlex
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.gpt import ModelConfig
-from runtime.config import ConfigError, build
+from model.tensors import assign, is_sharded, local
+from runtime.config import ConfigError, build, flatten
+from runtime.distributed import ALONE, NO_LIMIT, World
 from runtime.errors import UserError
 from runtime.files import replacing
+from runtime.phase import phase
 from runtime.records import free_name
 
-FORMAT = "nanofuse-1"
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DeviceMesh, DTensor
+
+FORMAT, SHARDED_FORMAT = "nanofuse-1", "nanofuse-1-sharded"
+SHARDED = ("model", "optimizers")  # parts whose tensors ranks may share
 PARTS = {"model_config": dict, "model": dict, "step": int}  # of every checkpoint
 RESUMABLE = {"config": dict, "optimizers": list, "scaler": dict, "rng": Tensor, "sequences": int}  # not of an import
-_SPLIT = ("data.corpus", "data.val_fraction", "data.max_tokens")
-DATA_KNOBS = {  # what each part of the data depends on
-    "corpus": ("data.corpus",),
-    "train": _SPLIT,
-    "val": _SPLIT,
-    "eval_set": (*_SPLIT, "data.shift", "eval_tokens"),
-}
 KINDS = {dict: "a dict", list: "a list", int: "a count", str: "text", Tensor: "a tensor", int | float: "a number"}
-OPTIONAL = {"budget": dict, "recipe": int, "data": dict, "best_after": int}  # earlier versions did not write them
+OPTIONAL = {
+    "budget": dict,
+    "recipe": int,
+    "data": dict,
+    "best_after": int,
+    "micro_batch": int,
+    "scales": dict,
+}  # earlier versions did not write them
 
 
 class CheckpointError(UserError):
@@ -49,18 +61,33 @@ def save(folder: Path, state: dict[str, Any]) -> None:
     """
     last = folder / "last.pt"
     with replacing(last) as partial:
-        with partial.open("wb") as file:
-            try:
-                torch.save({"format": FORMAT, **state}, file)
-            except RuntimeError as error:  # torch's zip writer hides the error of the file
-                if isinstance(error.__context__, OSError):
-                    raise error.__context__ from None
-                raise
-            file.flush()
-            os.fsync(file.fileno())
+        _write(partial, state)
         if last.exists():
             _link(last, folder / "previous.pt")
     _sync(folder)
+
+
+def save_whole(source: Path, target: Path) -> None:
+    """Write the checkpoint `source`, which may be sharded, to `target` as one file that resumes as `source` does.
+
+    Takes memory for the whole model and its optimizers. Raises `CheckpointError`, or `WriteError` as `save` does."""
+    state = load(source, parts=SHARDED)
+    with replacing(target) as partial:
+        _write(partial, {name: value for name, value in state.items() if name not in ("format", "shards")})
+    _sync(target.parent)
+
+
+def _write(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` with its format, and sync the file."""
+    with path.open("wb") as file:
+        try:
+            torch.save({"format": SHARDED_FORMAT if "shards" in state else FORMAT, **state}, file)
+        except RuntimeError as error:  # torch's zip writer hides the error of the file
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def mark_best(folder: Path) -> None:
@@ -75,24 +102,31 @@ class Saver:
     is pinned, which torch rounds up to powers of two, and copied on a stream of its own. As a context, a saver waits
     for its thread at the end."""
 
-    def __init__(self, folder: Path, device: torch.device):
-        """A saver of `folder/last.pt`, for a state on `device` or the CPU."""
-        self.folder = folder
+    def __init__(self, folder: Path, device: torch.device, world: World = ALONE, sharded: bool = False):
+        """A saver of `folder/last.pt`, for a state on `device` or the CPU. Rank 0 writes it; if the model is `sharded`,
+        all ranks of `world` write their parts, and have to call the same methods."""
+        self.folder, self.world, self.is_idle = folder, world, not (world.is_main or sharded)
+        self.group = dist.new_group(backend="gloo", timeout=NO_LIMIT) if sharded else None
+        self.host_mesh: DeviceMesh | None = None
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.buffers: dict[tuple, Tensor] = {}
         self.thread = ThreadPoolExecutor(1)
         self.newest: Future = Future()  # of the thread's tasks
         self.newest.set_result(None)
 
+    @phase("checkpoint")
     def save(self, state: dict[str, Any]) -> None:
         """Copy `state` and begin to write it as `save` does, after waiting for the save before. Raises its error.
 
         On a GPU only copying begins: `before_update` is to be called before any tensor of `state` changes."""
+        if self.is_idle:
+            return
         self.wait()
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
         with torch.cuda.stream(self.stream):
-            copy = self._copy(state, (), {})
+            copies: dict[tuple, Tensor] = {}
+            copy = map_tensors(lambda name, x: self._copy(name, x, copies), state)
         self._then(self._write, copy)
 
     def before_update(self) -> None:
@@ -102,7 +136,8 @@ class Saver:
 
     def mark_best(self) -> None:
         """Keep the newest checkpoint as `best.pt` too, once it is written."""
-        self._then(mark_best, self.folder)
+        if self.world.is_main:
+            self._then(mark_best, self.folder)
 
     def check(self) -> None:
         """Raise the error of the thread if it has failed."""
@@ -113,6 +148,10 @@ class Saver:
         """Wait until all is written. Raises the error of the thread: `WriteError`, as in `save`."""
         self.newest.result()
 
+    def settle(self) -> None:
+        """Wait until the thread is idle, whether it has failed or not."""
+        wait([self.newest])
+
     def _then(self, task: Callable[..., None], *args: Any) -> None:
         """Give the thread a task, which fails if the one before it has failed."""
 
@@ -122,27 +161,57 @@ class Saver:
 
         self.newest = self.thread.submit(run)
 
-    def _copy(self, value: Any, key: tuple, copies: dict[tuple, Tensor]) -> Any:
-        """Copy nested dicts and lists. Tensors at one address, such as tied weights, are copied once into `copies`."""
-        if isinstance(value, dict):
-            return {name: self._copy(inner, (*key, name), copies) for name, inner in value.items()}
-        if isinstance(value, list):
-            return [self._copy(inner, (*key, i), copies) for i, inner in enumerate(value)]
-        if not isinstance(value, Tensor):
+    def _copy(self, name: str, value: Tensor, copies: dict[tuple, Tensor]) -> Tensor:
+        """Copy a tensor to host memory, or this rank's part of it. Those at one address, such as tied weights, are
+        copied once into `copies`."""
+        if value.is_meta:
             return value
-        source = value.data_ptr(), value.shape, value.stride(), value.dtype
+        part = local(value)
+        source = part.data_ptr(), part.shape, part.stride(), part.dtype
         if source not in copies:
-            key = *key, value.shape, value.dtype
+            key = name, part.shape, part.dtype
             if key not in self.buffers:
                 pin = self.stream is not None
-                self.buffers[key] = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=pin)
-            copies[source] = self.buffers[key].copy_(value, non_blocking=True)
-        return copies[source]
+                self.buffers[key] = torch.empty(part.shape, dtype=part.dtype, device="cpu", pin_memory=pin)
+            copies[source] = self.buffers[key].copy_(part, non_blocking=True)
+        return self._on_host(copies[source], value) if is_sharded(value) else copies[source]
+
+    def _on_host(self, part: Tensor, value: "DTensor") -> "DTensor":
+        """The DTensor `value` in host memory, with `part` as this rank's."""
+        from torch.distributed.tensor import DeviceMesh, DTensor
+
+        if self.host_mesh is None:
+            mesh = value.device_mesh
+            self.host_mesh = mesh if value.is_cpu else DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
+        options = {"run_check": False, "shape": value.shape, "stride": value.stride()}
+        return DTensor.from_local(part, self.host_mesh, value.placements, **options)
 
     def _write(self, state: dict[str, Any]) -> None:
         if self.stream:
             self.stream.synchronize()
-        save(self.folder, state)
+        if self.group is None:
+            save(self.folder, state)
+        else:
+            self._write_sharded(state)
+
+    def _write_sharded(self, state: dict[str, Any]) -> None:
+        """Write the shards, and then `last.pt`, which names them."""
+        from model import shards
+
+        parts = {part: state[part] for part in SHARDED}
+        written = shards.write(self.folder, state["step"], _stored(parts, state["model_config"]), self.group)
+        failure = None
+        if self.world.is_main:
+            meta = map_tensors(lambda name, x: torch.empty(x.shape, dtype=x.dtype, device="meta"), parts)
+            try:
+                save(self.folder, state | meta | {"shards": written})
+                shards.clean(self.folder, {_shards_folder(path) for path in self.folder.glob("*.pt")})
+            except OSError as error:
+                failure = error
+        box = [failure]
+        dist.broadcast_object_list(box, group_src=0, group=self.group)
+        if box[0]:
+            raise box[0]
 
     def __enter__(self) -> "Saver":
         return self
@@ -155,6 +224,14 @@ class Saver:
             raise failure
         if failure and failure is not error:
             error.add_note(str(failure))
+
+
+def reopen_best(folder: Path, step: int, anew: bool, is_best: bool) -> None:
+    """Make `best.pt` right for a run that goes on from `step`, which it does not have if the search begins `anew`."""
+    if anew:
+        set_best_aside(folder, step)
+    elif is_best:
+        mark_best(folder)  # a kill may have come between the checkpoint and this
 
 
 def set_best_aside(folder: Path, step: int) -> None:
@@ -182,11 +259,73 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
-def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+def load(path: Path, device: torch.device | str = "cpu", parts: tuple[str, ...] = ("model",)) -> dict[str, Any]:
     """Load a checkpoint after verifying its checksums; only tensors and plain types are unpickled.
 
-    Keys that its `model_config` lacks are added, with their defaults. Raises `CheckpointError`, which names another
-    valid checkpoint in the folder if there is one."""
+    Of a sharded one only `parts` are read; the tensors of others stay on the meta device. Keys that its `model_config`
+    lacks are added, with their defaults. Raises `CheckpointError`, which names another valid checkpoint in the folder
+    if there is one."""
+    state = _verified(path, device)
+    if "shards" in state:
+        empty = partial(torch.empty, device=device)
+        whole = {
+            part: map_tensors(lambda name, x: empty(x.shape, dtype=x.dtype), state[part])
+            for part in parts if part in state
+        }  # fmt: skip
+        _read_shards(state, whole, path)
+        if state["model_config"]["tied"]:
+            whole["model"]["head.weight"] = whole["model"]["embedding.weight"]
+        state |= whole
+    return state
+
+
+def restore(current: dict[str, Any], state: dict[str, Any], path: Path, world: World = ALONE) -> None:
+    """Copy the tensors of the checkpoint `state` to those of `current`, nested dicts and lists.
+
+    Rank 0 has loaded `state` from `path` with `load_to_resume`. Of a tensor in `current` each rank may have the whole
+    or a part, or it is on the meta device where another rank has it. Raises `CheckpointError`."""
+    if world.is_main:
+        check_tensors(state, current, path)
+    if "shards" in state:
+        _read_shards(state, current, path)
+        return
+    found = dict(named_tensors({part: state[part] for part in current})) if world.is_main else {}
+    tensors = dict(named_tensors(current))
+    device = next(iter(tensors.values())).device
+    for name, tensor in tensors.items():
+        whole = tensor
+        if is_sharded(tensor) or tensor.is_meta:
+            whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        if world.is_main:
+            whole.copy_(found[name])
+        world.replicate([whole])
+        if whole is not tensor and not tensor.is_meta:
+            assign(tensor, whole)
+
+
+def _read_shards(state: dict[str, Any], tensors: dict[str, Any], path: Path) -> None:
+    """Read the shards of the checkpoint `state`, from `path`, to nested `tensors`."""
+    from model import shards
+
+    try:
+        shards.read(path.parent / state["shards"]["folder"], _stored(tensors, state["model_config"]))
+    except shards.ShardsError as error:
+        raise _refusal(path, str(error)) from error
+
+
+def _stored(parts: dict[str, Any], model_config: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of nested `parts` that are stored as shards, by name: of those that are here, all but a tied head."""
+    tied = {"model.head.weight"} if model_config["tied"] else set()
+    return {name: x for name, x in named_tensors(parts) if not x.is_meta and name not in tied}
+
+
+def _shards_folder(path: Path) -> str:
+    """The name of the folder that a checkpoint has its shards in; "" if it has none."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("shards", {}).get("folder", "")
+
+
+def _verified(path: Path, device: torch.device | str) -> dict[str, Any]:
+    """`load`, without reading shards."""
     try:
         return _read(path, device)
     except FileNotFoundError:
@@ -195,13 +334,15 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         raise _refusal(path, str(error)) from error
 
 
-def load_to_resume(path: Path) -> dict[str, Any]:
-    """Like `load`, for a checkpoint that training can continue from. Raises `CheckpointError`."""
+def load_to_resume(path: Path, options: type) -> dict[str, Any]:
+    """Like `load`, for a checkpoint that training can continue from; shards are left to `restore`.
+
+    Its configuration, of the class `options`, gets the keys that it lacks. Raises `CheckpointError`."""
     if not path.exists() and not _alternative(path):
         raise CheckpointError(
             f"{path.parent} has no checkpoint, because the run ended before its first: --overwrite starts it again"
         )
-    state = load(path)
+    state = _verified(path, "cpu")
     if not RESUMABLE.keys() & state.keys():
         raise CheckpointError(f"{path.parent} holds imported weights, without the optimizer state that resuming needs")
     try:
@@ -210,6 +351,9 @@ def load_to_resume(path: Path) -> dict[str, Any]:
         for name, kind in (("budget", int | float), ("scaler", int | float), ("data", str)):
             _check_kinds(state.get(name, {}), dict.fromkeys(state.get(name, {}), kind))
         torch.Generator().set_state(state["rng"])
+        state["config"] = asdict(build(options, flatten(options, state["config"])))
+    except ConfigError as error:
+        raise _refusal(path, f"its config: {error}") from error
     except CheckpointError as error:
         raise _refusal(path, str(error)) from error
     except (RuntimeError, TypeError) as error:
@@ -233,9 +377,11 @@ def _read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         raise CheckpointError(error.strerror or str(error)) from error
     except Exception as error:  # torch and pickle raise all kinds, some of which advise to load the file unsafely
         raise CheckpointError("it has more than tensors and plain values: another program wrote it") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or state.get("format") not in (FORMAT, SHARDED_FORMAT):
         raise CheckpointError("another program wrote it")
     _check_kinds(state, PARTS)
+    if state["format"] == SHARDED_FORMAT:
+        _check_shards(state, path)
     _check_kinds(state["model"], dict.fromkeys(state["model"], Tensor))
     try:
         config = build(ModelConfig, state["model_config"])
@@ -243,6 +389,22 @@ def _read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     except ConfigError as error:
         raise CheckpointError(f"its model_config: {error}") from error
     return state
+
+
+def _check_shards(state: dict[str, Any], path: Path) -> None:
+    """Raise `CheckpointError` unless the files that the sharded checkpoint `state`, of `path`, names are good."""
+    from model import shards
+
+    _check_kinds(state, {"shards": dict})
+    _check_kinds(state["shards"], {"folder": str, "files": dict})
+    folder, files = state["shards"]["folder"], state["shards"]["files"]
+    _check_kinds(files, dict.fromkeys(files, int))
+    if any(Path(name).name != name for name in (folder, *files)):
+        raise CheckpointError("its shards are named by paths: another program wrote it")
+    try:
+        shards.verify(path.parent / folder, files)
+    except shards.ShardsError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _check_kinds(values: dict[str, Any], kinds: dict[str, Any]) -> None:
@@ -264,7 +426,7 @@ def load_weights(model: nn.Module, state: dict[str, Any], path: Path) -> None:
 def check_tensors(state: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
     """Raise `CheckpointError` unless the parts of `expected` have the same tensors in `state`, which is from `path`:
     under the same keys, with the same shapes and dtypes."""
-    found, tensors = dict(_tensors({name: state.get(name) for name in expected})), dict(_tensors(expected))
+    found, tensors = dict(named_tensors({name: state.get(name) for name in expected})), dict(named_tensors(expected))
     for name, tensor in tensors.items():
         if name not in found:
             raise _refusal(path, f"it lacks the tensor {name}")
@@ -274,85 +436,31 @@ def check_tensors(state: dict[str, Any], expected: dict[str, Any], path: Path) -
         raise _refusal(path, f"it has a tensor {unknown[0]}, which this model or optimizer does not have")
 
 
-def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """The tensors in nested dicts and lists, each with its keys joined by dots."""
     if isinstance(value, Tensor):
         yield name, value
     elif isinstance(value, dict | list):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _tensors(inner, f"{name}.{key}" if name else str(key))
+            yield from named_tensors(inner, f"{name}.{key}" if name else str(key))
+
+
+def map_tensors(function: Callable[[str, Tensor], Any], value: Any, name: str = "") -> Any:
+    """A copy of nested dicts and lists with `function(name, tensor)` for every tensor, named as in `named_tensors`."""
+    if isinstance(value, Tensor):
+        return function(name, value)
+    prefix = f"{name}." if name else ""
+    if isinstance(value, dict):
+        return {key: map_tensors(function, inner, f"{prefix}{key}") for key, inner in value.items()}
+    if isinstance(value, list):
+        return [map_tensors(function, inner, f"{prefix}{i}") for i, inner in enumerate(value)]
+    return value
 
 
 def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     return repr(value) if isinstance(value, int | float | str | None) else type(value).__name__
-
-
-def check_fits(state: dict[str, Any], config: ModelConfig, optimizer: str) -> None:
-    """Raise `CheckpointError` if the model or optimizer of a resumed run differs from the checkpoint's.
-
-    Dropout and recomputation may change."""
-    saved = state["model_config"] | {"optimizer": state["config"]["optimizer"]}
-    current = asdict(config) | {"optimizer": optimizer} | {key: saved[key] for key in ("dropout", "recompute")}
-    labels = {"separator": "the separator that data.packing sets"}
-    changed = [
-        f"{labels.get(key, key)} {saved[key]} where this run has {current[key]}"
-        for key in current
-        if current[key] != saved[key]
-    ]
-    if changed:
-        raise CheckpointError(
-            f"cannot resume from a checkpoint with {', '.join(changed)}; only a new run can change that"
-        )
-
-
-def fingerprints(summary: dict[str, Any], eval_set: Iterable[tuple[Tensor, Tensor]]) -> dict[str, str]:
-    """Hashes of a run's data, from the `summary` of its prepared corpus: the corpus, its text ("" if an earlier version
-    prepared it), the tokens of both splits, and the evaluation set of ids and targets `[B, T]`, whose hash does not
-    depend on how it is cut into batches."""
-    digest = hashlib.sha256()
-    for ids, targets in eval_set:
-        counted = targets >= 0
-        digest.update(torch.stack((ids[counted], targets[counted]), dim=1).numpy().tobytes())
-    splits = {name: summary["files"][f"{name}.bin"]["sha256"] for name in ("train", "val")}
-    hashes = {"corpus": summary["fingerprint"], "text": summary.get("digest", "")}
-    return hashes | splits | {"eval_set": digest.hexdigest()}
-
-
-def data_changes(state: dict[str, Any], config: dict[str, Any], current: dict[str, str]) -> dict[str, str]:
-    """Compare the data of a resumed run with the checkpoint's. Returns a sentence for each thing that has changed.
-
-    `config` is the run's whole configuration, and `current` has the `fingerprints` of its data. Raises
-    `CheckpointError` if the run would be validated on text that it was trained on."""
-    knobs = {}  # those that have changed, in words
-    for key in (*DATA_KNOBS["eval_set"], "seed"):
-        before, now = _value(state["config"], key), _value(config, key)
-        if before != now:
-            knobs[key] = f"{key} is {now} where the run had {before}"
-    # Earlier versions wrote no fingerprints: then the data has changed if one of its knobs has.
-    same = {name: current[name] for name in DATA_KNOBS if not knobs.keys() & set(DATA_KNOBS[name])}
-    saved = state.get("data", same)
-    changed = [name for name in DATA_KNOBS if saved.get(name) != current[name]]
-    if "val" in changed and "corpus" not in changed:
-        raise CheckpointError(
-            f"cannot resume: {', '.join(knobs.values()) or 'the corpus is split in another way'}, so that the run has "
-            "been trained on some of the text that is held out for validation now; only a new run can change that"
-        )
-    sentences = {
-        "train": "the training text is another: batches come in another order, and some text may come again",
-        "val": "the validation text is another, and the run may have been trained on some of it",
-        "eval_set": "the evaluation set is another: the best checkpoint is sought anew",
-    }
-    changes = {name: sentences[name] for name in changed if name in sentences}
-    return changes | {key: knobs[key] for key in ("seed", "data.shift") if key in knobs}
-
-
-def _value(config: Any, key: str) -> Any:
-    """The value of a dotted key in nested dicts."""
-    for name in key.split("."):
-        config = config[name]
-    return config
 
 
 def _refusal(path: Path, reason: str) -> CheckpointError:

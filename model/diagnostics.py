@@ -27,7 +27,7 @@ same number of targets. Source: McCandlish et al., "An Empirical Model of Large-
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +38,8 @@ from torch.optim import Optimizer
 from kernels.attention import scores
 from model.evaluate import evaluating
 from model.gpt import GPT
+from model.tensors import local, norms, shard_group, summed
+from runtime.distributed import ALONE, World
 
 SEQUENCES = 4  # sequences of the batch to measure activations and entropy on
 QUERY_CHUNK = 128  # queries whose attention weights are in memory at a time
@@ -47,22 +49,30 @@ class Probe:
     """Measures one optimizer step, without changing its result in any bit.
 
         probe = Probe(model, optimizers)
+        probe.before_backward()
         for each micro-batch: ...backward(); probe.after_backward()
-        ...unscale and clip; probe.before_step(); the optimizers' steps
+        ...sum the gradients over the ranks; probe.before_step(); unscale, clip and step
         row = probe.after_step(ids)
 
-    It holds two copies of the gradients during accumulation, and one of the parameters during the step. `scale` is the
-    factor of the losses (a GradScaler's scale).
+    All ranks of a sharded model call it, and each measures its part. It holds two copies of the gradients during
+    accumulation, and one of the parameters during the step. `scale` is the factor of the losses (a GradScaler's scale).
     """
 
-    def __init__(self, model: GPT, optimizers: list[Optimizer], scale: float = 1.0):
-        self.model, self.optimizers, self.scale = model, optimizers, scale
+    def __init__(self, model: GPT, optimizers: list[Optimizer], scale: float = 1.0, world: World = ALONE):
+        self.model, self.optimizers, self.scale, self.world = model, optimizers, scale, world
         self.groups: dict[str, list[int]] = {}
         self.parameters: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
             self.groups.setdefault(_group(name), []).append(len(self.parameters))
             self.parameters.append(parameter)
+        self.group = shard_group(self.parameters[0])
+        # FSDP2 sums the gradients of a micro-batch at once: its ranks' micro-batches count as one.
+        self.apart = world if self.group is None else ALONE
         self.squares: list[Tensor] = []  # |g_i|^2 of every micro-batch, scaled as in .grad
+
+    def before_backward(self) -> None:
+        """Call before the first micro-batch, also when the step begins anew."""
+        self.squares.clear()
 
     @torch.no_grad()
     def after_backward(self) -> None:
@@ -70,13 +80,13 @@ class Probe:
 
         Updates `total`, the accumulated gradient, and `directions`, the sum of the micro-batches' unit gradients. The
         dot product of the two is N |g| times the coherence."""
-        grads = [p.grad for p in self.parameters]
+        grads = [local(p.grad) for p in self.parameters]
         if not self.squares:
             self.total, self.directions = ([torch.zeros_like(g) for g in grads] for _ in range(2))
         # The difference to the previous total is this micro-batch's own gradient. It is computed in place.
         for grad, total in zip(grads, self.total, strict=True):
             torch.sub(grad, total, out=total)
-        norm = torch.linalg.vector_norm(_norms(self.total))
+        norm = torch.linalg.vector_norm(norms(self.total, self.group))
         for grad, total, direction in zip(grads, self.total, self.directions, strict=True):
             direction.addcdiv_(total, norm)
             total.copy_(grad)
@@ -84,28 +94,30 @@ class Probe:
 
     @torch.no_grad()
     def before_step(self) -> None:
-        """Call just before the optimizers' steps."""
-        self.gradient_norms = _norms(self.total)
-        dots = [torch.dot(d.flatten(), g.flatten()) for d, g in zip(self.directions, self.total, strict=True)]
-        self.direction_dot = torch.stack(dots).sum()
+        """Call when the gradients of the whole batch are there, before they are unscaled."""
+        grads = [local(p.grad) for p in self.parameters]
+        self.gradient_norms = norms(grads, self.group)
+        dots = [torch.dot(d.flatten(), g.flatten()) for d, g in zip(self.directions, grads, strict=True)]
+        self.direction_dot = summed(torch.stack(dots).sum(), self.group)
         del self.total, self.directions
-        self.parameter_norms = _norms(self.parameters)
-        self.previous_parameters = [p.detach().clone() for p in self.parameters]
+        parameters = [local(p.detach()) for p in self.parameters]
+        self.parameter_norms = norms(parameters, self.group)
+        self.previous_parameters = [p.clone() for p in parameters]
 
     @torch.no_grad()
     def after_step(self, ids: Tensor) -> dict[str, Any]:
-        """Call after the step on `ids` `[B, T]` (the whole batch). Returns the measures listed at the top of this file.
+        """Call after the step on `ids` `[B, T]`, this rank's rows of the batch. Returns the measures listed at the top.
 
         Activations and entropy take a forward pass of the first sequences, under the caller's autocast."""
-        updates = (p - previous for p, previous in zip(self.parameters, self.previous_parameters, strict=True))
-        update_norms = _norms(updates)
+        pairs = zip(self.parameters, self.previous_parameters, strict=True)
+        update_norms = norms((local(p) - previous for p, previous in pairs), self.group)
         del self.previous_parameters
         row = {"gradient": self._by_group(self.gradient_norms / self.scale)}
         row["parameter"], row["update"] = self._by_group(self.parameter_norms), self._by_group(update_norms)
         row["ratio"] = {k: row["update"][k] / norm for k, norm in row["parameter"].items() if norm}
         row["snr"] = self._snr()
         row |= block_statistics(self.model, ids[:SEQUENCES])
-        return row | self._agreement(ids.numel())
+        return row | self._agreement(ids.numel() * self.world.size)
 
     def _by_group(self, norms: Tensor) -> dict[str, float]:
         """Combine the norms of parameters `[number of parameters]` into norms of groups."""
@@ -121,9 +133,9 @@ class Probe:
                     state = optimizer.state.get(p, {})
                     if "exp_avg_sq" in state and state["step"] > 0:  # 0 if fp16 overflowed in every step
                         (beta1, beta2), t = group["betas"], float(state["step"])
-                        v = state["exp_avg_sq"]
-                        ratios = (state["exp_avg"].abs() / v.sqrt()).masked_fill_(v == 0, 0)
-                        sums[p] = ratios.sum() * math.sqrt(1 - beta2**t) / (1 - beta1**t)
+                        m, v = local(state["exp_avg"]), local(state["exp_avg_sq"])
+                        ratios = (m.abs() / v.sqrt()).masked_fill_(v == 0, 0)
+                        sums[p] = summed(ratios.sum(), self.group) * math.sqrt(1 - beta2**t) / (1 - beta1**t)
         snr = {}
         for group, members in self.groups.items():
             parameters = [self.parameters[i] for i in members]
@@ -136,15 +148,16 @@ class Probe:
 
         Both are None for a single micro-batch. The noise scale is also None if the estimate of |G|^2 is not positive.
         """
-        n, row = len(self.squares), {"noise_scale": None, "coherence": None}
+        n, row = len(self.squares) * self.apart.size, {"noise_scale": None, "coherence": None}
         if n < 2:
             return row
         norm = math.hypot(*self.gradient_norms.tolist())
-        large, small = norm**2, n * sum(torch.stack(self.squares).tolist())  # |g|^2, mean |g_i|^2; .grad has g_i / n
+        squares, dot = self.apart.sum(sum(torch.stack(self.squares).tolist()), self.direction_dot.item())
+        large, small = norm**2, n * squares  # |g|^2, mean |g_i|^2; .grad has g_i / n
         signal, noise = (n * large - small) / (n - 1), (small - large) / (n - 1) * tokens  # |G|^2, tr(Sigma)
         if signal > 0:
             row["noise_scale"] = max(0.0, noise / signal)  # rounding may make it negative
-        coherence = self.direction_dot.item() / (n * norm) if norm else math.nan
+        coherence = dot / (n * norm) if norm else math.nan
         if math.isfinite(coherence):
             row["coherence"] = coherence
         return row
@@ -155,11 +168,6 @@ def _group(name: str) -> str:
     parts = name.split(".")
     module = parts[:3] if parts[0] == "blocks" else parts[:1]
     return "norms" if module[-1].endswith("norm") else ".".join(module)
-
-
-def _norms(tensors: Iterable[Tensor]) -> Tensor:
-    """Norms of tensors, `[number of tensors]` on their device."""
-    return torch.stack([torch.linalg.vector_norm(x) for x in tensors])
 
 
 @torch.no_grad()

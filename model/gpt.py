@@ -13,7 +13,7 @@ Parameter names, shapes and layouts do not depend on the kernels, so a checkpoin
 import math
 import re
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels import Kernels
 from kernels.attention import choice, document_ranges
 from kernels.rope import rope_tables
+from model.tensors import whole
 from runtime.config import ConfigError
 
 
@@ -83,6 +84,13 @@ class ModelConfig:
     recompute: Annotated[
         float, "[0, 1]", "fraction of layers that recompute activations in the backward pass, to save memory"
     ] = 0.0
+    logit_softcap: Annotated[
+        float, "[0, inf)", "bound on the logits, softcap * tanh(logits / softcap), in generation too (0: none)"
+    ] = 0.0
+    label_smoothing: Annotated[
+        float, "[0, 1)", "target probability spread over the vocabulary; in the training loss only, as z_loss is"
+    ] = 0.0
+    z_loss: Annotated[float, "[0, inf)", "weight of logsumexp(logits)^2 in the training loss, such as 1e-4"] = 0.0
 
     def __post_init__(self):
         if not self.head_dim and self.d_model % self.n_head:
@@ -100,6 +108,11 @@ class ModelConfig:
             if getattr(self, knob) != value:
                 raise ConfigError(f"init look-back needs {knob} {value}, not {getattr(self, knob)}; or use init fan-in")
         self._window_pattern()  # raises if `window` is malformed
+
+    @property
+    def trains_on_validation_loss(self) -> bool:
+        """Whether the loss in training mode is the one in evaluation mode."""
+        return not (self.dropout or self.label_smoothing or self.z_loss)
 
     @property
     def windows(self) -> tuple[int, ...]:
@@ -235,14 +248,27 @@ class Context(NamedTuple):
     visible: dict[int, Tensor] | None = None  # of a `StaticKVCache`, in place of the causal mask, windows and documents
 
 
+class LowLayer(Protocol):
+    """What `model.precision.lower` puts in place of a linear layer's product."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def refresh(self) -> None:
+        """Quantise the weight, which has changed."""
+
+
 class Linear(nn.Linear):
-    """`nn.Linear` that multiplies by `copy`, a half-precision copy of its weight, if `GPT.keep_copies` made one."""
+    """`nn.Linear` that multiplies by `copy`, a half-precision copy of its weight, if `GPT.keep_copies` made one; or as
+    `low` does, if `model.precision.lower` gave it that."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__(in_features, out_features, bias)
         self.register_buffer("copy", None, persistent=False)
+        self.low: LowLayer | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.low is not None:
+            return self.low(x)
         if self.copy is None:
             return super().forward(x)
         return _HalfLinear.apply(x, self.weight, self.bias, self.copy)
@@ -286,8 +312,7 @@ class Attention(nn.Module):
         self.q_gain = nn.Parameter(torch.ones(config.head_dim)) if config.qk_norm else None
         self.k_gain = nn.Parameter(torch.ones(config.head_dim)) if config.qk_norm else None
         self.interleaved = config.position == "rope-interleaved"
-        slopes = alibi_slopes(config.n_head, self.qkv.weight.device) if config.position == "alibi" else None
-        self.register_buffer("slopes", slopes, persistent=False)
+        self.register_buffer("slopes", None, persistent=False)  # of ALiBi: set by GPT.init_weights
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Takes the normalised input `[B, T, C]`; returns `[B, T, C]`."""
@@ -404,18 +429,12 @@ class ResPostNormBlock(Block):
 BLOCKS = {"pre": Block, "post": PostNormBlock, "res-post": ResPostNormBlock}
 
 
-def position_table(config: ModelConfig, std: float, device: torch.device) -> nn.Parameter | nn.Buffer | None:
-    """Learned or sinusoidal position embedding `[seq_len, C]`; None for other position encodings.
+def sinusoidal(config: ModelConfig, std: float, device: torch.device) -> Tensor:
+    """Sinusoidal position embedding `[seq_len, C]` (Vaswani et al., 2017, section 3.5).
 
-    The sinusoidal table (Vaswani et al., 2017, section 3.5) is scaled by the token embedding's `std`. The paper scales
-    the embedding up instead, to the same ratio."""
-    if config.position == "learned":
-        return nn.Parameter(torch.empty(config.seq_len, config.d_model))  # filled by GPT._init_weights
-    if config.position == "sinusoidal":
-        cos, sin = rope_tables(config.seq_len, config.d_model + config.d_model % 2, device=device)
-        table = torch.stack((sin, cos), -1).flatten(1)[:, : config.d_model]
-        return nn.Buffer(std * table, persistent=False)
-    return None
+    It is scaled by the token embedding's `std`. The paper scales the embedding up instead, to the same ratio."""
+    cos, sin = rope_tables(config.seq_len, config.d_model + config.d_model % 2, device=device)
+    return std * torch.stack((sin, cos), -1).flatten(1)[:, : config.d_model]
 
 
 def fan_in(name: str, weight: Tensor, config: ModelConfig) -> None:
@@ -458,16 +477,19 @@ def look_back(model: "GPT", std: float) -> None:
     """
     config, attention = model.config, model.blocks[0].attention
     shared = torch.randn(config.d_model, device=model.embedding.weight.device).sign()
-    model.embedding.weight.add_(3 * std * shared)
-    heads = attention.qkv.weight.unflatten(0, (-1, config.head_dim))
-    q, k, _ = heads.split((config.n_head, config.n_kv_head, config.n_kv_head))
     direction, half, n_fast = shared * config.d_model**-0.5, config.head_dim // 2, math.ceil(config.head_dim / 8)
-    cos, sin = (table[1, :n_fast, None] for table in rope_tables(2, config.head_dim, config.rope_theta, q.device))
-    nn.init.zeros_(q)
-    nn.init.zeros_(k)
-    q[:, :n_fast] = direction
-    k[:, :n_fast], k[:, half : half + n_fast] = cos * direction, sin * direction
-    nn.init.constant_(attention.q_gain, 3.0)
+    cos, sin = (table[1, :n_fast, None] for table in rope_tables(2, config.head_dim, config.rope_theta, shared.device))
+    with whole(model.embedding.weight) as embedding:
+        embedding.add_(3 * std * shared)
+    with whole(attention.qkv.weight) as qkv:
+        heads = qkv.unflatten(0, (-1, config.head_dim))
+        q, k, _ = heads.split((config.n_head, config.n_kv_head, config.n_kv_head))
+        nn.init.zeros_(q)
+        nn.init.zeros_(k)
+        q[:, :n_fast] = direction
+        k[:, :n_fast], k[:, half : half + n_fast] = cos * direction, sin * direction
+    with whole(attention.q_gain) as gain:
+        nn.init.constant_(gain, 3.0)
 
 
 def check_kernels(config: ModelConfig, kernels: Kernels) -> None:
@@ -497,26 +519,41 @@ class GPT(nn.Module):
         self.head = Linear(config.d_model, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embedding.weight
-        device, std = self.embedding.weight.device, config.embedding_std or 0.25 * config.d_model**-0.5
-        cos, sin = rope_tables(config.seq_len, config.head_dim, config.rope_theta, device)
-        if not config.position.startswith("rope"):
-            cos, sin = torch.ones_like(cos), torch.zeros_like(sin)  # the identity rotation
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
-        self.position = position_table(config, std, device)
-        self._init_weights(std)
+        self.register_buffer("cos", None, persistent=False)
+        self.register_buffer("sin", None, persistent=False)
+        if config.position == "learned":
+            self.position = nn.Parameter(torch.empty(config.seq_len, config.d_model))
+        else:
+            self.register_buffer("position", None, persistent=False)
+        self.init_weights()
 
     @torch.no_grad()
-    def _init_weights(self, std: float) -> None:
-        """Initialise matrices by `config.init`, biases to 0, and the token and position embeddings with `std`."""
+    def init_weights(self) -> None:
+        """Fill parameters and buffers: matrices by `config.init`, the token and position embeddings with their std,
+        norm gains with 1, biases with 0.
+
+        Of a sharded parameter the whole is drawn, one at a time, as one process draws it."""
+        config, device = self.config, self.embedding.weight.device
+        std = config.embedding_std or 0.25 * config.d_model**-0.5
+        self.cos, self.sin = rope_tables(config.seq_len, config.head_dim, config.rope_theta, device)
+        if not config.position.startswith("rope"):  # the identity rotation
+            self.cos, self.sin = torch.ones_like(self.cos), torch.zeros_like(self.sin)
+        if config.position == "sinusoidal":
+            self.position = sinusoidal(config, std, device)
+        for block in self.blocks:
+            if config.position == "alibi":
+                block.attention.slopes = alibi_slopes(config.n_head, device)
         for name, parameter in self.named_parameters():
-            if name in ("embedding.weight", "position"):
-                nn.init.normal_(parameter, std=std)
-            elif parameter.ndim == 2:
-                INITS[self.config.init](name, parameter, self.config)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
-        if self.config.init == "look-back":
+            with whole(parameter) as weight:
+                if name in ("embedding.weight", "position"):
+                    nn.init.normal_(weight, std=std)
+                elif weight.ndim == 2:
+                    INITS[config.init](name, weight, config)
+                elif name.endswith("gain"):
+                    nn.init.ones_(weight)
+                else:
+                    nn.init.zeros_(weight)
+        if config.init == "look-back":
             look_back(self, std)
 
     def hidden(self, ids: Tensor, cache: KVCache | StaticKVCache | None = None) -> Tensor:
@@ -566,13 +603,21 @@ class GPT(nn.Module):
 
     def forward(self, ids: Tensor, targets: Tensor, reduction: str = "mean", scale: Tensor | None = None) -> Tensor:
         """Cross-entropy (nats) of `targets` `[B, T]` given `ids` `[B, T]`, times the scalar tensor `scale`. Targets of
-        `IGNORE` do not count."""
-        loss, head = self.kernels.linear_cross_entropy, self.head
-        return loss(self.hidden(ids), head.weight, targets, reduction, scale=scale, head_cast=head.copy)
+        `IGNORE` do not count. Label smoothing and z-loss are for training mode; the softcap is part of the model."""
+        loss, head, c = self.kernels.linear_cross_entropy, self.head, self.config
+        smoothing, z_loss = (c.label_smoothing, c.z_loss) if self.training else (0.0, 0.0)
+        options = {"scale": scale, "head_cast": head.copy}
+        return loss(self.hidden(ids), head.weight, targets, reduction, smoothing, z_loss, c.logit_softcap, **options)
 
     def logits(self, ids: Tensor, cache: KVCache | StaticKVCache | None = None) -> Tensor:
         """Next-token logits, float32 `[B, V]`, after the last of ids `[B, T]`; `cache` as in `hidden`."""
-        return self.head(self.hidden(ids, cache)[:, -1])[..., : self.config.vocab_size].float()
+        return self.project(self.hidden(ids, cache)[:, -1])
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Next-token logits, float32 `[..., V]`, of final hidden states `[..., C]`."""
+        logits = self.head(hidden)[..., : self.config.vocab_size].float()
+        softcap = self.config.logit_softcap
+        return softcap * torch.tanh(logits / softcap) if softcap else logits
 
     def keep_copies(self, dtype: torch.dtype) -> None:
         """Keep a copy in `dtype` of the weight of every linear layer, so that the forward pass casts none.
@@ -592,9 +637,12 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def refresh_copies(self) -> None:
-        """Copy the current weights to their half-precision copies."""
+        """Copy the current weights to their half-precision copies, and to what low precision keeps of them."""
         for weight, copy in self.copies().items():
             copy.copy_(weight)
+        for module in self.modules():
+            if isinstance(module, Linear) and module.low is not None:
+                module.low.refresh()
 
     def load_state_dict(self, *args, **options):
         """`nn.Module.load_state_dict`, which also updates the half-precision copies."""
@@ -609,6 +657,11 @@ class GPT(nn.Module):
         sizes = c.seq_len, c.seq_len, c.head_dim
         chosen = (choice(*sizes, True, half, window=window, **options) for window in c.windows)
         return ", ".join(f"{name} for {why}" for name, why in dict.fromkeys(chosen))
+
+    def attention_notes(self, half: bool) -> list[str]:
+        """A line about the choice of attention, if that is left to `auto`."""
+        is_auto = self.kernels.names["attention"] == "auto"
+        return [f"attention auto: {self.attention_choice(half)}"] if is_auto else []
 
     def n_parameters(self) -> int:
         """Number of parameters; a tied head counts once."""

@@ -11,6 +11,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from model.gpt import GPT
+from model.owners import Owners
+from model.tensors import local
+from runtime.config import Heading
+from runtime.distributed import ALONE, World
 
 Schedule = Literal["constant", "linear", "cosine", "wsd"]
 OptimizerName = Literal["adam", "adamw", "muon"]
@@ -20,6 +24,7 @@ OptimizerName = Literal["adam", "adamw", "muon"]
 class OptimizerConfig:
     """The optimizer and its learning-rate schedule."""
 
+    optimization: Heading
     optimizer: Annotated[OptimizerName, "muon is for the blocks' matrices; the other parameters then use adamw"] = (
         "muon"
     )
@@ -32,7 +37,7 @@ class OptimizerConfig:
     beta2: Annotated[float, "[0, 1)", "adam and adamw: decay of the second moment"] = 0.95
     eps: Annotated[float, "(0, inf)", "adam and adamw: added to the denominator"] = 1e-8
     clip: Annotated[float, "[0, inf)", "maximum gradient norm (0: no clipping)"] = 1.0
-    # learning-rate schedule
+    learning_rate_schedule: Heading
     schedule: Annotated[Schedule, "after warm-up; wsd is constant, then linear over the last `decay` of the run"] = (
         "linear"
     )
@@ -91,12 +96,6 @@ class AdamW(_Optimizer):
             for p in group["params"]:
                 self.state[p] = {"step": self.steps, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)
-        for state in self.state.values():
-            self.steps.copy_(state["step"])
-            state["step"] = self.steps
-
     @torch.no_grad()
     def step(self, grad_scale: Tensor | None = None) -> None:
         """Update all parameters that have a gradient; the gradients are multiplied by the scalar `grad_scale`."""
@@ -104,8 +103,9 @@ class AdamW(_Optimizer):
         scale = self.no_clipping if grad_scale is None else grad_scale
         for group, lr in zip(self.param_groups, self.rates, strict=True):
             params = [p for p in group["params"] if p.grad is not None]
-            moments = ([self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq"))
-            tensors = params, [p.grad for p in params], *moments, [self.copies.get(p) for p in params]
+            moments = ([local(self.state[p][key]) for p in params] for key in ("exp_avg", "exp_avg_sq"))
+            values, grads = [local(p) for p in params], [local(p.grad) for p in params]
+            tensors = values, grads, *moments, [self.copies.get(p) for p in params]
             constants = *group["betas"], group["eps"], group["weight_decay"], self.decoupled
             self.kernel(*tensors, lr, self.steps, scale, *constants)
 
@@ -117,6 +117,9 @@ class Muon(_Optimizer):
     transpose, are orthogonalized as one batch, in fewer and larger GEMMs. The learning rate is scaled by
     0.2 sqrt(max(rows, columns)): the update then has AdamW's typical RMS, so the two optimizers need similar rates (Liu
     et al., "Muon is Scalable for LLM Training", 2025).
+
+    With several ranks each orthogonalizes the matrices that it owns, and has only their momenta: those of the others
+    are on the meta device.
     """
 
     def __init__(
@@ -126,42 +129,55 @@ class Muon(_Optimizer):
         weight_decay: float,
         momentum: float = 0.95,
         copies: dict[Tensor, Tensor] | None = None,
+        world: World = ALONE,
     ):
         super().__init__(params, copies or {}, lr=lr, weight_decay=weight_decay, momentum=momentum)
-        for group in self.param_groups:
-            for p in group["params"]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        (group,) = self.param_groups
+        self.owners = Owners(group["params"], world)
+        for i, p in enumerate(group["params"]):
+            device = p.device if i in self.owners.mine else "meta"
+            self.state[p]["momentum_buffer"] = torch.zeros(p.shape, dtype=p.dtype, device=device)
 
     @torch.no_grad()
     def step(self, grad_scale: Tensor | None = None) -> None:
-        """Update all parameters that have a gradient; the gradients are multiplied by the scalar `grad_scale`."""
+        """Update all parameters, which must have gradients; these are multiplied by the scalar `grad_scale`."""
         scale = self.no_clipping if grad_scale is None else grad_scale
-        for group, lr in zip(self.param_groups, self.rates, strict=True):
-            params = [p for p in group["params"] if p.grad is not None]
-            grads = torch._foreach_mul([p.grad for p in params], scale)
-            momenta = [self.state[p]["momentum_buffer"] for p in params]
+        (group,), (lr,), owners = self.param_groups, self.rates, self.owners
+        params = group["params"]
+        grads, updates = owners.collect([p.grad for p in params]), []
+        if grads:  # a rank may own none
+            grads = torch._foreach_mul(grads, scale)
+            momenta = [self.state[params[i]]["momentum_buffer"] for i in owners.mine]
             torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-            updates = torch._foreach_lerp(grads, momenta, group["momentum"])
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-            by_shape = defaultdict(list)
-            for p, update in zip(params, updates, strict=True):
-                rows, columns = sorted(p.shape)
-                wide = (p, update) if p.shape[0] == rows else (p.mT, update.mT)
-                by_shape[rows, columns].append(wide)
-            for (_, columns), pairs in by_shape.items():
-                wide, updates = zip(*pairs, strict=True)
-                batch = orthogonalize(torch.stack(updates).bfloat16())
-                torch._foreach_sub_(wide, (batch * (lr * 0.2 * columns**0.5)).unbind())
-            copied = [p for p in params if p in self.copies]
-            if copied:
-                torch._foreach_copy_([self.copies[p] for p in copied], copied)
+            updates = _orthogonalized(torch._foreach_lerp(grads, momenta, group["momentum"]), lr)
+        updates = owners.spread(updates, torch.bfloat16)
+        parts = [local(p) for p in params]
+        torch._foreach_mul_(parts, 1 - lr * group["weight_decay"])
+        torch._foreach_sub_(parts, updates)
+        copied = [p for p in params if p in self.copies]
+        if copied:
+            torch._foreach_copy_([self.copies[p] for p in copied], copied)
 
 
-def build_optimizers(model: GPT, config: OptimizerConfig) -> list[Optimizer]:
+def _orthogonalized(matrices: list[Tensor], lr: Tensor) -> list[Tensor]:
+    """Muon's updates from `matrices`, in bfloat16: those of one shape, or its transpose, in one batch."""
+    by_shape = defaultdict(list)
+    for i, x in enumerate(matrices):
+        by_shape[tuple(sorted(x.shape))].append(i)
+    updates = {}
+    for (rows, columns), indices in by_shape.items():
+        wide = [matrices[i] if matrices[i].shape[0] == rows else matrices[i].mT for i in indices]
+        batch = orthogonalize(torch.stack(wide).bfloat16()) * (lr * 0.2 * columns**0.5)
+        updates |= {i: x if matrices[i].shape[0] == rows else x.mT for i, x in zip(indices, batch, strict=True)}
+    return [updates[i] for i in range(len(matrices))]
+
+
+def build_optimizers(model: GPT, config: OptimizerConfig, world: World = ALONE) -> list[Optimizer]:
     """Return [AdamW], [Adam], or for Muon [AdamW, Muon], where Muon has the blocks' matrices.
 
     Weight decay applies to matrices only: norm gains start at 1 and biases at 0, and need none. Each parameter group
     stores its peak learning rate in "peak_lr", for `set_lr`. The optimizers update the model's half-precision copies.
+    Muon shares its work out over the ranks of `world`.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     is_muon = config.optimizer == "muon"
@@ -176,19 +192,23 @@ def build_optimizers(model: GPT, config: OptimizerConfig) -> list[Optimizer]:
     options = {"kernel": model.kernels.adamw, "copies": copies, "decoupled": config.optimizer != "adam"}
     optimizers = [AdamW(groups, config.lr, (config.beta1, config.beta2), config.eps, **options)]
     if matrices:
-        optimizers.append(Muon(matrices, config.muon_lr, config.weight_decay, copies=copies))
+        optimizers.append(Muon(matrices, config.muon_lr, config.weight_decay, copies=copies, world=world))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
 
 
-def load_optimizers(optimizers: list[Optimizer], states: list[dict]) -> None:
-    """Load moments and step counts. Hyperparameters, such as learning rate and weight decay, are not loaded."""
-    for optimizer, saved in zip(optimizers, states, strict=False):
-        current = optimizer.state_dict()
-        state = {i: {key: saved["state"][i][key] for key in keys} for i, keys in current["state"].items()}
-        optimizer.load_state_dict(current | {"state": state})
+def whole_state(optimizer: Optimizer) -> dict:
+    """The optimizer's `state_dict` for a checkpoint. Called on all ranks.
+
+    Momenta that the ranks share out are gathered on rank 0, in host memory; if the model is sharded each keeps its own.
+    """
+    state = optimizer.state_dict()
+    if isinstance(optimizer, Muon):
+        gathered = optimizer.owners.gather(momentum["momentum_buffer"] for momentum in state["state"].values())
+        state["state"] = {i: {"momentum_buffer": momentum} for i, momentum in enumerate(gathered)}
+    return state
 
 
 def set_lr(optimizers: list[Optimizer], factor: float) -> None:

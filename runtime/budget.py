@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from runtime.config import ConfigError
+from runtime.config import ConfigError, Heading
 
 AT_START = {"step": 0, "tokens": 0, "seconds": 0.0, "progress": 0.0}  # the state of a run before its first step
 LENGTHS = {"steps", "tokens", "seconds"}  # mutually exclusive options
@@ -16,7 +16,8 @@ LENGTHS = {"steps", "tokens", "seconds"}  # mutually exclusive options
 class Length:
     """Length of a run: exactly one of `steps`, `tokens` and `seconds`."""
 
-    steps: Annotated[int, "[0, inf)", "optimizer steps"] = 0
+    length_of_the_run: Heading
+    steps: Annotated[int, "[0, inf)", "optimizer steps; one of steps, tokens and seconds is the length"] = 0
     tokens: Annotated[int, "[0, inf)", "training tokens"] = 0
     seconds: Annotated[float, "[0, inf)", "seconds of training, including compilation and evaluation"] = 0.0
     time_limit: Annotated[
@@ -29,6 +30,12 @@ class Length:
                 f"exactly one of steps, tokens and seconds gives the run's length, not steps={self.steps}, "
                 f"tokens={self.tokens}, seconds={self.seconds}"
             )
+
+    @property
+    def doubled(self) -> str:
+        """The flag for a run of twice this length."""
+        name = next(name for name in LENGTHS if getattr(self, name))
+        return f"--{name}={2 * getattr(self, name)}"
 
     def reached(self, state: Mapping[str, Any]) -> bool:
         """Whether this length is no greater than that of a finished run, or than what it has done, by its last
@@ -61,7 +68,7 @@ class Budget:
     def __init__(self, length: Length, tokens_per_step: int, previous: Mapping[str, float] = AT_START):
         """A length in tokens is rounded up to whole steps. `previous` is the `state` that an earlier process of the run
         saved; its length and its tokens per step may have been different."""
-        self.tokens_per_step, self.seconds = tokens_per_step, length.seconds
+        self.tokens_per_step, self.seconds, self.time_limit = tokens_per_step, length.seconds, length.time_limit
         self.previous = {**AT_START, "length": length.seconds, **previous}
         if self.seconds and self.previous["length"] != self.seconds:
             self.previous["progress"] = min(1.0, self.previous["seconds"] / self.seconds)
@@ -84,10 +91,18 @@ class Budget:
             )
         return warmup / self.steps
 
-    def start(self) -> float:
-        """Start the clock of this process. Returns the current `time.perf_counter()`."""
+    def warmup_notes(self, warmup: float) -> list[str]:
+        """A line that says so if the whole run is warm-up."""
+        never_ends = self.warmup_fraction(warmup) >= 1
+        return [f"{warmup:g} steps of {self.steps}: the rate rises to the end"] if never_ends else []
+
+    def start(self) -> None:
+        """Start the clock of this process."""
         self._started, self._first_step_ended = time.perf_counter(), None
-        return self._started
+
+    def is_late(self) -> bool:
+        """Whether this process has reached its time limit."""
+        return 0 < self.time_limit <= time.perf_counter() - self._started
 
     def state(self, step: int) -> dict[str, float]:
         """State to pass as `previous` to the process that resumes the run."""

@@ -13,13 +13,14 @@ import torch
 
 from runtime.errors import UserError
 
+Part = Callable[[], None]  # of a step
 WARM_UP = 3  # eager steps before the capture; kernels are compiled at their first call
 
 
 class Step:
     """A training step in parts (functions without arguments or results), run eagerly or as CUDA graphs."""
 
-    def __init__(self, parts: Sequence[Callable[[], None]], captured: bool, required: bool, say: Callable[[str], None]):
+    def __init__(self, parts: Sequence[Part], captured: bool, required: bool, say: Callable[[str], None]):
         """If `captured`, each part becomes a graph after `WARM_UP` eager steps.
 
         Parts that synchronize with the device cannot be captured and stay eager; `say` is told so. If `required`,
@@ -35,7 +36,7 @@ class Step:
         return self.captured and self.steps > WARM_UP
 
     @contextmanager
-    def __call__(self, eager: bool = False) -> Iterator[Sequence[Callable[[], None]]]:
+    def __call__(self, eager: bool = False) -> Iterator[Sequence[Part]]:
         """A context that yields the parts to call for one step: graphs, or functions if `eager` or not yet captured."""
         self.steps += not eager
         last_warm_up = self.captured and not eager and self.steps == WARM_UP
@@ -69,7 +70,7 @@ class Captured:
     their capture.
     """
 
-    def __init__(self, run: Callable[[], None], pool: tuple[int, int]):
+    def __init__(self, run: Part, pool: tuple[int, int]):
         self.run, self.pool, self.graph = run, pool, None
 
     def __call__(self) -> None:

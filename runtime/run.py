@@ -5,9 +5,10 @@
     status.json     the run's current or final status      *.pt          checkpoints
     tokenizer.json  the tokenizer, which generation needs     run.lock      held by the process that trains
 
-Rows can also be sent to Weights & Biases.
+Rows can also be sent to Weights & Biases and TensorBoard: runtime/trackers.py.
 """
 
+import gc
 import json
 import math
 import os
@@ -18,26 +19,41 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
+from runtime import trackers
+from runtime.distributed import World
 from runtime.errors import UserError, error_message
+from runtime.failure import Failure, Status
 from runtime.files import append, is_locked, locked, replacing, write_atomically
-from runtime.hardware import largest_micro_batch, out_of_memory
+from runtime.phase import phase
 from runtime.progress import progress_bar
 from runtime.records import reopen_rows, reopen_samples, to_json
-from runtime.text import say, typed
+from runtime.text import say, shortened, typed
+from runtime.trackers import Tracker
 
-Status = Literal[
-    "running", "finished", "diverged", "nan", "oom", "crashed", "interrupted", "killed", "time_limit", "unsupported"
-]  # "killed" is never written: a run that says "running" and whose lock is free was killed
 LOCK = "run.lock"
+ROOT = Path(__file__).parents[1]
 
 
 class RunError(UserError):
     """A run that cannot be created, found or written to."""
+
+
+def open_run(out: Path, name: str, config_name: str, resume: bool, overwrite: bool, world: World) -> "Run":
+    """Open the run that the options ask for, as `choose_folder` does; `Run.resumes` says whether it has a checkpoint.
+
+    A job that its launcher has restarted goes on with the run that it has begun, from the last checkpoint, or from
+    nothing if there is none yet. Raises `RunError`."""
+    begun = _of_job(out, name, config_name, world.job) if world.restarted else None
+    if begun:
+        resume = (begun / "last.pt").exists()
+        overwrite = not resume
+    return Run(begun or choose_folder(out, name, config_name, resume, overwrite), resume, overwrite, world.job)
 
 
 def choose_folder(out: Path, name: str, config_name: str, resume: bool, overwrite: bool) -> Path:
@@ -52,7 +68,7 @@ def choose_folder(out: Path, name: str, config_name: str, resume: bool, overwrit
         raise RunError("--resume continues a run and --overwrite deletes it: give one of them")
     folder = out / (name or config_name)
     if resume:
-        found = folder if name else max(_numbered(out, config_name), key=_number, default=folder)
+        found = folder if name else max(numbered(out, config_name), key=_number, default=folder)
         if not found.is_dir():
             raise RunError(f"no run to resume at {found}{_runs_in(out)}")
         return found
@@ -67,8 +83,14 @@ def choose_folder(out: Path, name: str, config_name: str, resume: bool, overwrit
     if exists and not overwrite:
         if name:
             raise RunError(f"run {folder} exists: --resume continues it, --overwrite deletes it")
-        folder = out / f"{config_name}-{_number(max(_numbered(out, config_name), key=_number)) + 1}"
+        folder = out / f"{config_name}-{_number(max(numbered(out, config_name), key=_number)) + 1}"
     return folder
+
+
+def _of_job(out: Path, name: str, config_name: str, job: str) -> Path | None:
+    """The folder of the run that the launcher's `job` has begun, if any."""
+    folders = [out / name] if name else numbered(out, config_name)
+    return next((folder for folder in folders if job and read_status(folder).get("job") == job), None)
 
 
 def _is_run(folder: Path) -> bool:
@@ -108,7 +130,8 @@ def read_status(folder: Path) -> dict[str, Any]:
     return recorded
 
 
-def _numbered(out: Path, name: str) -> list[Path]:
+def numbered(out: Path, name: str) -> list[Path]:
+    """The folders in `out` of runs that are called `name`, or that with a number: small, small-2."""
     return [p for p in out.glob(f"{name}*") if re.fullmatch(rf"{re.escape(name)}(-\d+)?", p.name)]
 
 
@@ -159,14 +182,19 @@ class Run:
     A lock in the folder keeps other processes out, from here for an existing folder and from `start` for a new one,
     until `release`."""
 
-    def __init__(self, folder: Path, resume: bool = False, overwrite: bool = False):
-        """A run in `folder`, which is not written to before `start`. Raises `RunError` if another process trains in the
-        folder to resume or overwrite."""
-        self.folder, self.rows, self.bar, self.wandb = folder, [], None, None
+    def __init__(self, folder: Path, resume: bool = False, overwrite: bool = False, job: str = ""):
+        """A run in `folder`, which is not written to before `start`. `job` is the id of the launcher's job, by which a
+        restarted one finds its run. Raises `RunError` if another process trains in the folder to resume or overwrite.
+        """
+        self.folder, self.rows, self.bar = folder, [], None
+        self.trackers: list[Tracker] = []
         self.config: dict[str, Any] = {}  # what `start` writes to config.json
+        self.resumes, self.job = resume, job
+        self.opening: list[str] = []  # lines for `start` to print
         self.sampled_step = -1  # step of the last sample
         self.status: Status | None = None  # as written to status.json; None before `start`
         self._existing = (resume or overwrite) and folder.exists()
+        self._before = read_status(folder) if self._existing else {}
         self.overwrites, self._held = overwrite and self._existing, ExitStack()
         self._bar_opened, self._sample_failed = False, False
         self._metrics, self._samples = folder / "metrics.jsonl", folder / "samples.txt"
@@ -204,6 +232,8 @@ class Run:
         if self._samples.exists():
             self.sampled_step, note = reopen_samples(self._samples, at_step)
             notes.append(note)
+        for line in self.opening:
+            self.say(line)
         for note in filter(None, notes):
             self.say(f"damaged  {note}")
         write_atomically(folder / "config.json", to_json(self.config, indent=2) + "\n")
@@ -220,21 +250,29 @@ class Run:
     def set_status(self, status: Status, **facts: Any) -> None:
         """Write status.json."""
         self.status = status
-        facts = {"status": status, "time": time.strftime("%FT%T%z"), **facts}
+        job = {"job": self.job} if self.job else {}
+        facts = {"status": status, "time": time.strftime("%FT%T%z"), **job, **facts}
         write_atomically(self.folder / "status.json", to_json(facts, indent=2) + "\n")
 
+    @phase("logging")
     def log(self, row: dict[str, Any], line: str = "") -> None:
         """Append a row to metrics.jsonl, and print `line` if there is one."""
         self.rows.append(row)
         append(self._metrics, to_json(row) + "\n")
-        if self.wandb:
+        for tracker in list(self.trackers):
             try:
-                self.wandb.log({k: v for k, v in row.items() if v is not None}, step=row["step"])
+                tracker.log(row)
             except Exception as error:
-                self.wandb = None
-                self.say(f"W&B is off from here: {error}")
+                self.trackers.remove(tracker)
+                self.say(f"{tracker.title} is off from here: {error}")
         if line:
             self.say(line)
+
+    def log_restart(self, row: dict[str, Any], ranks: int) -> None:
+        """Log, with the columns of `row`, that the launcher has restarted the run, and how it had ended before."""
+        ended = ": ".join(self._before[key] for key in ("status", "error") if key in self._before)
+        event = f"restarted on {ranks} rank{'s' * (ranks > 1)}" + (f", after {ended}" if ended else "")
+        self.log(row | {"event": event}, f"restart  {event}")
 
     def failure(self, loss: float, grad_norm: float, vocab_size: int) -> Status | None:
         """Return "nan" or "diverged" if the run has failed, else None.
@@ -258,15 +296,20 @@ class Run:
 
     def summary(self, facts: dict[str, Any]) -> dict[str, Any]:
         """Add to the final `facts` of a run: tokens per second of wall-clock time (`tok_s_wall`), the median over rows
-        without the first, which compiles (`tok_s_steady`), and the validation metrics of the last row, if any."""
+        without the first, which compiles (`tok_s_steady`), likewise `mfu`, and the validation metrics of the last row,
+        if any."""
         facts = facts | {"tok_s_wall": facts["tokens"] / facts["seconds"]}
         if speeds := [row["tok_s"] for row in self.rows if row.get("tok_s") is not None]:
             facts["tok_s_steady"] = median(speeds[1:] or speeds)
+        if shares := [row["mfu"] for row in self.rows if row.get("mfu") is not None]:
+            facts["mfu"] = median(shares[1:] or shares)
         return facts | {k: v for row in self.rows[-1:] for k, v in row.items() if k.startswith("val_")}
 
     def add_sample(self, step: int, text: str) -> None:
-        """Append a sample to samples.txt. If that fails, this says so once: a run goes on without."""
+        """Print the beginning of a sample, and append it to samples.txt. If that fails, this says so once: a run goes
+        on without."""
         self.sampled_step = step
+        self.say(f"sample   {shortened(text)}")
         try:
             append(self._samples, f"--- step {step} ---\n{text}\n\n")
         except OSError as error:
@@ -283,6 +326,12 @@ class Run:
             self.bar = None
             say(line)
 
+    def introduce(self, facts: Mapping[str, str | Iterable[str]]) -> None:
+        """Say what the run is: a line for each fact, or one for each of several."""
+        for label, fact in facts.items():
+            for line in [fact] if isinstance(fact, str) else fact:
+                self.say(f"{label:8s} {line}")
+
     def show_progress(self, progress: float, note: str) -> None:
         """Set the progress bar, if stderr is a terminal, to `progress` (0 to 1) and show `note` in it."""
         if not self._bar_opened:
@@ -296,25 +345,14 @@ class Run:
             except OSError:
                 self.bar = None
 
-    def start_wandb(self, mode: Literal["off", "offline", "online"], config: dict[str, Any]) -> None:
-        """Send rows to Weights & Biases; a resumed run continues its W&B run.
-
-        This never prompts and never fails: if W&B cannot start, the reason is printed."""
-        if mode == "off":
-            return
-        try:
-            import wandb
-
-            if mode == "online":
-                wandb.Api()  # raises if there is no API key; `init` would prompt for it
-            earlier = sorted(self.folder.glob("wandb/*run-*-*"))  # sorted by date; each name ends in the W&B run's id
-            self.wandb = wandb.init(
-                project="nanofuse", name=self.folder.name, dir=self.folder, config=config, mode=mode,
-                id=earlier[-1].name.rpartition("-")[2] if earlier else None, resume="allow",
-                settings=wandb.Settings(silent=True, init_timeout=30),
-            )  # fmt: skip
-        except Exception as error:
-            self.say(f"W&B is off for this run: {error}")
+    def start_trackers(self, names: list[str], config: dict[str, Any], at_step: int = 0) -> None:
+        """Send rows to other places too. If one cannot start, the reason is printed: a run goes on without."""
+        for name in names:
+            try:
+                self.trackers.append(trackers.start(name, self.folder, config, at_step))
+            except Exception as error:
+                title = "W&B" if name in trackers.WANDB_MODES else "TensorBoard"
+                self.say(f"{title} is off for this run: {error_message(error)}")
 
     def plot(self) -> None:
         """Plot the losses to loss.png. If matplotlib is missing or fails, this says so: a run ends well without."""
@@ -338,21 +376,34 @@ class Run:
             self.say(f"no loss.png: {error}")
 
     def close(self, status: Status, **facts: Any) -> None:
-        """Write and print the final status, and close the progress bar and W&B."""
+        """Write and print the final status, and close the progress bar and the trackers."""
         self.set_status(status, **facts)
         texts = (
             f"{key} {value:,.6g}" if isinstance(value, float) else f"{key} {value}" for key, value in facts.items()
         )
         self.say(f"{status}: {', '.join(texts)}")
+        results = {"val_bpb": "{:.4f} bits per byte", "tok_s_steady": "{:,.0f} tok/s", "mfu": "{:.1%} MFU"}
+        if found := [words.format(facts[key]) for key, words in results.items() if facts.get(key) is not None]:
+            self.say(f"result   {', '.join(found)}")
         if self.bar is not None:
             with suppress(OSError):
                 self.bar.close()
             self.bar = None
-        if self.wandb:
+        for tracker in self.trackers:
             try:
-                self.wandb.finish(exit_code=0 if status == "finished" else 1)
+                tracker.finish(status == "finished")
             except Exception as error:
-                self.say(f"W&B could not finish: {error}")
+                self.say(f"{tracker.title} could not finish: {error}")
+
+    def compare(self, seconds: float) -> None:
+        """Measure what each kernel brings to a run that has ended, by bench/compare.py in a process of its own."""
+        import torch  # here, as programs that only read runs need not wait for it
+
+        gc.collect()
+        torch.cuda.empty_cache()  # that process needs the GPU's memory
+        command = [sys.executable, "-m", "bench.compare", "--run", str(self.folder), f"--seconds={seconds:g}"]
+        paths = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
+        subprocess.run(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}, check=False)
 
     def say_what_next(self, flag: str) -> None:
         """Say what the run has made, and the commands that use it; `flag` is what resuming it needs, if anything."""
@@ -374,6 +425,37 @@ class Run:
             self.say(f"{what:8s} {shlex.join(command)}")
 
 
+class SilentRun(Run):
+    """A run on a rank other than 0: it has the same rows, for the same decisions, but writes and prints nothing."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+
+    def start(self, at_step: float | None = None) -> None:
+        self.status = "running"
+
+    def set_status(self, status: Status, **facts: Any) -> None:
+        self.status = status
+
+    def log(self, row: dict[str, Any], line: str = "") -> None:
+        self.rows.append(row)
+
+    def add_sample(self, step: int, text: str) -> None:
+        self.sampled_step = step
+
+    def say(self, line: str) -> None:
+        pass
+
+    def show_progress(self, progress: float, note: str) -> None:
+        pass
+
+    def start_trackers(self, names: list[str], config: dict[str, Any], at_step: int = 0) -> None:
+        pass
+
+    def plot(self) -> None:
+        pass
+
+
 def _empty(folder: Path) -> None:
     """Delete all that a run's folder has but its lock, and last the files by which it is known as a run."""
     for path in sorted(folder.iterdir(), key=lambda path: path.name in ("config.json", "status.json")):
@@ -391,40 +473,30 @@ def _interpreter() -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def end_early(error: BaseException, run: Run | None, step: int, refusals: tuple[type[Exception], ...]) -> int | None:
-    """Record how a run ended with `error`, and say it in a sentence. Returns the exit code; None for a bug, an error
-    that is neither of the user's making, `refusals`, nor a signal or a lack of memory.
+def end_early(failure: Failure, run: Run | None, step: int) -> int:
+    """Record how a run ended early, and say it in a sentence. Returns the exit code.
 
     `run` is None if there is none yet. Before it has started only a lack of memory is recorded, where that leaves an
-    earlier run alone."""
-    status, began, message = status_of(error), run and run.status, error_message(error)
+    earlier run alone. Nothing is said of a bug of this process, which has a traceback."""
+    status, began, where = failure.status, run and run.status, f"{failure.rank}: " if failure.rank else ""
+    message = where + failure.message
     if run and (began == "running" or (status == "oom" and not run.overwrites)):
-        with suppress(OSError, UserError):  # the disk may be full; `error` is the one to show
+        with suppress(OSError, UserError):  # the disk may be full; `failure` is the one to show
             if not began:
                 run.start(at_step=math.inf)
-            run.close(status, step=step, error=f"{type(error).__name__}: {error}")
-    if status == "crashed" and not isinstance(error, refusals):
-        return None
-    if status == "crashed" and not began:
+            run.close(status, step=step, error=where + (failure.error or failure.message))
+    if failure.is_bug and not failure.rank:
+        return 1
+    if status == "crashed" and not began and not failure.is_bug:
         say(f"error: {message}", "stderr")
         return 2
-    if began and status == "oom":
-        batch_size, micro_batch = run.config["batch_size"], run.config["micro_batch"]
-        if smaller := largest_micro_batch(batch_size, (micro_batch or batch_size) // 2):
-            message += f"; --micro_batch={smaller} needs less memory"
     if began and (run.folder / "last.pt").exists():
         message += f"; --resume continues from {run.folder / 'last.pt'}"
     say(f"error: {status} at step {step}: {message}", "stderr")
     return 1
 
 
-def status_of(error: BaseException) -> Status:
-    """The status of a run that ended with `error`."""
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    return "oom" if out_of_memory(error) else "crashed"
-
-
+@phase("checkpoint")
 def commit() -> str:
     """Abbreviated hash of the checked-out commit, with a + if there are uncommitted changes; "" outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--abbrev=12"]

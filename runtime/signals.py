@@ -2,6 +2,8 @@
 
 import signal
 
+from runtime.distributed import World
+
 
 class Interrupted(KeyboardInterrupt):
     """A signal that ends the program at once."""
@@ -40,10 +42,14 @@ class Interrupt:
         else:
             self.signal = number
 
-    def take_save(self) -> bool:
-        """Whether SIGUSR1 came since the last call."""
+    def agree(self, world: World, progress: float, late: bool) -> tuple[float, str, bool]:
+        """What all ranks do next, although clocks and signals differ between them.
+
+        Returns the `progress` of rank 0; the status to stop with, or "" if no rank has had a signal or is `late`; and
+        whether any rank has had SIGUSR1 since the last call."""
         asked, self.save = self.save, False
-        return asked
+        progress, signaled, late, asked = world.max(progress if world.is_main else 0.0, self.signal, late, asked)
+        return progress, "interrupted" if signaled else "time_limit" if late else "", bool(asked)
 
     def __exit__(self, *error):
         for number, handler in self._previous_handlers.items():

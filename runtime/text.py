@@ -33,3 +33,9 @@ def say(line: str, stream: Literal["stdout", "stderr"] = "stdout") -> None:
 def duration(seconds: float) -> str:
     """Seconds as 1:02:03."""
     return str(timedelta(seconds=round(seconds)))
+
+
+def shortened(text: str, length: int = 100) -> str:
+    """The beginning of a text in one line, with … where it is cut."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else f"{line[: length - 1]}…"

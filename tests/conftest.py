@@ -71,8 +71,8 @@ def eager_losses(monkeypatch):
     """A list of the validation losses of the runs to come, each with the eager one."""
     evaluate, losses = train.evaluate, []
 
-    def both(model, batches, byte_lengths, loss):
-        found = evaluate(model, batches, byte_lengths, loss)
+    def both(model, batches, byte_lengths, loss, world):
+        found = evaluate(model, batches, byte_lengths, loss, world)
         losses.append((found["val_loss"], evaluate(model, batches, byte_lengths)["val_loss"]))
         return found
 

@@ -28,15 +28,19 @@ import torch
 
 import experiments.__main__ as sweeps
 import train
-from bench import gpu, nanogpt, op, report, steps, tune
-from model import checkpoint, export, generate
+from bench import compare, gpu, nanogpt, op, report, steps, tune
+from model import checkpoint, evaluate, export, generate, lm_eval, plan
 from runtime import doctor
 
 PROGRAMS: dict[str, Callable[[list[str]], int]] = {
     "train": train.main,
     "generate": generate.main,
+    "evaluate": evaluate.main,
     "export": export.main,
+    "plan": plan.main,
+    "lm_eval": lm_eval.main,
     "experiments": lambda argv: sweeps.main(argv, (sys.executable, "-c", "raise SystemExit(3)")),
+    "bench.compare": compare.main,
     "bench.gpu": gpu.main,
     "bench.nanogpt": nanogpt.main,
     "bench.op": op.main,
@@ -48,13 +52,15 @@ PROGRAMS: dict[str, Callable[[list[str]], int]] = {
 
 # Flags that make each command line a good one, but for what a case adds.
 SMALL = (
-    "--steps=2 --batch_size=4 --model.n_layer=2 --model.n_head=2 --model.d_model=32 --model.seq_len=32 "
+    "--config=small.py --steps=2 --batch_size=4 --model.n_layer=2 --model.n_head=2 --model.d_model=32 "
+    "--model.seq_len=32 "
     "--data.corpus=text --data.tokenizer=bytes --data.val_fraction=0.1 --data.cache=cache --eval_tokens=256 "
     "--precision=fp32 --compile=off --device=cpu --save_every=1"
 )
 GOOD = {
     "train": f"{SMALL} --run=new",
     "generate": "--run=small --tokens=2",
+    "evaluate": "--run=small",
     "experiments": "--dry-run",
     "bench.nanogpt": "--corpus=text",
 }
@@ -103,14 +109,19 @@ TABLE = {
         --model.init=                  zeros
         --model.embedding_std=         -1 nan inf
         --model.recompute=             1.5 -1 nan
-        --data.tokenizer=              words ""
+        --model.logit_softcap=         -1 nan inf
+        --model.label_smoothing=       1 -0.1 nan
+        --model.z_loss=                -1 nan inf
+        --data.tokenizer=              words "" hub: hub:nope/ hub:org/name:x text text/0.txt list.json
         --data.vocab_size=             256 -1 x
         --data.val_fraction=           0 1 -0.5 nan
         --data.max_tokens=             -1 x
         --data.packing=                tight
         --data.shift=                  2 -1
         --data.corpus=                 nowhere nowhere.jsonl empty empty.txt bad.jsonl bad.parquet bad.txt.gz
-        --data.corpus=                 bad.jsonl.zst blob.bin list.json hub:nope/ hub:
+        --data.corpus=                 bad.jsonl.zst blob.bin list.json hub:nope/ hub: text#body bad.jsonl#body
+        --data.corpus=                 nowhere/*.txt text:0.5,nowhere:0.5 text:0,bad.jsonl:1 text:1,bad.jsonl shards
+        --data.corpus=shards           => pickle
         --data.corpus=                 => data.corpus
         --data.cache=                  "" text/0.txt text/0.txt/cache
         --kernels=                     cuda Triton ""
@@ -121,21 +132,26 @@ TABLE = {
         --kernels.attention=           flash2
         --kernels.rmsnorm=             apex
         --kernels.linear_cross_entropy= liger
+        --kernels.fp8_linear=          sdpa
         --device=                      tpu cuda:99 gpu cpu:1 meta ""
-        --precision=                   fp8 float32
+        --precision=                   fp4 float32
         --residual=                    fp16 bf16
         --compile=                     true maybe
         --capture=                     1 on
         --deterministic=               2 maybe
+        --shard=                       some "" 2 Full full hybrid
         --batch_size=                  0 -1 2.5 1e3 "" 1000000000000000000000
-        --micro_batch=                 -1 3 x
+        --micro_batch=                 -1 3 x all
         --log_every=                   0 -1 often
         --eval_every=                  0 -1 1.5
         --eval_tokens=                 0 -1
         --save_every=                  0 -1
         --sample_every=                -1 x
         --diag=                        -1 x
+        --profile=                     0 x 5:0 :3 1.5 1e3
         --wandb=                       on True
+        --compare=                     -1 nan x
+        --log=                         on "" wandb,x ,tensorboard
         --run=                         a/b .. . ../x /abs out/small
         --config=                      nowhere.py text flat.yaml nested.yaml knobs.json exits.py raises.py imports.py
         --config=                      syntax.py divides.py binary.py quits.py
@@ -176,9 +192,14 @@ TABLE = {
         --resume --run=pickled         => last.pt
         --resume --run=untokenized --steps=9 => tokenizer.json
         --resume --run=partless        => model_config
+        --resume --run=unsharded       => is missing
         --resume --run=reshaped --steps=9 => norm.gain
         --resume --run=knobbed         => bogus
         --resume --run=imported        => imported
+        --resume --run=small --steps=9 --init_from=hf => init_from
+        --init_from=                   nowhere text out/cut hub: hub:a/b/c
+        --init_from=hf --model.n_layer=3 => leave it out
+        --init_from=small --data.tokenizer=gpt2 => data.tokenizer
         --resume --overwrite --run=small => --overwrite
         --resume --run=small --model.d_model=64 => d_model
         --resume --run=small --optimizer=adamw => optimizer
@@ -189,6 +210,17 @@ TABLE = {
         --overwrite --run=notes        => not a run
         --run=small                    => exists
         --run=hf                       => exists
+        --print_config=                maybe
+        --print_config --device=tpu    => tpu
+        --print_config --resume --run=none => none
+        --print_config --resume --run=hf   => config.json
+        --eval_only=                   maybe
+        --eval_only --run=none         => none
+        --eval_only --run=lost         => lost
+        --eval_only --run=cut          => last.pt
+        --eval_only --run=imported     => imported
+        -h modle                       => modle
+        -h --config=nowhere.py         => nowhere.py
     """,
     "generate": """
         --run=                         nowhere out/nowhere out text hf "" . /
@@ -210,6 +242,17 @@ TABLE = {
         --prompt                       => --prompt
         --run=nan                      => NaN
     """,
+    "evaluate": """
+        --data=                        nowhere empty empty.txt bad.jsonl blob.bin ""
+        --tokens=                      0 -1 x
+        --stride=                      0 -1 33 x
+        --batch-size=                  0 1.5
+        --checkpoint=                  newest
+        --device=                      tpu
+        --run=imported                 => --data
+        --run=cut                      => last.pt
+        --bogus=1                      => --bogus
+    """,
     "export": """
         --to=new                       => --run
         --run=small                    => --to
@@ -219,6 +262,17 @@ TABLE = {
         --run=small --to=text          => text
         --run=small --to=text/0.txt    => text/0.txt
         --run=small --to=text/0.txt/hf => text/0.txt
+        --run=small --to=deep/a.gguf   => gguf
+        --run=small --to=deep/a.pt     => deep
+        --run=small --to=text/0.txt/a.pt => text/0.txt
+        --run=small --to=out/small/last.pt => exists
+        --run=nowhere --to=a.pt        => nowhere
+        --run=cut --to=a.pt            => last.pt
+        --run=lost --to=a.pt           => lost
+        --run=pickled --to=a.pt        => last.pt
+        --run=unsharded --to=a.pt      => is missing
+        --run=unsharded --to=new       => is missing
+        --run=text --to=a.gguf         => text
         --run=nowhere --to=new         => nowhere
         --run= --to=new                => not a run
         --run=text --to=new            => text
@@ -229,14 +283,41 @@ TABLE = {
         --run=reshaped --to=new        => norm.gain
         --run=untokenized --to=new     => tokenizer.json
         --run=biased --to=deep/new     => bias
+        --run=capped --to=deep/new     => logit_softcap
         --run=windowed --to=deep/new   => window
         --run=small --from=hf          => exists
         --run=out/small --from=hf      => exists
         --run=new --from=nowhere       => nowhere
         --run=new --from=text          => text
         --run=new --from=text/0.txt    => text/0.txt
-        --run=new --from=out/small     => model.safetensors
+        --run=new --from=out/small     => is a run
         --run=text/0.txt/new --from=hf => text/0.txt
+    """,
+    "plan": """
+        --config=                      nowhere.py flat.yaml exits.py ""
+        --card=                        TPU
+        --cards=                       0 -8 7 1024 x 1.5
+        --per_machine=                 0 x
+        --achieved=                    0 1.5 nan half
+        --shard=                       some ""
+        --batch_size=                  0 100 x
+        --micro_batch=                 0 0.5 48 big "" 128
+        --precision=                   fp8
+        --optimizer=                   sgd
+        --kernels=                     cuda
+        --model.n_head=                7
+        --model.n_layer=               0 -1
+        --bogus=1                      => --bogus
+        stray                          => stray
+    """,
+    "lm_eval": """
+        --run=small                    => --tasks
+        --tasks=hellaswag              => --run
+        --limit=                       0 -1 x
+        --num-fewshot=                 -1 x
+        --batch-size=                  0 1.5
+        --run=small --tasks=nowhere    => lm
+        --bogus                        => --
     """,
     "experiments": """
         --scale=                       big ""
@@ -264,6 +345,12 @@ TABLE = {
         compare nowhere small          => nowhere
         compare out/small text         => text
         --bogus                        => --bogus
+    """,
+    "bench.compare": """
+        --run=small --seconds=         0 -1 nan x
+        --run=nowhere                  => nowhere
+        --seconds=1                    => --run
+        --run=small stray              => stray
     """,
     "bench.gpu": """
         tunes                          => tunes
@@ -369,13 +456,16 @@ def set_up(folder: Path) -> None:
     """Make what the command lines name: texts, bad files, a run and damaged ones, its export and contradictory ones."""
     for name, content in FILES.items():
         (folder / name).write_bytes(content)
-    for name in ("text", "empty", "out/notes"):
+    for name in ("text", "empty", "shards", "out/notes"):
         (folder / name).mkdir(parents=True)
+    for name in ("train.bin", "val.bin", "meta.pkl"):
+        (folder / "shards" / name).write_bytes(b"\1\0" * 99)
     for i in range(8):
         (folder / "text" / f"{i}.txt").write_text(f"The quick brown fox {i} jumps over the lazy dog. " * 20)
     (folder / "out/notes/notes.txt").write_text("mine")
     llama = "--model.qk_norm=false --model.init=fan-in"
-    for name, flags in {"small": "", "biased": "--model.bias", "windowed": f"{llama} --model.window=8"}.items():
+    varied = {"biased": "--model.bias", "capped": "--model.logit_softcap=30", "windowed": f"{llama} --model.window=8"}
+    for name, flags in {"small": "", **varied}.items():
         assert train.main(shlex.split(f"{SMALL} --run={name} {flags}")) == 0
     assert export.main(["--run=small", "--to=hf"]) == 0 == export.main(["--run=imported", "--from=hf"])
     shutil.copytree("hf", "out/hf")
@@ -404,6 +494,7 @@ def set_up(folder: Path) -> None:
         "knobbed": state | {"model_config": state["model_config"] | {"bogus": 1}},
         "nan": state | {"model": weights | {"norm.gain": weights["norm.gain"] * torch.nan}},
         "pickled": state | {"config": Path("text")},
+        "unsharded": state | {"format": checkpoint.SHARDED_FORMAT, "shards": {"folder": "shards-2", "files": {"a": 1}}},
     }
     for name, content in broken.items():
         torch.save(content, damaged(name) / "last.pt")

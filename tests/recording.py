@@ -5,9 +5,14 @@ operator on the same tensors and numbers, and writes its results to the same mem
 calls if the function uses a number computed on the host, a tensor that is rebound, or state allocated late.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+import runtime.capture
+from runtime import hardware
 
 HOST_READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default}
 
@@ -55,3 +60,25 @@ class Recorded:
         else:
             self.recording.replay()
             Recorded.replays += 1
+
+
+class Eager:
+    """Replaces `Captured` without replays. It records too, because the recording's references to tensors decide whether
+    autograd accumulates in place, which may affect the layout of a sum and hence rounding."""
+
+    def __init__(self, run, pool):
+        self.run = run
+
+    def __call__(self):
+        with Recording():
+            self.run()
+
+
+def emulate_graphs(monkeypatch):
+    """Have training on a CPU replay recordings in place of CUDA graphs."""
+    monkeypatch.setattr(hardware, "pick_capture", lambda *args: (True, "yes"))
+    monkeypatch.setattr(runtime.capture, "Captured", Recorded)
+    monkeypatch.setattr(runtime.capture, "synchronizations", lambda: nullcontext([]))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: torch._C._len_torch_dispatch_stack() > 0)
+    monkeypatch.setattr(Recorded, "replays", 0)

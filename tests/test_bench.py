@@ -427,7 +427,7 @@ def test_shards_run_each_test_once():
 @pytest.mark.parametrize("shape", steps.SHAPES)
 def test_steps_are_trained_with_knobs_that_exist(shape, tmp_path):
     (tmp_path / "defaults.py").touch()
-    for variant in steps.VARIANTS.values():
+    for variant in (steps.VARIANTS | steps.FP8).values():
         knobs = steps.SHAPES[shape] | variant | {"config": tmp_path / "defaults.py", "steps": 1, "out": tmp_path}
         config, *_ = train.configure([f"--{key}={value}" for key, value in knobs.items()])
         assert config.model.resolved(256).vocab_size == steps.SHAPES[shape]["model.vocab_size"]
@@ -441,6 +441,14 @@ def test_a_step_is_measured(monkeypatch, tmp_path):
     assert row["batch"] == 2 and row["seq_len"] == 16 and row["tok_s"] == pytest.approx(32 / row["ms"] * 1e3)
     assert row["loss"] < row["first_loss"] and row["mfu"] is None and row["kernels"] == []
     assert json.loads(json.dumps(row)) == row
+
+
+@pytest.mark.parametrize("capability, due", [((8, 0), False), ((9, 0), True)])
+def test_fp8_steps_are_timed_where_a_card_has_it(monkeypatch, capability, due):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert steps.is_due("124M", "fp8") == steps.is_due("M4", "fp8, triton") == due
+    assert steps.is_due("42M", "captured") and not steps.is_due("42M", "fp8")
 
 
 def test_a_step_that_fails_is_recorded_and_the_rest_go_on(monkeypatch, tmp_path, capsys):
@@ -594,7 +602,7 @@ def test_training_on_bytes_needs_torch_and_numpy_alone(tiny, tmp_path):
     done = python(WITHOUT, *tiny(tmp_path / "out", **changes))
     assert done.returncode == 0, done.stderr
     assert "no loss.png: the package matplotlib is not installed" in done.stdout
-    assert "W&B is off for this run: No module named 'wandb'" in done.stdout
+    assert "W&B is off for this run: this configuration needs the package wandb, which is not installed" in done.stdout
     assert json.loads((tmp_path / "out/small/status.json").read_text())["status"] == "finished"
 
 

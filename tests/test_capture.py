@@ -7,38 +7,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from recording import Recorded, Recording
+from recording import Eager, Recorded, emulate_graphs
 from torch.utils._pytree import tree_leaves
 
 import runtime.capture
 import train
 from model import checkpoint
-from runtime import hardware
 from runtime.capture import WARM_UP, Captured, CaptureError, InFlight, Step, synchronizations
 from runtime.hardware import HardwareError, pick_capture, pick_residual
-
-
-class Eager:
-    """Replaces `Captured` without replays. It records too, because the recording's references to tensors decide whether
-    autograd accumulates in place, which may affect the layout of a sum and hence rounding."""
-
-    def __init__(self, run, pool):
-        self.run = run
-
-    def __call__(self):
-        with Recording():
-            self.run()
 
 
 @pytest.fixture
 def recorded(monkeypatch):
     """Makes training on a CPU replay recordings in place of CUDA graphs."""
-    monkeypatch.setattr(hardware, "pick_capture", lambda *args: (True, "yes"))
-    monkeypatch.setattr(runtime.capture, "Captured", Recorded)
-    monkeypatch.setattr(runtime.capture, "synchronizations", lambda: nullcontext([]))
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: torch._C._len_torch_dispatch_stack() > 0)
-    monkeypatch.setattr(Recorded, "replays", 0)
+    emulate_graphs(monkeypatch)
 
 
 @pytest.fixture
@@ -72,7 +54,10 @@ CASES = {
     "documents": {"data.packing": "documents", "model.window": "SL:8", "model.n_kv_head": 1},
     "dropout": {"model.dropout": 0.1, "micro_batch": 2},
     "recomputed": {"model.recompute": 0.5},
+    "loss": {"model.label_smoothing": 0.1, "model.z_loss": 1e-3, "model.logit_softcap": 5},
     "bf16": {"precision": "bf16", "residual": "bf16", "optimizer": "muon", "micro_batch": 2},
+    "fp8": {"precision": "fp8", "micro_batch": 2},
+    "nvfp4": {"precision": "nvfp4"},
     "diagnosed": {"diag": 7, "micro_batch": 2},
 }
 
@@ -109,6 +94,13 @@ def test_a_resumed_run_replays_on(run, eagerly):
     assert all(torch.equal(x, y) for x, y in zip(weights, expected, strict=True))
     losses = {row[0]: row[1:4] for row in rows if row[1]}
     assert losses == {row[0]: row[1:4] for row in all_rows if row[1]}
+
+
+def test_profiling_replays_changes_nothing(run, recorded):
+    knobs = {"steps": WARM_UP + 8, "log_every": 1, "eval_every": 100, "save_every": 100}
+    plain, profiled = (run(run=f"profile{window}", profile=window, **knobs)[1] for window in ("", WARM_UP + 4))
+    assert_same(trained(plain), trained(profiled))
+    assert (profiled / "profile" / f"step-{WARM_UP + 4}.txt").exists()
 
 
 def test_triton_kernels_replay(run, eagerly):

@@ -13,7 +13,7 @@ import torch
 
 import train
 from model import checkpoint, export, generate
-from model.export import from_huggingface
+from model.huggingface import from_huggingface
 from runtime.config import build, read_flags
 
 FILES = Path(__file__).parent / "files" / "a08ca20"

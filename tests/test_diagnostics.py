@@ -36,11 +36,11 @@ def step(model, optimizers, probed=True, size=2, scale=1.0, clip=1e-3):
         (model(ids, targets, "sum") / IDS.numel() * scale).backward()
         grads.append([p.grad.clone() for p in model.parameters()])
         probe and probe.after_backward()
+    probe and probe.before_step()
     for p in model.parameters():
         p.grad /= scale
     clip_grad_norm_(model.parameters(), clip)
     before = [p.detach().clone() for p in model.parameters()]
-    probe and probe.before_step()
     for optimizer in optimizers:
         optimizer.step()
     row = probe.after_step(IDS) if probed else None
@@ -133,8 +133,8 @@ def test_a_step_that_overflowed():
     probe = Probe(model, optimizers, scaler.get_scale())
     scaler.scale(model(IDS, TARGETS) * math.inf).backward()
     probe.after_backward()
-    scaler.unscale_(optimizers[0])
     probe.before_step()
+    scaler.unscale_(optimizers[0])
     scaler.step(optimizers[0])
     row = probe.after_step(IDS)
     assert set(row["update"].values()) == {0.0} and row["snr"] == {}

@@ -310,7 +310,11 @@ def test_parameters_do_not_depend_on_kernels():
 @pytest.mark.parametrize("kernels, features", [("auto", "plain"), ("torch", "plain"), ("auto", "all")])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"norm": "layer", "norm_place": "post", "position": "learned", "recompute": 0.5}, {"norm_place": "res-post"}],
+    [
+        {},
+        {"norm": "layer", "norm_place": "post", "position": "learned", "recompute": 0.5},
+        {"norm_place": "res-post", "label_smoothing": 0.1, "z_loss": 1e-3, "logit_softcap": 5.0},
+    ],
     ids=["default", "post-norm", "res-post-norm"],
 )
 def test_the_model_is_one_graph(kernels, features, changes):
@@ -455,6 +459,27 @@ def test_evaluation_counts_known_targets_and_their_bytes():
     result = evaluate(model, [(ids, padded)], lengths)
     assert result["val_loss"] == pytest.approx(nats / 48)
     assert result["val_bpb"] == pytest.approx(nats / math.log(2) / targets[:2].sum().item())
+
+
+LOSS = {"label_smoothing": 0.2, "z_loss": 0.1, "logit_softcap": 2.0}
+
+
+@pytest.mark.parametrize("kernels", ["torch", pytest.param("triton", marks=NO_TRITON)])
+@pytest.mark.parametrize("knobs", [{}, *({key: value} for key, value in LOSS.items()), LOSS], ids=str)
+def test_the_training_loss_is_its_formula_and_evaluation_keeps_only_the_softcap(kernels, knobs):
+    """In float64 from the model's own hidden states."""
+    model, (ids, targets) = build(kernels=kernels, **knobs), torch.randint(101, (2, 2, 24))
+    torch.nn.init.normal_(model.head.weight, std=0.5)  # logits that a softcap of 2 changes
+    with torch.no_grad():
+        logits = model.hidden(ids).double() @ model.head.weight.double().T
+        if cap := knobs.get("logit_softcap"):
+            logits = cap * torch.tanh(logits / cap)
+        lse, picked = logits.logsumexp(-1), logits.gather(-1, targets[..., None])[..., 0]
+        smoothing, z_loss = knobs.get("label_smoothing", 0.0), knobs.get("z_loss", 0.0)
+        trained = lse - (1 - smoothing) * picked - smoothing * logits.mean(-1) + z_loss * lse.square()
+        assert model(ids, targets).item() == pytest.approx(trained.mean().item(), rel=1e-4)
+        assert model.eval()(ids, targets).item() == pytest.approx((lse - picked).mean().item(), rel=1e-4)
+        torch.testing.assert_close(model.logits(ids).double(), logits[:, -1], rtol=1e-4, atol=1e-4)
 
 
 def test_evaluation_takes_no_gradients():

@@ -2,13 +2,15 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from kernels import KernelChoice, bind
+from model import checkpoint
 from model.gpt import GPT, ModelConfig
-from model.optim import Muon, OptimizerConfig, build_optimizers, load_optimizers, lr_factor, orthogonalize, set_lr
+from model.optim import Muon, OptimizerConfig, build_optimizers, lr_factor, orthogonalize, set_lr
 from runtime.budget import Budget, Length
 from runtime.config import ConfigError
 
@@ -18,6 +20,11 @@ def model():
     torch.manual_seed(0)
     config = ModelConfig(n_layer=1, n_head=2, d_model=16, seq_len=8, tied=False).resolved(11)
     return GPT(config, bind(KernelChoice()))
+
+
+def load_state(optimizers, states):
+    current = {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+    checkpoint.restore(current, {"optimizers": states}, Path("last.pt"))
 
 
 def optimizers_of(model, name="muon", lr=1e-2, weight_decay=0.1):
@@ -134,7 +141,7 @@ def test_loading_state_keeps_the_configured_hyperparameters(model):
     for optimizer in first:
         optimizer.step()
     second = optimizers_of(model, lr=7.0, weight_decay=0.3)
-    load_optimizers(second, [optimizer.state_dict() for optimizer in first])
+    load_state(second, [optimizer.state_dict() for optimizer in first])
     assert [g["peak_lr"] for o in second for g in o.param_groups] == [7.0, 7.0, 2e-2]
     assert second[0].param_groups[0]["weight_decay"] == 0.3
     weight = model.head.weight
@@ -229,7 +236,7 @@ def test_loaded_state_keeps_the_tensors_of_a_graph(model):
     for optimizer in optimizers:
         optimizer.step()
     steps, rates = optimizers[0].steps, [rate for optimizer in optimizers for rate in optimizer.rates]
-    load_optimizers(optimizers, [optimizer.state_dict() for optimizer in optimizers])
+    load_state(optimizers, [optimizer.state_dict() for optimizer in optimizers])
     set_lr(optimizers, 0.5)
     assert optimizers[0].steps is steps and steps == 1
     assert all(state["step"] is steps for state in optimizers[0].state.values())
@@ -243,7 +250,7 @@ def test_state_of_torchs_adamw_loads(model):
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     theirs.step()
-    load_optimizers([ours], [theirs.state_dict()])
+    load_state([ours], [theirs.state_dict()])
     assert ours.steps == 1
     for p, state in theirs.state.items():
         assert torch.equal(ours.state[p]["exp_avg_sq"], state["exp_avg_sq"])

@@ -16,6 +16,7 @@ import torch
 
 from model import checkpoint
 from runtime.budget import Budget, Length
+from runtime.distributed import ALONE
 from runtime.files import WriteError, append, is_locked, locked, write_atomically
 from runtime.hardware import HardwareError, check_memory, pick_compile, rated_flops, set_up
 from runtime.run import Run, RunError, choose_folder, find, read_status
@@ -206,9 +207,9 @@ def test_the_first_signal_is_a_flag_and_the_second_ends_at_once(name):
     try:
         with Interrupt() as interrupt:
             os.kill(os.getpid(), number)
-            assert interrupt.signal == number and not interrupt.take_save()
+            assert interrupt.signal == number and interrupt.agree(ALONE, 0.5, True) == (0.5, "interrupted", False)
             os.kill(os.getpid(), signal.SIGUSR1)
-            assert interrupt.take_save() and not interrupt.take_save()
+            assert [interrupt.agree(ALONE, 0.5, False)[2] for _ in range(2)] == [True, False]
             with pytest.raises(Interrupted, match=f"{name} ended it at once"):
                 os.kill(os.getpid(), number)
             os.kill(os.getpid(), number)  # ignored: the end is being recorded

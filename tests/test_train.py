@@ -12,13 +12,15 @@ import threading
 import time
 from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 
+import data.prepare
 import train
 from model import checkpoint
-from model.generate import load_run
+from model.load import load_run
 from runtime.files import WriteError
 from runtime.run import Run
 
@@ -44,6 +46,7 @@ def test_a_run_leaves_its_record(run, capsys):
     lines = capsys.readouterr().out.splitlines()
     (step,) = (line for line in lines if line.startswith("step      8   58%"))
     assert re.search(r" tok/s  0:00:\d\d elapsed, 0:00:\d\d left$", step)
+    assert re.fullmatch(r"result   \d\.\d{4} bits per byte, [\d,]+ tok/s", lines[-5])
     assert lines[-4].startswith("made     best.pt (the model of the lowest validation loss), last.pt")
     assert lines[-4].endswith(f"in {folder}")
     assert [line.partition(" -m ")[2] or line.partition("train.py")[2] for line in lines[-3:]] == [
@@ -215,9 +218,9 @@ def test_a_live_run_is_neither_resumed_nor_overwritten(run, monkeypatch, capsys)
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_before_training_ends_in_a_sentence(run, tmp_path, monkeypatch, capsys, name):
     with monkeypatch.context() as patch:
-        during(patch, train, "prepare", kill(name))
+        during(patch, data.prepare, "prepare", kill(name))
         assert run(run="mine")[0] == 1 and not (tmp_path / "out").exists()
-    during(monkeypatch, Run, "start_wandb", kill(name))  # the folder exists by now
+    during(monkeypatch, Run, "start_trackers", kill(name))  # the folder exists by now
     code, folder = run(run="mine")
     assert code == 1 and status(folder)["status"] == "interrupted"
     assert capsys.readouterr().err == 2 * f"error: interrupted at step 0: {name} ended it at once\n"
@@ -227,7 +230,7 @@ def test_a_signal_before_training_ends_in_a_sentence(run, tmp_path, monkeypatch,
 def test_a_signal_in_the_last_evaluation_or_sample_leaves_the_rest_to_resuming(run, monkeypatch, name):
     _, whole = run(run="whole", eval_every=99)
     with monkeypatch.context() as patch:
-        during(patch, train, "evaluate" if name == "evaluate" else "generate", kill("SIGTERM"))
+        during(patch, train, "evaluate" if name == "evaluate" else "continued", kill("SIGTERM"))
         code, folder = run(run="mine", eval_every=99)
     done = {"evaluate": ("interrupted", 1), "sample": ("finished", 0)}[name]  # nothing is left to do after the sample
     assert (status(folder)["status"], code) == done and [row["step"] for row in rows(folder)] == [1, 4, 8, 12, 12]
@@ -249,10 +252,10 @@ def test_sigusr1_saves_and_goes_on(run, monkeypatch):
     saved, save = [], checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda folder, state: (saved.append(state["step"]), save(folder, state)))
     during(monkeypatch, train.Trainer, "train_step", kill("SIGUSR1"), at_step=6)
-    assert run(save_every=99, eval_every=99)[0] == 0 and saved == [7, 12]
+    assert run(save_every=99, eval_every=99)[0] == 0 and saved == [8, 12]
 
 
-@pytest.mark.parametrize("owner, name", [(Run, "start_wandb"), (train.Trainer, "evaluate")])
+@pytest.mark.parametrize("owner, name", [(Run, "start_trackers"), (train.Trainer, "evaluate")])
 def test_an_error_once_the_folder_exists_is_its_status(run, monkeypatch, capsys, owner, name):
     """In set-up, and in the end of a run."""
 
@@ -270,22 +273,24 @@ def test_a_reader_that_leaves_does_not_end_the_run(tiny, tmp_path):
     """As `train.py | head -1` does; also at the interpreter's exit."""
     command = [sys.executable, str(train.ROOT / "train.py"), *tiny(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout.readline().startswith("run ")
+    assert process.stdout.readline().startswith("config ")
     process.stdout.close()
     assert (process.wait(), process.stderr.read()) == (0, "")
     assert status(tmp_path / "small")["status"] == "finished"
 
 
-class BrokenWandb:
+class BrokenTracker:
     """A W&B run whose service died."""
+
+    title = "W&B"
 
     def __init__(self, fails):
         self.fails, self.called = fails, []
 
-    def log(self, row, step):
+    def log(self, row):
         self._call("log")
 
-    def finish(self, exit_code):
+    def finish(self, succeeded):
         self._call("finish")
 
     def _call(self, name):
@@ -296,11 +301,11 @@ class BrokenWandb:
 
 @pytest.mark.parametrize("fails", ["log", "finish"])
 def test_what_is_beside_a_run_never_ends_it(run, monkeypatch, capsys, fails):
-    broken, start = BrokenWandb(fails), Run.start
+    broken, start = BrokenTracker(fails), Run.start
 
     def start_badly(self, at_step):
         start(self, at_step)
-        self.wandb = broken
+        self.trackers.append(broken)
         (self.folder / "samples.txt").mkdir()
 
     monkeypatch.setattr(Run, "start", start_badly)
@@ -359,23 +364,24 @@ def test_an_overflow_in_one_gradient_stops_every_optimizer(run, monkeypatch, cli
 
 
 def test_compiled_follows_eager(run, eager_losses):
-    """In evaluation too, which the step's compiled forward is for: there is nothing more to compile."""
+    """In evaluation too, which the step's compiled forward is for: there is nothing more to compile, nor to profile."""
     _, eager = run(run="eager", steps=4)
     del eager_losses[:]
     torch._dynamo.reset()
     counts = torch._dynamo.utils.counters["stats"]
     before = counts["unique_graphs"]
-    _, compiled = run(run="compiled", steps=4, eval_every=2, compile="on")
+    _, compiled = run(run="compiled", steps=4, eval_every=2, compile="on", profile="3:1")
     assert rows(compiled)[-1]["val_loss"] == pytest.approx(rows(eager)[-1]["val_loss"], abs=1e-3)
     assert counts["unique_graphs"] == before + 1
     assert [found for found, _ in eager_losses] == pytest.approx([eager for _, eager in eager_losses], rel=1e-5)
-    assert len(eager_losses) == 2
+    assert len(eager_losses) == 2 and "torch.compile" in (compiled / "profile" / "step-3.txt").read_text()
 
 
-def test_evaluation_has_no_dropout(run, monkeypatch, eager_losses):
-    """As the step's compiled forward would."""
+@pytest.mark.parametrize("knob", ["dropout", "label_smoothing", "z_loss"])
+def test_evaluation_is_of_the_plain_loss(run, monkeypatch, eager_losses, knob):
+    """The step's compiled forward has the training loss."""
     monkeypatch.setattr("torch.compile", lambda model: model)
-    assert run(steps=2, compile="on", **{"model.dropout": 0.5})[0] == 0
+    assert run(steps=2, eval_every=2, compile="on", **{f"model.{knob}": 0.5})[0] == 0
     assert [found for found, _ in eager_losses] == [eager for _, eager in eager_losses] != []
 
 
@@ -463,8 +469,8 @@ def exhausted(*args):
 
 
 def test_out_of_memory_is_a_status(run, monkeypatch, capsys):
-    monkeypatch.setattr(train.Trainer, "train_step", exhausted)
-    code, folder = run()
+    monkeypatch.setattr(train.Trainer, "accumulate", exhausted)
+    code, folder = run(micro_batch=0)
     assert code == 1 and status(folder)["status"] == "oom"
     error = "error: oom at step 0: tried to allocate 80 GB; --micro_batch=2 needs less memory\n"
     assert capsys.readouterr().err == error
@@ -507,12 +513,13 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(run, monkeypatch, capsys
     assert run("--resume", run="small")[0] == 0
 
 
-def test_wandb_offline_mirrors_the_rows(run):
+@pytest.mark.parametrize("option", [{"wandb": "offline"}, {"log": "wandb-offline"}], ids=["wandb", "log"])
+def test_wandb_offline_mirrors_the_rows(run, option):
     pytest.importorskip("wandb")
-    code, folder = run(wandb="offline")
+    code, folder = run(**option)
     assert code == 0 and list(folder.glob("wandb/offline-run-*/*.wandb"))
     assert run("--resume", run="small", steps=14)[0] == 0
-    ids = [path.name.rpartition("-")[2] for path in folder.glob("wandb/offline-run-*")]
+    ids = [path.name.split("-")[3] for path in folder.glob("wandb/offline-run-*")]
     assert ids[0] and len(set(ids)) == 1
 
 
@@ -520,8 +527,54 @@ def test_wandb_without_a_key_is_no_reason_to_fail(run, monkeypatch, capsys):
     pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", os.devnull)
-    code, _ = run(wandb="online")
-    assert code == 0 and "W&B is off for this run: No API key" in capsys.readouterr().out
+    code, _ = run(log="wandb")
+    assert code == 0 and re.search("W&B is off for this run: .*API.key", capsys.readouterr().out, re.I)
+
+
+class Writer:
+    """Stands in for TensorBoard's `SummaryWriter`, whose package need not be here."""
+
+    made: ClassVar = []
+
+    def __init__(self, folder, purge_step=None):
+        self.folder, self.purge_step, self.scalars, self.closed = folder, purge_step, [], False
+        Writer.made.append(self)
+
+    def add_text(self, key, text, step):
+        self.text = text
+
+    def add_scalar(self, key, value, step):
+        self.scalars.append((key, value, step))
+
+    def close(self):
+        self.closed = True
+
+
+def test_tensorboard_gets_the_rows_as_scalars(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    monkeypatch.setattr(Writer, "made", [])
+    _, folder = run(log="tensorboard", diag=4)
+    (writer,) = Writer.made
+    assert writer.folder == folder / "tensorboard" and writer.purge_step is None and writer.closed
+    assert "    model/n_layer = 2\n" in writer.text
+    loss = [(row["step"], row["loss"]) for row in rows(folder) if "loss" in row]
+    assert [(step, value) for key, value, step in writer.scalars if key == "loss"] == loss
+    assert {"val_bpb", "diag/gradient/norms", "tok_s"} <= {key for key, _, _ in writer.scalars}
+    assert run("--resume", run="small", steps=14)[0] == 0
+    assert Writer.made[1].purge_step == 13
+
+
+def test_tensorboard_writes_its_files(run):
+    pytest.importorskip("tensorboard")
+    _, folder = run(log="tensorboard", steps=2)
+    assert list(folder.glob("tensorboard/events*"))
+
+
+def test_a_tracker_without_its_package_is_no_reason_to_fail(run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert run(log="tensorboard", steps=1)[0] == 0
+    said = capsys.readouterr().out
+    assert "TensorBoard is off for this run" in said
 
 
 def test_runs_are_named_after_their_config(run, tmp_path):
@@ -552,7 +605,9 @@ def test_only_a_run_is_overwritten(run, tmp_path, capsys):
 
 def test_one_of_two_runs_that_start_at_once_is_refused(run, tmp_path, capsys, monkeypatch):
     name = tmp_path / "out" / "small"
-    monkeypatch.setattr(train, "choose_folder", lambda *args: name)  # both processes chose it before either created it
+    monkeypatch.setattr(
+        "runtime.run.choose_folder", lambda *args: name
+    )  # both processes chose it before either created it
     assert run(steps=3)[0] == 0
     before = {path: path.read_bytes() for path in name.iterdir()}
     assert run(steps=5)[0] == 2 and "another run has just started in" in capsys.readouterr().err
@@ -583,9 +638,9 @@ def test_resuming_runs_an_evaluation_that_a_crash_lost(run, monkeypatch):
 
 def test_a_rows_speed_is_since_the_last_row(tiny, tmp_path):
     trainer = train.Trainer(*train.configure(tiny(tmp_path / "out")))
-    trainer.peak = 1e9
+    trainer.meter.peak = 1e9
     for step, busy in ((4, 2.0), (12, 1.0)):
-        trainer.step, trainer.train_seconds = step, trainer.train_seconds + busy
+        trainer.step, trainer.meter.seconds = step, trainer.meter.seconds + busy
         trainer.log({"loss": 1.0, "grad_norm": 1.0}, 0.5)
     speeds = [row["tok_s"] for row in trainer.run.rows]
     assert speeds == [4 * 128 / 2, 8 * 128 / 1]
@@ -695,7 +750,7 @@ FILES = {
     "binary": ("a.txt", b"ab\x00cd" * 99, "binary"),
     "not UTF-8": ("a.txt", b"caf\xe9 " * 99, "UTF-8"),
     "bad line": ("a.jsonl", '{"text": "x"}\n{"text": \n', "a.jsonl:2"),
-    "no text field": ("a.jsonl", '{"content": "x"}\n', "content"),
+    "no text field": ("a.jsonl", '{"content": "x", "title": "y"}\n', "title (str)"),
     "corrupt parquet": ("a.parquet", b"PAR1 but not really", "a.parquet"),
 }
 
@@ -813,5 +868,5 @@ def test_bf16_on_a_card_without_it(run, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
-    code, _ = run(device="cuda", precision="bf16")
+    code, _ = run(config="small.py", device="cuda", precision="bf16")
     assert code == 2 and "Tesla V100 does not compute in bf16: use --precision=fp16" in capsys.readouterr().err
