@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from kernels.common import cdiv, n_sm, rows_of
-from kernels.formats import E4M3, E5M2, FORMATS, FP8_CARDS, Format, round_to
+from kernels.formats import E4M3, E5M2, FORMATS, FP8_CARDS, round_to
 from kernels.launch import library_op, tl, triton
 from kernels.spec import Cost, Op
 
-LARGEST = {format.dtype: format.largest for format in FORMATS.values() if format.dtype}
+FORMAT_OF = {format.dtype: format for format in FORMATS.values() if format.dtype}
 
 # Reference
 
@@ -42,17 +42,13 @@ def fp8_quantize_torch(
         ValueError: shapes do not match.
     """
     _check(x, codes, codes_t)
-    rounded = round_to(x.float() * (1 / scale), _format(codes))
+    rounded = round_to(x.float() * (1 / scale), FORMAT_OF[codes.dtype])
     codes.copy_(rounded)
     if codes_t is not None:
         codes_t.copy_(rows_of(rounded).t())
     if amax is not None and x.numel():
         # max, in which NaN wins, would take the maximum of all steps to NaN; the codes tell already.
         amax.copy_(torch.fmax(amax, x.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax().float()))
-
-
-def _format(codes: Tensor) -> Format:
-    return next(format for format in FORMATS.values() if format.dtype == codes.dtype)
 
 
 def _check(x: Tensor, codes: Tensor, codes_t: Tensor | None) -> None:
@@ -100,7 +96,7 @@ def _fp8_quantize_(x: Tensor, scale: Tensor, codes: Tensor, amax: Tensor | None,
     blocks = cdiv(len(x), block_r) * cdiv(columns, block_c)
     if blocks:
         _fp8_quantize_kernel[(min(blocks, 8 * n_sm(x.device)),)](
-            x, scale, codes, amax, codes_t, len(x), columns, x.stride(0), LARGEST[codes.dtype],
+            x, scale, codes, amax, codes_t, len(x), columns, x.stride(0), FORMAT_OF[codes.dtype].largest,
             BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4,
         )  # fmt: skip
 
