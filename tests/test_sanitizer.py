@@ -17,6 +17,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.sanitizer import Counts, SanitizerError, sanitize
+from kernels.sanitizer.__main__ import main
 
 BLOCK = 16
 FOLDER = Path(__file__).parents[1] / "kernels" / "sanitizer"
@@ -99,6 +100,12 @@ def two_lanes_store_to_one_address(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def difference_underflows_int32(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    far = (-(2**31 - 2)) - tl.program_id(0) * 2
+    tl.store(out_ptr + tl.arange(0, BLOCK), far.to(tl.float32), mask=tl.arange(0, BLOCK) < 0)
+
+
+@triton.jit
 def offset_overflows_int32(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     tl.load(x_ptr + row * (n << 25), mask=row < 0)
@@ -125,6 +132,7 @@ def device_assert_fails(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
         (the_last_program_overwrites_what_all_read, r"race: store at byte 0 of x_ptr, where several programs did load"),
         (two_lanes_store_to_one_address, r"race: store at byte 0 of out_ptr, where another lane of this program"),
         (offset_overflows_int32, r"program \(2, 0, 0\): int32 overflow detected for operation mul"),
+        (difference_underflows_int32, r"program \(2, 0, 0\): int32 overflow detected for operation sub"),
         (device_assert_fails, r"program \(2, 0, 0\): too many programs"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -432,21 +440,23 @@ if __name__ == "__main__":
 """
 
 
-def test_a_program_runs_under_it_from_the_command_line(tmp_path):
+def test_a_program_runs_under_it_from_the_command_line(tmp_path, capsys):
     """From a copy of the folder, which needs nothing else, and with an autotuner, which takes its first candidate."""
     shutil.copytree(FOLDER, tmp_path / "copied")
     (tmp_path / "mine.py").write_text(PROGRAM)
     env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "TRITON_INTERPRET")}
 
-    def run(*arguments):
+    def run(*arguments, **variables):
         command = [sys.executable, "-m", "copied", *arguments]
-        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        return subprocess.run(command, cwd=tmp_path, env=env | variables, capture_output=True, text=True)
 
     good = run("mine.py", "41", "40", "3")
     assert good.returncode == 3 and "add_one: 1 launches, 160 bytes read, 164 written" in good.stdout, good
-    bad = run("--shuffle=1", "mine.py", "40", "40", "0")
+    bad = run("--shuffle=1", "mine.py", "40", "40", "0", TRITON_INTERPRET="1")  # the other began again with it
     assert (
         bad.returncode == 1 and "SanitizerError: add_one, program (2, 0, 0): store of 4 bytes at byte 160" in bad.stderr
     )
     assert "i <= n" in bad.stderr and "interpreter.py" not in bad.stderr and "runpy" not in bad.stderr
-    assert run("absent.py").returncode == 2
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path / "absent.py")])
+    assert "there is no file" in capsys.readouterr().err

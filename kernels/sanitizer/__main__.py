@@ -18,9 +18,6 @@ from . import SanitizerError, sanitize
 
 
 def main(argv: list[str]) -> int:
-    if os.environ.get("TRITON_INTERPRET") != "1":  # Triton read it when it was imported: begin again
-        os.environ["TRITON_INTERPRET"] = "1"
-        os.execv(sys.executable, [sys.executable, "-m", __spec__.parent, *argv])
     parser = argparse.ArgumentParser(
         prog=f"python -m {__spec__.parent}", description=__doc__.partition(":")[0], allow_abbrev=False
     )
@@ -32,6 +29,9 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if not Path(args.program).is_file():
         parser.error(f"there is no file {args.program}")
+    if os.environ.get("TRITON_INTERPRET") != "1":  # Triton read it when it was imported: begin again
+        os.environ["TRITON_INTERPRET"] = "1"
+        os.execv(sys.executable, [sys.executable, "-m", __spec__.parent, *argv])
     sys.argv = [args.program, *args.arguments]
     sys.path[0] = str(Path(args.program).resolve().parent)
     code = 0

@@ -12,6 +12,7 @@ kernel is raised as it is, not wrapped in one `InterpreterError` per device func
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import triton.language as tl
+from triton._utils import validate_block_shape
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter as upstream
 from triton.runtime.autotuner import Autotuner
@@ -74,7 +76,12 @@ def install() -> None:
     upstream.ScanOps.apply_impl = _scan
     TritonSemantic.load, TritonSemantic.dot_scaled = _load, _dot_scaled
     Autotuner.run = _run_first
-    # Upstream patches `tl` anew at each launch and each call of a device function, which is most of a kernel's time.
+    # For speed: what follows is most of a kernel's time upstream.
+    TritonSemantic.binary_op_sanitize_overflow_impl = _check_overflow
+    TritonSemantic.computation_type_impl = functools.cache(TritonSemantic.computation_type_impl)
+    upstream._get_np_dtype = _np_dtype
+    tl.core.block_type.__init__, tl.core.tensor.__init__ = _make_block_type, _make_tensor
+    # Upstream patches `tl` anew at each launch and each call of a device function.
     upstream._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     upstream._patch_lang = lambda fn: upstream._LangPatchScope()
     # numpy >= 2.4 refuses Triton 3.6's int(array of one element), and with it a loop bound held in a tensor.
@@ -350,12 +357,63 @@ def _load(self, ptr, mask, other, *args):
     return loaded
 
 
+_scalar_np_dtype = functools.cache(upstream._get_np_dtype)
+
+
+def _np_dtype(dtype):
+    return np.dtype(np.uint64) if dtype.scalar.is_ptr() else _scalar_np_dtype(dtype.scalar)
+
+
+@functools.cache
+def _shape(sizes):
+    """A shape as a type holds it, its text, its number of elements, and the shape as a tensor holds it."""
+    shape = tl.tuple(sizes)
+    return shape, str(shape), validate_block_shape(sizes), tl.tuple([tl.constexpr(size) for size in sizes])
+
+
+def _make_block_type(self, element_ty, shape):
+    shape = shape.value if isinstance(shape, tl.constexpr) else shape
+    sizes = tuple(getattr(size, "value", size) for size in shape)
+    if not sizes:
+        raise TypeError("0d block_type is forbidden")
+    self.shape, text, self.numel, _ = _shape(sizes)
+    self.element_ty, self.name = element_ty, f"<{text}, {element_ty}>"
+
+
+def _make_tensor(self, handle, type):
+    _, _, numel, self.shape = _shape(tuple(type.shape.values) if type.is_block() else ())
+    self.handle, self.type, self.dtype, self.numel = handle, type, type.scalar, tl.constexpr(numel)
+
+
+_OPERATORS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+
+def _check_overflow(self, lhs, rhs, binary_op):
+    """Fail if a sum, a difference or a product of integers does not fit their type. Upstream says so in operations of
+    `tl`, ten for each operation of a kernel."""
+    dtype = lhs.type.scalar
+    if not self.builder.options.sanitize_overflow or dtype.int_bitwidth >= 64:
+        return
+    exact = _OPERATORS[binary_op.__name__](lhs.handle.data, rhs.handle.data, dtype=np.int64)
+    if exact.min() < dtype.get_int_min_value() or exact.max() > dtype.get_int_max_value():
+        message = f"int{dtype.int_bitwidth} overflow detected for operation {binary_op.__name__}"
+        self.builder.create_assert(False, message)
+
+
 _upstream_dot_scaled = TritonSemantic.dot_scaled
 
 
+class _FormatName(str):
+    """What Triton up to 3.7 takes for a `constexpr`, and later versions for a string."""
+
+    @property
+    def value(self):
+        return str(self)
+
+
 def _dot_scaled(self, lhs, lhs_scale, lhs_format, rhs, rhs_scale, rhs_format, *args):
-    """Interpreted code passes the names of formats as they are, which upstream takes for `constexpr`."""
-    lhs_format, rhs_format = (tl.constexpr(getattr(name, "value", name)) for name in (lhs_format, rhs_format))
+    """Interpreted code passes the names of formats as they are."""
+    lhs_format, rhs_format = (_FormatName(getattr(name, "value", name)) for name in (lhs_format, rhs_format))
     return _upstream_dot_scaled(self, lhs, lhs_scale, lhs_format, rhs, rhs_scale, rhs_format, *args)
 
 
