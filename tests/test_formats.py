@@ -10,11 +10,13 @@ from kernels.formats import (
     E4M3,
     E5M2,
     FORMATS,
-    hadamard,
+    block_values,
+    pack,
     quantize,
     quantize_mx,
     quantize_nvfp4,
-    rotate_rows,
+    random_signs,
+    rotate,
     round_to,
 )
 
@@ -168,12 +170,30 @@ def test_nan_reaches_the_values_of_its_block():
     assert quantize_mx(x, (1, 32)).dequantize()[0].isnan().all()
 
 
-@pytest.mark.parametrize("rows", [32, 41])
-def test_a_hadamard_transform_changes_no_product_and_spreads_outliers(rows):
-    h = hadamard(16, seed=0)
+def test_a_hadamard_transform_changes_no_product_and_spreads_outliers():
+    signs = random_signs(0)
+    h = rotate(torch.eye(16), signs)
     torch.testing.assert_close(h @ h.T, torch.eye(16))
-    assert torch.equal(h.abs(), torch.full((16, 16), 0.25)) and not torch.equal(h, hadamard(16))
-    a, b = torch.randn(rows, 5), torch.randn(rows, 7)
-    torch.testing.assert_close(rotate_rows(a, h).T @ rotate_rows(b, h), a.T @ b)
-    a[3] *= 100
-    assert rotate_rows(a, h)[:16].abs().max() < a.abs().max() / 3
+    assert torch.equal(h.abs(), torch.full((16, 16), 0.25)) and not torch.equal(signs, random_signs(1))
+    assert torch.equal(rotate(torch.eye(16), torch.ones(16))[0], torch.full((16,), 0.25))
+    a, b = torch.randn(5, 48), torch.randn(7, 48)
+    torch.testing.assert_close(rotate(a, signs), (a.unflatten(1, (3, 16)) @ h).flatten(1))
+    torch.testing.assert_close(rotate(a, signs) @ rotate(b, signs).T, a @ b.T)
+    a[:, 3] *= 100
+    assert rotate(a, signs)[:, :16].abs().max() < a.abs().max() / 3
+
+
+def test_every_code_of_e2m1_is_packed_and_unpacked():
+    values, _ = finite(E2M1)
+    values = torch.cat((values, -values))
+    pairs = torch.cartesian_prod(values, values)
+    codes = pack(pairs)
+    assert codes.flatten().tolist() == [low | high << 4 for low in range(16) for high in range(16)]
+    ones = torch.ones(256, 1).to(E4M3.dtype)
+    assert torch.equal(block_values(codes, ones), pairs) and block_values(codes, math.nan * ones.float()).isnan().all()
+
+
+def test_exponents_are_powers_of_two_and_255_is_nan():
+    exponents = torch.arange(256, dtype=torch.uint8)[:, None]
+    values = block_values(torch.ones(256, 32).to(E4M3.dtype), exponents)[:, 0]
+    assert values[:255].tolist() == [2.0 ** (code - 127) for code in range(255)] and values[255].isnan()
