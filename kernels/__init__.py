@@ -17,6 +17,8 @@ from torch import Tensor
 from kernels import (
     adamw,
     attention,
+    block_quantize,
+    block_scaled_linear,
     cross_entropy,
     fp8_linear,
     fp8_quantize,
@@ -26,6 +28,7 @@ from kernels import (
     rope,
     swiglu,
 )
+from kernels.common import card
 from kernels.launch import AVAILABLE, c_compiler
 from kernels.spec import KernelError, Op
 
@@ -40,10 +43,16 @@ OPS: dict[str, Op] = {
         adamw.OP,
         fp8_linear.OP,
         fp8_quantize.OP,
+        block_scaled_linear.OP,
+        block_quantize.OP,
         cross_entropy.OP,
         cross_entropy.IN_PLACE_OP,
+        rmsnorm.FP8_OP,
+        swiglu.FP8_OP,
     )
 }
+
+EMITTING = ("rmsnorm", "swiglu")  # the ops that another, `<name>_fp8`, does with FP8 codes of its result
 
 if os.environ.get("TRITON_INTERPRET") == "1" and AVAILABLE:
     from kernels.sanitizer import install
@@ -56,7 +65,7 @@ class KernelChoice:
     """The implementation of `every` op, and another for single ones (an empty string follows `every`).
 
     An op also takes a function of the user's own, as `path.py:function`: kernels/own.py says what it must be like.
-    There is a field for each op that a model or its trainer calls, as in `Kernels`.
+    There is a field for each op that a model or its trainer calls.
     """
 
     every: Annotated[str, "kernels of every op: auto, or an implementation's name"] = "auto"
@@ -68,11 +77,17 @@ class KernelChoice:
     adamw: Annotated[str, "torch or triton or path.py:function"] = ""
     fp8_linear: Annotated[str, "torch or cublas or triton or path.py:function"] = ""
     fp8_quantize: Annotated[str, "torch or triton or path.py:function"] = ""
+    block_scaled_linear: Annotated[str, "torch or triton or path.py:function"] = ""
+    block_quantize: Annotated[str, "torch or triton or path.py:function"] = ""
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The bound functions, one for each op, and by op the name of the implementation each one is."""
+    """The bound functions, one for each op, and by op the name of the implementation each one is.
+
+    `rmsnorm_fp8` and `swiglu_fp8`, which also return FP8 codes, are of the same implementation as `rmsnorm` and
+    `swiglu`; None where that is a function of the user's own.
+    """
 
     rmsnorm: Callable[..., tuple[Tensor, Tensor]]
     rope: Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -82,6 +97,10 @@ class Kernels:
     adamw: Callable[..., None]
     fp8_linear: Callable[..., Tensor]
     fp8_quantize: Callable[..., None]
+    block_scaled_linear: Callable[..., Tensor]
+    block_quantize: Callable[..., None]
+    rmsnorm_fp8: Callable[..., tuple[Tensor, Tensor, Tensor]] | None
+    swiglu_fp8: Callable[..., tuple[Tensor, Tensor]] | None
     names: Mapping[str, str]
 
     def require(self, op: str, feature: str) -> None:
@@ -103,8 +122,9 @@ class Kernels:
 def bind(choice: KernelChoice, device: torch.device | str = "cpu") -> Kernels:
     """Turn a choice into functions that run on `device`.
 
-    `auto` takes what each op prefers on this type of device, and torch's where there is no C compiler. Raises
-    `KernelError`, naming what there is, for an implementation that does not exist or cannot run here.
+    `auto` takes what each op prefers on this type of device, and torch's where there is no C compiler. Triton kernels
+    that need instructions of other cards are never taken for `auto`, nor for `triton` as the choice for every op.
+    Raises `KernelError`, naming what there is, for an implementation that does not exist or cannot run here.
     """
     device, names, functions = torch.device(device), {}, {}
     by_op = dict(vars(choice))
@@ -116,9 +136,10 @@ def bind(choice: KernelChoice, device: torch.device | str = "cpu") -> Kernels:
         if own.is_own(wanted):
             functions[op] = _own(OPS[op], wanted, device)
         else:
-            wanted = _automatic(OPS[op], device) if wanted == "auto" else _named(OPS[op], wanted, device)
+            wanted = _automatic(OPS[op], device) if wanted == "auto" else _named(OPS[op], wanted, device, name != "")
             functions[op] = OPS[op].implementations[wanted]
         names[op] = wanted
+    functions |= {f"{op}_fp8": OPS[f"{op}_fp8"].implementations.get(names[op]) for op in EMITTING}
     return Kernels(**functions, names=names)
 
 
@@ -135,14 +156,22 @@ def _own(op: Op, wanted: str, device: torch.device) -> Callable:
     return torch.compiler.disable(function)
 
 
+def has_card(op: Op, device: torch.device) -> bool:
+    """Whether the card of `device` has the instructions that the Triton kernels of `op` need. Without a GPU they are
+    interpreted, or compiled for a card elsewhere."""
+    return not op.cards or device.type != "cuda" or not torch.cuda.is_available() or card(device) in op.cards
+
+
 def _automatic(op: Op, device: torch.device) -> str:
     preferred = op.preferred.get(device.type, "torch")
     if preferred in ("triton", "auto") and c_compiler() is None:  # Triton can launch nothing
         preferred = "sdpa"
+    if preferred == "triton" and not has_card(op, device):
+        preferred = "torch"
     return preferred if preferred in op.implementations else "torch"
 
 
-def _named(op: Op, wanted: str, device: torch.device) -> str:
+def _named(op: Op, wanted: str, device: torch.device, for_this_op: bool) -> str:
     if wanted not in op.implementations:
         near = difflib.get_close_matches(wanted, op.implementations, 1)
         hint = f" (did you mean {near[0]}?)" if near else f": give it one of them with --kernels.{op.name}"
@@ -151,6 +180,13 @@ def _named(op: Op, wanted: str, device: torch.device) -> str:
         raise KernelError("Triton is not installed (it is published for Linux): use --kernels=torch")
     if wanted == "triton":
         _check_triton(f"the triton kernel of {op.name} needs", device)
+        if not has_card(op, device):
+            if for_this_op:
+                raise KernelError(
+                    f"the triton kernel of {op.name} needs instructions of {', '.join(op.cards)}, and this card is "
+                    f"{card(device)}: use --kernels.{op.name}=torch"
+                )
+            return "torch"
     return wanted
 
 
@@ -163,4 +199,4 @@ def _check_triton(needs: str, device: torch.device) -> None:
         )
 
 
-__all__ = ["OPS", "KernelChoice", "KernelError", "Kernels", "bind"]
+__all__ = ["OPS", "KernelChoice", "KernelError", "Kernels", "bind", "has_card"]

@@ -109,7 +109,7 @@ class Rounded(Tensor):
             held_args = [noise.of_terms(x, dtype, terms) if torch.is_tensor(x) else x for x in held_args]
         out = func(*held_args, **held_kwargs)
         moved = func.is_view or func.overloadpacket in EXACT
-        exact = moved and _promoted(tensors) == torch.promote_types(_promoted(tensors), dtype) == dtype
+        exact = moved and _holds(dtype, _promoted(tensors))
         if mutates:
             if not exact:
                 held_args[0].copy_(noise.of_result(held_args[0], dtype))
@@ -144,6 +144,13 @@ def _promoted(tensors: Iterable[Tensor]) -> torch.dtype:
     return reduce(torch.promote_types, dtypes)
 
 
+def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether `dtype` has every value of `other`. torch promotes no codes."""
+    if 1 in (dtype.itemsize, other.itemsize):
+        return dtype == other or dtype.itemsize > 1
+    return torch.promote_types(dtype, other) == dtype
+
+
 def _terms(func, args, kwargs) -> float:
     """Number of terms summed into each value of the result."""
     if func.overloadpacket in PRODUCTS:
@@ -158,18 +165,17 @@ def evaluate(
 ) -> dict[str, Tensor]:
     """Outputs of `function` and gradients under fixed random upstream gradients, by name.
 
-    `function` gets copies of the tensors in `inputs`, passed through `wrap`. The outputs of an op that mutates
-    arguments are those arguments.
+    `function` gets copies of the tensors in `inputs`, passed through `wrap`. Arguments that the op writes to are
+    outputs too. Codes have no gradient.
     """
     given = {k: tree_map_only(Tensor, lambda x: wrap(x.detach().clone()), value) for k, value in inputs.items()}
     leaves = {k: given[k].requires_grad_() for k in op.differentiable if given[k] is not None}
     outputs = function(**given | {k: x.clone() for k, x in leaves.items()})  # an op may work in place, not on a leaf
-    if op.mutates:
-        return _by_name({k: given[k] for k in op.mutates})
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    results = {f"output {i}": x.detach() for i, x in enumerate(outputs)}
+    outputs = () if outputs is None else outputs if isinstance(outputs, tuple) else (outputs,)
+    results = _by_name({k: given[k] for k in op.mutates if given[k] is not None})
+    results |= {f"output {i}": x.detach() for i, x in enumerate(outputs)}
     if leaves:
-        generator = torch.Generator().manual_seed(1)
+        generator, outputs = torch.Generator().manual_seed(1), [x for x in outputs if x.itemsize > 1]
         upstream = [wrap(torch.randn(x.shape, generator=generator).to(x.device, x.dtype)) for x in outputs]
         gradients = torch.autograd.grad(outputs, list(leaves.values()), upstream)
         results |= {f"gradient of {k}": g for k, g in zip(leaves, gradients, strict=True)}
@@ -177,9 +183,11 @@ def evaluate(
 
 
 def _by_name(arguments: Mapping[str, Tensor | list[Tensor]]) -> dict[str, Tensor]:
-    """Flatten lists of tensors: `name` for a tensor, `name[i]` for the items of a list."""
+    """Flatten lists of tensors: `name` for a tensor, `name[i]` for the items of a list. None has no name."""
     named = {}
     for name, value in arguments.items():
+        if value is None:
+            continue
         named |= {name: value} if torch.is_tensor(value) else {f"{name}[{i}]": x for i, x in enumerate(value)}
     return named
 

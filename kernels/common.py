@@ -1,4 +1,4 @@
-"""What the host code of several ops needs before a launch: the GPU, sizes of blocks, layouts of tensors; and tanh."""
+"""What several ops need: on the host the GPU, sizes of blocks and layouts of tensors; in kernels tanh and FP8 codes."""
 
 from functools import cache, partial
 
@@ -76,3 +76,17 @@ def tanh(x, HALF: tl.constexpr):
         square = x * x
         y = tl.where(square < 0.04, x * (1 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315)))), y)
     return y
+
+
+@triton.jit
+def fp8_codes(x, inverse, DTYPE: tl.constexpr):
+    """FP8 codes, e4m3 or e5m2, of a float32 x times the inverse of its scale; as `formats.codes_of`."""
+    LARGEST: tl.constexpr = 57344.0 if DTYPE.is_fp8e5() else 448.0
+    return tl.clamp(x * inverse, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL).to(DTYPE)
+
+
+@triton.jit
+def raise_amax(amax_ptr, largest):
+    """Raise amax to the largest value of a block, of magnitudes in float32, by one atomic. The order of programs does
+    not matter."""
+    tl.atomic_max(amax_ptr, tl.max(tl.max(largest, axis=1), axis=0), sem="relaxed")

@@ -13,7 +13,7 @@ The Triton kernels loop over rows. The forward reads a row once, with an online 
 lanes once per row. The backward reads the row again and rounds the gradient once, upstream gradient included. Saved for
 backward: logits, targets, and three float32 values per row (m, sum_exp and z_target, below). If the upstream gradient
 is known in advance (`cross_entropy_in_place`), one kernel computes the loss and overwrites the logits by their
-gradient, rereading each row from L2.
+gradient, rereading each row from L2. It also writes the FP8 codes of the gradient if it is given a place for them.
 
 m is the largest logit of a row, and sum_exp the sum of exp(z_j - m) over all classes except the target. Leaving the
 target out keeps the digits of confident rows, where m = z_target: the loss is log1p(sum_exp), and the gradient of the
@@ -34,7 +34,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
-from kernels.common import card, cdiv, n_sm, next_power_of_2, rows_of, tanh
+from kernels.common import card, cdiv, fp8_codes, n_sm, next_power_of_2, rows_of, tanh
+from kernels.formats import E5M2, codes_of
 from kernels.launch import library_op, tl, triton
 from kernels.spec import Cost, LaunchTable, Op, accumulation_dtype
 
@@ -93,6 +94,8 @@ def cross_entropy_in_place_torch(
     softcap: float = 0.0,
     ignore_index: int = IGNORE,
     vocab_size: int | None = None,
+    codes: Tensor | None = None,
+    codes_scale: Tensor | None = None,
 ) -> None:
     """Loss and gradient in one call, for an upstream gradient that is known in advance; the reference in plain torch.
 
@@ -104,7 +107,14 @@ def cross_entropy_in_place_torch(
         weights: the upstream gradient, a scalar or `[N]`; None for 1.
         label_smoothing, z_loss, softcap, ignore_index: as in `cross_entropy_torch`.
         vocab_size: number of classes; None for `width`.
+        codes: e5m2 `[N, width]`, contiguous, overwritten by the gradient over `codes_scale`, rounded once; None to
+            leave them out. They saturate; NaN stays.
+        codes_scale: float32 `[1]`, what codes are multiplied by to give the gradient; more than 0.
+
+    Raises:
+        ValueError: `codes` do not fit the logits.
     """
+    _check_codes(logits, codes, codes_scale)
     classes = logits[:, :vocab_size]
     z = classes.to(accumulation_dtype(logits))
     if softcap:
@@ -118,8 +128,18 @@ def cross_entropy_in_place_torch(
         dz = dz * (1 - (z / softcap).square())
     if weights is not None:
         dz = dz * weights.to(dz.dtype).expand(len(dz))[:, None]
+    dz = F.pad(torch.where((targets != ignore_index)[:, None], dz, 0.0), (0, logits.shape[1] - dz.shape[1]))
     loss.copy_(rows)
-    logits.zero_()[:, :vocab_size] = torch.where((targets != ignore_index)[:, None], dz, 0.0)
+    logits.copy_(dz)
+    if codes is not None:
+        codes.copy_(codes_of(dz, codes_scale, E5M2))
+
+
+def _check_codes(logits: Tensor, codes: Tensor | None, codes_scale: Tensor | None) -> None:
+    if (codes is None) != (codes_scale is None):
+        raise ValueError("codes and codes_scale go together")
+    if codes is not None and (codes.shape != logits.shape or codes.dtype != E5M2.dtype or not codes.is_contiguous()):
+        raise ValueError(f"codes {list(codes.shape)} of {codes.dtype} are not contiguous e5m2 {list(logits.shape)}")
 
 
 def n_counted(targets: Tensor, ignore_index: int) -> Tensor:
@@ -210,11 +230,23 @@ def _gradient(z, m, scale, smooth, counted, softcap, SMOOTH: tl.constexpr, SOFTC
 
 
 @triton.jit
+def _store_codes(codes_ptr, columns, dz, inverse, mask):
+    """Store the FP8 codes of dz * inverse, if there is a place for them."""
+    if codes_ptr is not None:
+        ptrs = codes_ptr + columns
+        if columns.type.is_block():  # 8 to a thread, as the logits; else Triton takes 16, and moves all between threads
+            ptrs = tl.max_contiguous(ptrs, [1, 8])
+        tl.store(ptrs, fp8_codes(dz, inverse, codes_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _store_gradient(
-    logits_ptr, dlogits_ptr, target, m, sum_exp, z_target, weight, label_smoothing, z_loss, softcap, V, width,
+    logits_ptr, dlogits_ptr, codes_ptr, target, m, sum_exp, z_target, weight, inverse,
+    label_smoothing, z_loss, softcap, V, width,
     SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradient of a row times `weight`, and 0 in its padding, columns `V` to `width`.
+    """Store the gradient of a row times `weight`, and 0 in its padding, columns `V` to `width`; its FP8 codes too, of
+    the gradient times `inverse`, unless `codes_ptr` is None.
 
     Blocks run from the last to the first: the end of a row that was just read is the likeliest to be in L2.
     """
@@ -230,29 +262,32 @@ def _store_gradient(
     for start in range(end, width, LANES):
         columns = _columns(start, 1, LANES)
         z = tl.load(logits_ptr + columns, mask=columns < width, other=0.0)
-        dz = _gradient(z, m, scale, smooth, counted, softcap, SMOOTH, SOFTCAP)
-        tl.store(dlogits_ptr + columns, tl.where(columns < V, dz, 0.0), mask=columns < width)
+        dz = tl.where(columns < V, _gradient(z, m, scale, smooth, counted, softcap, SMOOTH, SOFTCAP), 0.0)
+        tl.store(dlogits_ptr + columns, dz, mask=columns < width)
+        _store_codes(codes_ptr, columns, dz, inverse, columns < width)
     for start in range(0, end, BLOCK):
         columns = _columns(end - BLOCK - start, DEPTH, LANES)
         z = tl.load(logits_ptr + columns, eviction_policy="evict_first")
         dz = _gradient(z, m, scale, smooth, counted, softcap, SMOOTH, SOFTCAP)
         tl.store(dlogits_ptr + columns, dz, eviction_policy="evict_first")
+        _store_codes(codes_ptr, columns, dz, inverse, None)
 
     dz_target = weight * (lse_slope * exp_target / denominator - sum_exp / denominator + label_smoothing) - smooth
     if SOFTCAP:
         dz_target *= 1 - (z_target / softcap) * (z_target / softcap)
     tl.debug_barrier()  # another thread has stored to this column as if it were a non-target class
     tl.store(dlogits_ptr + target, dz_target, mask=counted)
+    _store_codes(codes_ptr, target, dz_target, inverse, counted)
 
 
 @triton.jit
 def _cross_entropy_fwd_kernel(
-    logits_ptr, targets_ptr, weights_ptr, loss_ptr, stats_ptr, n_rows, stride_z, stride_w,
+    logits_ptr, targets_ptr, weights_ptr, loss_ptr, stats_ptr, codes_ptr, codes_scale_ptr, n_rows, stride_z, stride_w,
     label_smoothing, z_loss, softcap, ignore_index, V, width, GRADIENT: tl.constexpr,
     SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Loss of each row. Also stores m, sum_exp and z_target if `stats_ptr` is given, and the gradient in place of the
-    logits if GRADIENT."""
+    """Loss of each row. Also stores m, sum_exp and z_target if `stats_ptr` is given, the gradient in place of the
+    logits if GRADIENT, and its codes if `codes_ptr` is given too."""
     BLOCK: tl.constexpr = DEPTH * LANES
     end = V // BLOCK * BLOCK  # of the full blocks; the tail of a row is read in masked blocks of depth 1
     policy: tl.constexpr = "evict_last" if GRADIENT else "evict_first"
@@ -297,11 +332,13 @@ def _cross_entropy_fwd_kernel(
             tl.store(stats_ptr + n_rows + row, sum_exp)
             tl.store(stats_ptr + 2 * n_rows + row, z_target)
         if GRADIENT:
-            weight = 1.0
+            weight, inverse, row_codes_ptr = 1.0, 1.0, None
             if weights_ptr is not None:
                 weight = tl.load(weights_ptr + tl.cast(row, tl.int64) * stride_w).to(tl.float32)
+            if codes_ptr is not None:
+                inverse, row_codes_ptr = 1 / tl.load(codes_scale_ptr), codes_ptr + tl.cast(row, tl.int64) * width
             _store_gradient(
-                row_ptr, row_ptr, target, m, sum_exp, z_target, tl.where(valid, weight, 0.0),
+                row_ptr, row_ptr, row_codes_ptr, target, m, sum_exp, z_target, tl.where(valid, weight, 0.0), inverse,
                 label_smoothing, z_loss, softcap, V, width, SMOOTH, SOFTCAP, DEPTH, LANES,
             )  # fmt: skip
 
@@ -322,8 +359,9 @@ def _cross_entropy_bwd_kernel(
         sum_exp = tl.load(stats_ptr + n_rows + row)
         z_target = tl.load(stats_ptr + 2 * n_rows + row)
         _store_gradient(
-            logits_ptr + row64 * stride_z, dlogits_ptr + row64 * stride_dz, target.to(tl.int32), m, sum_exp, z_target,
-            weight, label_smoothing, z_loss, softcap, V, width, SMOOTH, SOFTCAP, DEPTH, LANES,
+            logits_ptr + row64 * stride_z, dlogits_ptr + row64 * stride_dz, None, target.to(tl.int32),
+            m, sum_exp, z_target, weight, 1.0,
+            label_smoothing, z_loss, softcap, V, width, SMOOTH, SOFTCAP, DEPTH, LANES,
         )  # fmt: skip
 
 
@@ -401,16 +439,17 @@ def launch_loss(
     logits: Tensor, targets: Tensor, loss: Tensor, stats: Tensor | None, options: Options, vocab_size: int
 ) -> None:
     """Write the loss of each row of `logits` `[N, width]`; and m, sum_exp, z_target to `stats` `[3, N]` unless None."""
-    arguments = targets, None, loss, stats, len(logits), logits.stride(0), 0
+    arguments = targets, None, loss, stats, None, None, len(logits), logits.stride(0), 0
     _launch(_cross_entropy_fwd_kernel, LOSS, logits, vocab_size, options, *arguments, GRADIENT=False)
 
 
 def launch_in_place(
-    logits: Tensor, targets: Tensor, loss: Tensor, weights: Tensor | None, options: Options, vocab_size: int
-) -> None:
+    logits: Tensor, targets: Tensor, loss: Tensor, weights: Tensor | None, options: Options, vocab_size: int,
+    codes: Tensor | None = None, codes_scale: Tensor | None = None,
+) -> None:  # fmt: skip
     """Launch the kernel of `cross_entropy_in_place_triton`, on tensors that it accepts."""
     stride_w = weights.stride(0) if weights is not None and weights.ndim else 0
-    arguments = targets, weights, loss, None, len(logits), logits.stride(0), stride_w
+    arguments = targets, weights, loss, None, codes, codes_scale, len(logits), logits.stride(0), stride_w
     _launch(_cross_entropy_fwd_kernel, IN_PLACE, logits, vocab_size, options, *arguments, GRADIENT=True)
 
 
@@ -512,14 +551,15 @@ def cross_entropy_triton(
     return rows.sum() / n_counted(targets, ignore_index) if reduction == "mean" else rows.sum()
 
 
-@library_op(lambda *arguments: None, mutates=("logits", "loss"))
+@library_op(lambda *arguments: None, mutates=("logits", "loss", "codes"))
 def _cross_entropy_in_place(
     logits: Tensor, targets: Tensor, loss: Tensor, weights: Tensor | None,
     label_smoothing: float, z_loss: float, softcap: float, ignore_index: int, vocab_size: int,
+    codes: Tensor | None, codes_scale: Tensor | None,
 ) -> None:  # fmt: skip
     options = (label_smoothing, z_loss, softcap, ignore_index)
-    launch_in_place(logits, targets, loss, weights, options, vocab_size)
-    increment_version((logits, loss))
+    launch_in_place(logits, targets, loss, weights, options, vocab_size, codes, codes_scale)
+    increment_version([x for x in (logits, loss, codes) if x is not None])
 
 
 def cross_entropy_in_place_triton(
@@ -532,6 +572,8 @@ def cross_entropy_in_place_triton(
     softcap: float = 0.0,
     ignore_index: int = IGNORE,
     vocab_size: int | None = None,
+    codes: Tensor | None = None,
+    codes_scale: Tensor | None = None,
 ) -> None:
     """Loss and gradient by one Triton kernel; arguments of `cross_entropy_in_place_torch`.
 
@@ -539,8 +581,9 @@ def cross_entropy_in_place_triton(
     """
     if logits.stride(-1) != 1 or not (targets.is_contiguous() and loss.is_contiguous()):
         raise ValueError(f"logits of strides {logits.stride()}, targets and loss must be contiguous to work in place")
+    _check_codes(logits, codes, codes_scale)
     options = (label_smoothing, z_loss, softcap, ignore_index)
-    _cross_entropy_in_place(logits, targets, loss, weights, *options, vocab_size or logits.shape[1])
+    _cross_entropy_in_place(logits, targets, loss, weights, *options, vocab_size or logits.shape[1], codes, codes_scale)
 
 
 # OP
@@ -561,7 +604,16 @@ def _inputs(shape, make):
 def _in_place_inputs(shape, make):
     n, v = shape["N"], shape["V"]
     logits, loss = make(n, -(-v // 64) * 64), make(n).float()  # padded and aligned, as in linear cross-entropy
-    return {"logits": logits, "targets": random_targets(n, v, make), "loss": loss, "vocab_size": v}
+    inputs = {"logits": logits, "targets": random_targets(n, v, make), "loss": loss, "vocab_size": v, "codes": None}
+    if shape.get("codes"):  # as the FP8 head asks for them
+        codes, scale = torch.empty_like(logits, dtype=E5M2.dtype), torch.full_like(loss[:1], 2**-13)
+        inputs |= {"weights": torch.ones_like(loss[0]), "codes": codes, "codes_scale": scale}
+    return inputs
+
+
+def _in_place_cost(s, itemsize):
+    """Reads logits, writes their gradient and its codes."""
+    return Cost(s["N"] * s["V"] * (2 * itemsize + s.get("codes", 0)) + 12 * s["N"], 8 * s["N"] * s["V"])
 
 
 OP = Op(
@@ -581,10 +633,10 @@ IN_PLACE_OP = Op(
     implementations={"torch": cross_entropy_in_place_torch, "triton": cross_entropy_in_place_triton},
     inputs=_in_place_inputs,
     differentiable=(),
-    mutates=("logits", "loss"),
-    cost=lambda s, itemsize: Cost(2 * s["N"] * s["V"] * itemsize + 12 * s["N"], 8 * s["N"] * s["V"]),
+    mutates=("logits", "loss", "codes"),
+    cost=_in_place_cost,
     backward_cost=lambda s, itemsize: Cost(0, 0),
-    test_shapes=OP.test_shapes,
-    bench_shapes=OP.bench_shapes,
+    test_shapes=(*OP.test_shapes, {"N": 7, "V": 101, "codes": 1}),
+    bench_shapes=(*OP.bench_shapes, *(dict(shape) | {"codes": 1} for shape in OP.bench_shapes)),
     launches=(IN_PLACE,),
 )

@@ -232,9 +232,11 @@ OP = Op(
         {"rows": 33, "K": 80, "N": 48},
         {"rows": 150, "K": 256, "N": 160, "gradient": 1},
     ),
-    # GPT-2 124M; M4 of the experiments, which has three heads of keys and values; a model of 1B.
+    # GPT-2 124M, with a chunk of its head; M4 of the experiments, which has three heads of keys and values; a 1B model.
     bench_shapes=(
         *_layers(32768, 768, 2304, 2048),
+        {"rows": 2560, "K": 768, "N": 50304},
+        {"rows": 2560, "K": 50304, "N": 768, "gradient": 1},
         {"rows": 8192, "K": 768, "N": 1152},
         *_layers(8192, 2048, 3072, 5504),
     ),

@@ -15,8 +15,8 @@ Source: Micikevicius et al., "FP8 Formats for Deep Learning", 2022; NVIDIA, "Tra
 import torch
 from torch import Tensor
 
-from kernels.common import cdiv, n_sm, rows_of
-from kernels.formats import E4M3, E5M2, FORMATS, FP8_CARDS, round_to
+from kernels.common import cdiv, fp8_codes, n_sm, raise_amax, rows_of
+from kernels.formats import E4M3, E5M2, FORMATS, FP8_CARDS, codes_of
 from kernels.launch import library_op, tl, triton
 from kernels.spec import Cost, Op
 
@@ -36,19 +36,15 @@ def fp8_quantize_torch(
         scale: float32 `[1]`, what codes are multiplied by to give values; more than 0.
         codes: the result, of the shape of `x`: contiguous e4m3 or e5m2.
         amax: float32 `[1]`, raised to the largest magnitude in `x`; None to leave that unmeasured.
-        codes_t: the result, transposed: `[columns, rows]`, contiguous; None for none.
+        codes_t: the result, transposed: `[columns, rows]` with adjacent rows; None for none.
 
     Raises:
         ValueError: shapes do not match.
     """
     _check(x, codes, codes_t)
-    rounded = round_to(x.float() * (1 / scale), FORMAT_OF[codes.dtype])
-    codes.copy_(rounded)
+    codes.copy_(codes_of(x, scale, FORMAT_OF[codes.dtype], amax))
     if codes_t is not None:
-        codes_t.copy_(rows_of(rounded).t())
-    if amax is not None and x.numel():
-        # max, in which NaN wins, would take the maximum of all steps to NaN; the codes tell already.
-        amax.copy_(torch.fmax(amax, x.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax().float()))
+        codes_t.copy_(rows_of(codes).t())
 
 
 def _check(x: Tensor, codes: Tensor, codes_t: Tensor | None) -> None:
@@ -64,8 +60,8 @@ def _check(x: Tensor, codes: Tensor, codes_t: Tensor | None) -> None:
 
 @triton.jit
 def _fp8_quantize_kernel(
-    x_ptr, scale_ptr, codes_ptr, amax_ptr, codes_t_ptr, n_rows, n_columns, stride_x,
-    LARGEST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_ptr, scale_ptr, codes_ptr, amax_ptr, codes_t_ptr, n_rows, n_columns, stride_x, stride_t,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     inverse = 1.0 / tl.load(scale_ptr)
     largest = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)
@@ -77,13 +73,12 @@ def _fp8_quantize_kernel(
         x = tl.load(x_ptr + rows * stride_x + columns, mask=mask, other=0.0).to(tl.float32)
         if amax_ptr is not None:
             largest = tl.maximum(largest, tl.abs(x))  # NaN loses
-        y = tl.clamp(x * inverse, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
-        codes = y.to(codes_ptr.dtype.element_ty)
+        codes = fp8_codes(x, inverse, codes_ptr.dtype.element_ty)
         tl.store(codes_ptr + rows * n_columns + columns, codes, mask=mask)
         if codes_t_ptr is not None:
-            tl.store(codes_t_ptr + columns * n_rows + rows, codes, mask=mask)
+            tl.store(codes_t_ptr + columns * stride_t + rows, codes, mask=mask)
     if amax_ptr is not None:
-        tl.atomic_max(amax_ptr, tl.max(tl.max(largest, axis=1), axis=0))
+        raise_amax(amax_ptr, largest)
 
 
 # Torch op
@@ -96,7 +91,7 @@ def _fp8_quantize_(x: Tensor, scale: Tensor, codes: Tensor, amax: Tensor | None,
     blocks = cdiv(len(x), block_r) * cdiv(columns, block_c)
     if blocks:
         _fp8_quantize_kernel[(min(blocks, 8 * n_sm(x.device)),)](
-            x, scale, codes, amax, codes_t, len(x), columns, x.stride(0), FORMAT_OF[codes.dtype].largest,
+            x, scale, codes, amax, codes_t, len(x), columns, x.stride(0), 0 if codes_t is None else codes_t.stride(0),
             BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4,
         )  # fmt: skip
 

@@ -130,7 +130,7 @@ def _scale_kernel(x_ptr, factor_ptr, n, BLOCK: tl.constexpr):
 
 
 @library_op(lambda x, factor: None, mutates=("x",))
-def _scale_(x: Tensor, factor: Tensor) -> None:
+def scale_(x: Tensor, factor: Tensor) -> None:
     """Multiply contiguous float32 `x` by a scalar tensor, in place."""
     n = x.numel()
     if n:
@@ -179,13 +179,13 @@ def _linear_cross_entropy(
         launch_in_place(logits, targets[chunk], loss[chunk], weight, options, vocab_size)
         dz = logits  # overwritten by its gradient
         if with_dx:
-            _matmul(dx[chunk], dz, w)
+            matmul_into(dx[chunk], dz, w)
         if with_dw:
-            _matmul(dw, dz.t(), x_chunk, add=start > 0)
+            matmul_into(dw, dz.t(), x_chunk, add=start > 0)
     return outputs if n else (loss, dx, dw.zero_())
 
 
-def _matmul(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
+def matmul_into(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
     """out = a @ b, or out += a @ b; half precision is accumulated in float32."""
     if a.is_cuda and a.dtype != out.dtype:
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=int(add), out=out)
@@ -223,7 +223,7 @@ class _SummedLinearCrossEntropy(torch.autograd.Function):
         if dx is not None:
             dx = torch.mul(dx, upstream, out=torch.empty_like(dx, dtype=ctx.dtypes[0]))
         if dw is not None:
-            _scale_(dw, upstream)
+            scale_(dw, upstream)
             dw = dw[: ctx.vocab_size].to(ctx.dtypes[1])
         return dx, dw, *[None] * 7
 

@@ -3,15 +3,22 @@
     s = x + r                          the new residual; s = x without a residual r
     y = g * s / sqrt(mean(s^2) + eps)  over the last dimension, statistics in float32
 
+`rmsnorm_fp8` also returns FP8 codes of y, as the linear layers of FP8 training take them, and measures amax:
+
+    codes = round(y / scale)           e4m3, of y as it is returned; saturating
+    amax = max(amax, max |y|)
+
 With h = s / rms the gradient is ds = (g*dy - h * mean(g*dy*h)) / rms, plus the gradient that arrives at s itself;
 dx = dr = ds, and dg is the sum of dy*h over rows. Saved for backward: s and rstd = 1/rms.
 
 The forward kernel has one program per block of rows. A row fits one block, as wide as the next power of two, stays in
 registers and is read once; only rows of more than 8192 columns are read twice, block by block. The backward kernel has
 a fixed number of programs per SM, each of which loops over rows and keeps a partial sum of dg. A second kernel adds the
-partial sums in a fixed order: no atomics, so that dg is bitwise reproducible.
+partial sums in a fixed order: no atomics, so that dg is bitwise reproducible. amax is raised by one atomic a program,
+whose result does not depend on their order.
 
-Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, equation 4.
+Sources: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, equation 4; NVIDIA, "Transformer Engine"
+(norms that return codes).
 """
 
 import math
@@ -21,7 +28,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.common import card, cdiv, empty_like, n_sm, next_power_of_2, rows_of
+from kernels.common import card, cdiv, empty_like, fp8_codes, n_sm, next_power_of_2, raise_amax, rows_of
+from kernels.formats import E4M3, FP8_CARDS, codes_of
 from kernels.launch import library_op, tl, triton
 from kernels.spec import Cost, LaunchTable, Op, accumulation_dtype
 
@@ -55,6 +63,31 @@ def rmsnorm_torch(
     return y.to(x.dtype), s
 
 
+def rmsnorm_fp8_torch(
+    x: Tensor,
+    gain: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    scale: Tensor,
+    amax: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """RMSNorm that also quantises its result, in plain torch, the reference.
+
+    Args:
+        x, gain, residual, eps: as in `rmsnorm_torch`.
+        scale: float32 `[1]`, what codes are multiplied by to give values; more than 0.
+        amax: float32 `[1]`, raised to the largest magnitude in y; None to leave that unmeasured.
+
+    Returns:
+        (y, new residual, codes): the results of `rmsnorm_torch`, and e4m3 codes of y, contiguous `[..., D]`.
+
+    Raises:
+        ValueError: shapes do not match.
+    """
+    y, s = rmsnorm_torch(x, gain, residual, eps)
+    return y, s, codes_of(y, scale, E4M3, amax)
+
+
 def _check(x, gain, residual):
     if gain is not None and gain.shape != x.shape[-1:]:
         raise ValueError(f"gain {list(gain.shape)} is not [{x.shape[-1]}], as wide as x")
@@ -83,7 +116,8 @@ def _load_sum(x_ptr, residual_ptr, mask):
 
 @triton.jit
 def _rmsnorm_fwd_kernel(
-    x_ptr, residual_ptr, gain_ptr, y_ptr, stream_ptr, rstd_ptr, n_rows, D, stride_x, stride_r, eps,
+    x_ptr, residual_ptr, gain_ptr, y_ptr, stream_ptr, rstd_ptr, codes_ptr, scale_ptr, amax_ptr,
+    n_rows, D, stride_x, stride_r, eps,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, N_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One program normalises BLOCK_R rows. A row of one block stays in registers; a wider row is read twice."""
@@ -102,6 +136,8 @@ def _rmsnorm_fwd_kernel(
             tl.store(stream_ptr + rows * D + d, s, mask=mask)
     rstd = tl.rsqrt(tl.sum(squares, axis=1) / D + eps)[:, None]
     tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
+    inverse = 1.0 if codes_ptr is None else 1.0 / tl.load(scale_ptr)
+    largest = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
     for i in range(N_BLOCKS):
         d = i * BLOCK_D + columns
         mask = (rows < n_rows) & (d < D)
@@ -111,6 +147,13 @@ def _rmsnorm_fwd_kernel(
         if gain_ptr is not None:
             y *= _load(gain_ptr + d, d < D)
         tl.store(y_ptr + rows * D + d, y, mask=mask)
+        if codes_ptr is not None:
+            y = y.to(y_ptr.dtype.element_ty).to(tl.float32)  # as it is stored: the codes are those of fp8_quantize
+            tl.store(codes_ptr + rows * D + d, fp8_codes(y, inverse, codes_ptr.dtype.element_ty), mask=mask)
+            if amax_ptr is not None:
+                largest = tl.maximum(largest, tl.abs(y))  # NaN loses
+    if amax_ptr is not None:
+        raise_amax(amax_ptr, largest)
 
 
 # Kernels: backward
@@ -289,15 +332,33 @@ def _allocate_fwd(x, gain, residual, eps):
 @library_op(_allocate_fwd)
 def _rmsnorm_fwd(x: Tensor, gain: Tensor | None, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Returns y, s (empty without a residual) and rstd."""
-    y, s, rstd = _allocate_fwd(x, gain, residual, eps)
+    outputs = _allocate_fwd(x, gain, residual, eps)
+    _launch_fwd(x, gain, residual, eps, *outputs)
+    return outputs
+
+
+def _allocate_fp8_fwd(x, gain, residual, eps, scale, amax):
+    return *_allocate_fwd(x, gain, residual, eps), empty_like(x, dtype=E4M3.dtype)
+
+
+@library_op(_allocate_fp8_fwd, mutates=("amax",))
+def _rmsnorm_fp8_fwd(
+    x: Tensor, gain: Tensor | None, residual: Tensor | None, eps: float, scale: Tensor, amax: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns y, s (empty without a residual), rstd and codes of y."""
+    outputs = _allocate_fp8_fwd(x, gain, residual, eps, scale, amax)
+    _launch_fwd(x, gain, residual, eps, *outputs, scale, amax)
+    return outputs
+
+
+def _launch_fwd(x, gain, residual, eps, y, s, rstd, codes=None, scale=None, amax=None) -> None:
     x = rows_of(x)
     residual = None if residual is None else rows_of(residual)
     _, options = _tile_and_options(FORWARD, x if residual is None else residual)
     _rmsnorm_fwd_kernel[(cdiv(x.shape[0], options["BLOCK_R"]),)](
-        x, residual, gain, y, None if residual is None else s, rstd,
+        x, residual, gain, y, None if residual is None else s, rstd, codes, scale, amax,
         *x.shape, x.stride(0), 0 if residual is None else residual.stride(0), eps, **options,
     )  # fmt: skip
-    return y, s, rstd
 
 
 def _sum_rows(x: Tensor, out: Tensor) -> None:
@@ -344,17 +405,22 @@ def _rmsnorm_bwd(
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gain, residual, eps):
-        y, s, rstd = _rmsnorm_fwd(x, gain, residual, eps)
+    def forward(ctx, x, gain, residual, eps, scale=None, amax=None):
+        codes = None
+        if scale is None:
+            y, s, rstd = _rmsnorm_fwd(x, gain, residual, eps)
+        else:
+            y, s, rstd, codes = _rmsnorm_fp8_fwd(x, gain, residual, eps, scale, amax)
+            ctx.mark_non_differentiable(codes)
         ctx.save_for_backward(x if residual is None else s, gain, rstd)
         ctx.dtype = x.dtype
         ctx.has_residual = residual is not None
         ctx.set_materialize_grads(False)
-        return y, s
+        return y, s, codes
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, ds):
+    def backward(ctx, dy, ds, _):
         s, gain, rstd = ctx.saved_tensors
         if dy is None:
             dy = torch.zeros_like(s, dtype=ctx.dtype)
@@ -362,7 +428,7 @@ class _RMSNorm(torch.autograd.Function):
         dx, dresidual, dgain = _rmsnorm_bwd(dy, ds if ctx.has_residual else None, s, gain, rstd, separate)
         if not separate:
             dresidual = dx if ctx.has_residual else None
-        return dx, None if gain is None else dgain, dresidual, None
+        return dx, None if gain is None else dgain, dresidual, None, None, None
 
 
 # Public function
@@ -376,8 +442,22 @@ def rmsnorm_triton(
     Deterministic: the gradient of the gain is summed in a fixed order.
     """
     _check(x, gain, residual)
-    y, s = _RMSNorm.apply(x, None if gain is None else gain.contiguous(), residual, eps)
+    y, s, _ = _RMSNorm.apply(x, None if gain is None else gain.contiguous(), residual, eps)
     return y, x if residual is None else s
+
+
+def rmsnorm_fp8_triton(
+    x: Tensor,
+    gain: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    scale: Tensor,
+    amax: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """RMSNorm that also quantises its result, in the same pass; arguments of `rmsnorm_fp8_torch`."""
+    _check(x, gain, residual)
+    y, s, codes = _RMSNorm.apply(x, None if gain is None else gain.contiguous(), residual, eps, scale, amax)
+    return y, x if residual is None else s, codes
 
 
 # OP
@@ -394,10 +474,22 @@ def _inputs(shape, make):
     }
 
 
+def _fp8_inputs(shape, make):
+    inputs = _inputs(shape, make)
+    one = torch.ones(1, device=inputs["x"].device)
+    return inputs | {"eps": 1e-6, "scale": 0.01 * one, "amax": 0 * one}
+
+
 def _cost(s, itemsize):
     """Reads x, residual and gain, writes y, the new residual and rstd."""
     residual = 4 if s.get("fp32_residual") else itemsize
     return Cost(s["rows"] * (s["D"] * 2 * (itemsize + residual) + 4) + s["D"] * itemsize, 5 * s["rows"] * s["D"])
+
+
+def _fp8_cost(s, itemsize):
+    """Writes the codes too."""
+    cost = _cost(s, itemsize)
+    return Cost(cost.bytes + s["rows"] * s["D"], cost.flops + 3 * s["rows"] * s["D"])
 
 
 def _backward_cost(s, itemsize):
@@ -428,3 +520,16 @@ OP = Op(
     ),
     launches=(FORWARD, BACKWARD),
 )  # fmt: skip
+FP8_OP = Op(
+    name="rmsnorm_fp8",
+    implementations={"torch": rmsnorm_fp8_torch, "triton": rmsnorm_fp8_triton},
+    inputs=_fp8_inputs,
+    differentiable=("x", "gain", "residual"),
+    cost=_fp8_cost,
+    backward_cost=_backward_cost,
+    test_shapes=({"rows": 1, "D": 1}, {"rows": 7, "D": 127}, {"rows": 2, "D": 8200}),
+    bench_shapes=({"rows": 32768, "D": 768}, {"rows": 8192, "D": 2048}),
+    compiled_shapes=({"rows": 32768, "D": 768, "fp32_residual": 1}, {"rows": 256, "D": 20480}),
+    mutates=("amax",),
+    cards=FP8_CARDS,
+)

@@ -61,8 +61,8 @@ class Op:
     test_shapes, bench_shapes: shapes to test and to time at; the compile gate compiles for the latter.
     compiled_shapes: more shapes for the compile gate.
     preferred: the implementation that `auto` takes, by device type; the reference for other types.
-    mutates: names of the arguments, tensors or lists of tensors, that a call writes to. They are its results, and the
-        op returns None.
+    mutates: names of the arguments, tensors or lists of tensors, that a call writes to. They are results of the op,
+        which may return others or None.
     launches: tables of the launch parameters of its kernels.
     lacks: `lacks[implementation]` holds the features that it does not have, each with advice on what to use instead.
     cards: the cards whose instructions its Triton kernels need; none for any card.

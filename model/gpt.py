@@ -248,10 +248,33 @@ class Context(NamedTuple):
     visible: dict[int, Tensor] | None = None  # of a `StaticKVCache`, in place of the causal mask, windows and documents
 
 
-class LowLayer(Protocol):
-    """What `model.precision.lower` puts in place of a linear layer's product."""
+class CodesTarget(NamedTuple):
+    """What a kernel needs to quantise its result for the linear layer that takes it. Both are float32 `[1]`."""
 
-    def __call__(self, x: Tensor) -> Tensor: ...
+    scale: Tensor
+    amax: Tensor | None  # raised to the largest magnitude; None while evaluating
+
+
+class GradientTarget(NamedTuple):
+    """The same for the gradient of a linear layer's result. Its codes come back as the gradient of `codes`, which is
+    empty and of the result's shape."""
+
+    codes: Tensor
+    scale: Tensor
+    amax: Tensor
+
+
+class LowLayer(Protocol):
+    """What `model.precision.lower` puts in place of a linear layer's product. The head's has `cross_entropy` too."""
+
+    def __call__(self, x: Tensor, codes: Tensor | None = None) -> Tensor:
+        """The product of x, whose `codes` are given if it was quantised where it was computed."""
+
+    def target(self) -> CodesTarget | None:
+        """For whoever computes x and can quantise it too; None if the layer quantises x itself."""
+
+    def with_gradient_target(self, x: Tensor, codes: Tensor | None) -> tuple[Tensor, GradientTarget]:
+        """The product, and a target for whatever takes it; for layers that have a `target`, in training."""
 
     def refresh(self) -> None:
         """Quantise the weight, which has changed."""
@@ -266,9 +289,20 @@ class Linear(nn.Linear):
         self.register_buffer("copy", None, persistent=False)
         self.low: LowLayer | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def target(self) -> CodesTarget | None:
+        """As `LowLayer.target`; None without low precision."""
+        return None if self.low is None else self.low.target()
+
+    def with_gradient_target(self, x: Tensor, codes: Tensor | None) -> tuple[Tensor, GradientTarget | tuple[()]]:
+        """As `LowLayer.with_gradient_target`; an empty target without low precision and while evaluating."""
+        if self.target() is None or not torch.is_grad_enabled():
+            return self(x, codes), ()
+        return self.low.with_gradient_target(x, codes)
+
+    def forward(self, x: Tensor, codes: Tensor | None = None) -> Tensor:
+        """`codes` of x for the layer's `target`, or None."""
         if self.low is not None:
-            return self.low(x)
+            return self.low(x, codes)
         if self.copy is None:
             return super().forward(x)
         return _HalfLinear.apply(x, self.weight, self.bias, self.copy)
@@ -314,12 +348,12 @@ class Attention(nn.Module):
         self.interleaved = config.position == "rope-interleaved"
         self.register_buffer("slopes", None, persistent=False)  # of ALiBi: set by GPT.init_weights
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        """Takes the normalised input `[B, T, C]`; returns `[B, T, C]`."""
+    def forward(self, x: Tensor, context: Context, codes: Tensor | None = None) -> Tensor:
+        """Takes the normalised input `[B, T, C]`, and its codes for `qkv` if it has any; returns `[B, T, C]`."""
         c, (cos, sin, positions, documents, cache, visible) = self.config, context
         gains = self.q_gain, self.k_gain
         q, k, v = self.kernels.rope(
-            self.qkv(x), cos, sin, c.n_head, c.n_kv_head, *gains, c.norm_eps, positions, self.interleaved
+            self.qkv(x, codes), cos, sin, c.n_head, c.n_kv_head, *gains, c.norm_eps, positions, self.interleaved
         )
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
@@ -346,24 +380,34 @@ class FeedForward(nn.Module):
         self.gate_up = Linear(config.d_model, (1 + gated) * config.d_ff, bias=config.bias)
         self.down = Linear(config.d_ff, config.d_model, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.kernels.swiglu(self.gate_up(x), *self.activation))
+    def forward(self, x: Tensor, codes: Tensor | None = None) -> Tensor:
+        """Takes the normalised input `[B, T, C]`, and its codes for `gate_up` if it has any; returns `[B, T, C]`."""
+        target = self.down.target()
+        if target is None or self.kernels.swiglu_fp8 is None:
+            return self.down(self.kernels.swiglu(self.gate_up(x, codes), *self.activation))
+        x, gradient_target = self.gate_up.with_gradient_target(x, codes)
+        return self.down(*self.kernels.swiglu_fp8(x, *self.activation, *target, *gradient_target))
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm with a fused residual add. Returns (norm(x + residual), x + residual)."""
+    """RMSNorm with a fused residual add. Returns (y, x + residual, codes), where y = norm(x + residual). The codes are
+    of y for `target`, that of the linear layer which takes it; None without."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels):
         super().__init__()
         self.eps, self.kernels = config.norm_eps, kernels
         self.gain = nn.Parameter(torch.ones(config.d_model))
 
-    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self.kernels.rmsnorm(x, self.gain, residual, self.eps)
+    def forward(
+        self, x: Tensor, residual: Tensor | None, target: CodesTarget | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if target is None or self.kernels.rmsnorm_fp8 is None:
+            return *self.kernels.rmsnorm(x, self.gain, residual, self.eps), None
+        return self.kernels.rmsnorm_fp8(x, self.gain, residual, self.eps, *target)
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm with the interface of `RMSNorm`."""
+    """LayerNorm with the interface of `RMSNorm`, without codes."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels):
         super().__init__()
@@ -371,20 +415,24 @@ class LayerNorm(nn.Module):
         self.gain = nn.Parameter(torch.ones(config.d_model))
         self.bias = nn.Parameter(torch.zeros(config.d_model))
 
-    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, residual: Tensor | None, target: CodesTarget | None = None
+    ) -> tuple[Tensor, Tensor, None]:
         residual = x if residual is None else residual + x
-        return F.layer_norm(residual, self.gain.shape, self.gain, self.bias, self.eps).to(x.dtype), residual
+        return F.layer_norm(residual, self.gain.shape, self.gain, self.bias, self.eps).to(x.dtype), residual, None
 
 
 class NoNorm(nn.Module):
-    """The residual add alone, with the interface of `RMSNorm`."""
+    """The residual add alone, with the interface of `RMSNorm`, without codes."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels):
         super().__init__()
 
-    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, residual: Tensor | None, target: CodesTarget | None = None
+    ) -> tuple[Tensor, Tensor, None]:
         residual = x if residual is None else residual + x
-        return residual, residual
+        return residual, residual, None
 
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm, "none": NoNorm}
@@ -403,17 +451,18 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, residual: Tensor | None, context: Context) -> tuple[Tensor, Tensor | None]:
-        h, residual = self.attention_norm(x, residual)
-        h, residual = self.feed_forward_norm(self.dropout(self.attention(h, context)), residual)
-        return self.dropout(self.feed_forward(h)), residual
+        h, residual, codes = self.attention_norm(x, residual, self.attention.qkv.target())
+        x = self.dropout(self.attention(h, context, codes))
+        h, residual, codes = self.feed_forward_norm(x, residual, self.feed_forward.gate_up.target())
+        return self.dropout(self.feed_forward(h, codes)), residual
 
 
 class PostNormBlock(Block):
     """A post-norm layer, norm(x + f(x)). The residual stream keeps its dtype in x; `residual` is None."""
 
     def forward(self, x: Tensor, residual: None, context: Context) -> tuple[Tensor, None]:
-        x, _ = self.attention_norm(self.dropout(self.attention(x, context)).to(x.dtype), x)
-        x, _ = self.feed_forward_norm(self.dropout(self.feed_forward(x)).to(x.dtype), x)
+        x = self.attention_norm(self.dropout(self.attention(x, context)).to(x.dtype), x)[0]
+        x = self.feed_forward_norm(self.dropout(self.feed_forward(x)).to(x.dtype), x)[0]
         return x, None
 
 
@@ -604,10 +653,13 @@ class GPT(nn.Module):
     def forward(self, ids: Tensor, targets: Tensor, reduction: str = "mean", scale: Tensor | None = None) -> Tensor:
         """Cross-entropy (nats) of `targets` `[B, T]` given `ids` `[B, T]`, times the scalar tensor `scale`. Targets of
         `IGNORE` do not count. Label smoothing and z-loss are for training mode; the softcap is part of the model."""
-        loss, head, c = self.kernels.linear_cross_entropy, self.head, self.config
+        hidden, head, c = self.hidden(ids), self.head, self.config
         smoothing, z_loss = (c.label_smoothing, c.z_loss) if self.training else (0.0, 0.0)
-        options = {"scale": scale, "head_cast": head.copy}
-        return loss(self.hidden(ids), head.weight, targets, reduction, smoothing, z_loss, c.logit_softcap, **options)
+        options = targets, reduction, smoothing, z_loss, c.logit_softcap
+        if head.low is not None:
+            return head.low.cross_entropy(hidden, *options, scale=scale)
+        loss = self.kernels.linear_cross_entropy
+        return loss(hidden, head.weight, *options, scale=scale, head_cast=head.copy)
 
     def logits(self, ids: Tensor, cache: KVCache | StaticKVCache | None = None) -> Tensor:
         """Next-token logits, float32 `[B, V]`, after the last of ids `[B, T]`; `cache` as in `hidden`."""

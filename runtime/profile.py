@@ -284,7 +284,7 @@ class Attribution:
     def of_kernel(self, name: str, launch: Span | None) -> tuple[str, str]:
         """Op and phase of a kernel that was launched by `launch`."""
         op, where = ("other", LOOP) if launch is None else (self.op(launch), self.phase(launch))
-        if op == "other":
+        if op == "other" or KERNELS["communication"].search(name):  # which the ops of a backward or an update launch
             op = self.kernels.get(name) or next((op for op, kind in KERNELS.items() if kind.search(name)), "other")
         if where == LOOP and launch is not None and is_replay(launch):
             where = "forward" if "_fwd_" in name else "backward" if "_bwd_" in name else REPLAYED

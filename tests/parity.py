@@ -4,6 +4,7 @@ On a GPU the Triton kernels run compiled; elsewhere in the interpreter, with eve
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,3 +52,12 @@ def assert_accurate(op: Op, name: str, inputs: dict[str, Any], **options: Any) -
     expected = truth(op, inputs | {k: v for k, v in options.items() if k != "inplace"})
     result, ratio = expected.worst(results_of(op, name, inputs, **options))
     assert ratio <= 1, f"{result}: {ratio:.2f} of the error that rounding explains"
+
+
+def gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hip: str | None = None) -> SimpleNamespace:
+    """A device that torch takes for a GPU of this compute capability, called `a card`."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(torch.version, "hip", hip)
+    return SimpleNamespace(type="cuda")

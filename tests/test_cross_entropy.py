@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from parity import DEVICE, LOSS, checked, draw, draw_leaves, results_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.harness import check
 from kernels import OPS, cross_entropy, linear_cross_entropy
 from kernels.cross_entropy import IGNORE, cross_entropy_torch, cross_entropy_triton
 from kernels.launch import IMPLEMENTATIONS
@@ -110,6 +111,71 @@ def test_the_reference_in_place_is_autograds():
     assert cross_entropy.cross_entropy_in_place_torch(logits, targets, loss, weights, **LOSS) is None
     torch.testing.assert_close(loss, rows.detach())
     torch.testing.assert_close(logits, gradient)
+
+
+# FP8 codes of the gradient.
+
+IN_PLACE = OPS["cross_entropy_in_place"]
+by_in_place = pytest.mark.parametrize("name", IN_PLACE.implementations)
+
+
+def in_place(name, logits, targets, weights, scale=None, **options):
+    """Loss and gradient of a copy of the logits, and codes if there is a scale."""
+    z, loss, codes = logits.clone(), logits.new_empty(len(logits)), {}
+    if scale is not None:
+        blank = torch.full(logits.shape, math.nan, device=DEVICE).to(torch.float8_e5m2)
+        codes = {"codes": blank, "codes_scale": torch.full((1,), scale, device=DEVICE)}
+    with checked(name):
+        IN_PLACE.implementations[name](z, targets, loss, weights, **options, **codes)
+    return loss, z, *codes.values()
+
+
+@by_in_place
+@pytest.mark.parametrize("options", [{}, LOSS], ids=["plain", "options"])
+def test_codes_are_the_gradient_rounded_once(options, name):
+    """To 2 bits of mantissa, or steps of 2^-16; the other results are those without codes."""
+    v = 2500
+    logits = 3 * torch.randn(7, 2560, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    logits[:, v:] = math.nan
+    targets = torch.tensor([0, v - 1, IGNORE, 5, 64, 7, 9], device=DEVICE)
+    weights, scale = torch.tensor(0.3, device=DEVICE), 0.3 * 2.0**-13
+    plain = in_place(name, logits, targets, weights, **options, vocab_size=v)
+    loss, dz, codes, _ = in_place(name, logits, targets, weights, scale, **options, vocab_size=v)
+    assert torch.equal(loss, plain[0]) and torch.equal(dz, plain[1])
+    exact = in_place("torch", logits.double(), targets, weights.double(), **options, vocab_size=v)[1]
+    torch.testing.assert_close(codes.double() * scale, exact, rtol=0.1251, atol=1.01 * 2**-17 * scale)
+    assert not codes[2].float().any() and not codes[:, v:].float().any() and (codes.float() != 0).sum() > 5 * v
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN")
+@by_in_place
+def test_codes_saturate_and_keep_nan(name):
+    logits = torch.zeros(2, 64, device=DEVICE)
+    logits[1, 9] = math.nan
+    codes = in_place(name, logits, torch.tensor([3, 3], device=DEVICE), None, 2.0**-20)[2].float()
+    assert codes[0, 3] == -57344 and codes[0, 4] == 2**14 and codes[1, 9].isnan()
+
+
+def test_the_bench_checks_codes():
+    right = IN_PLACE.implementations["torch"]
+
+    def wrong(*, codes_scale, **inputs):
+        right(**inputs, codes_scale=8 * codes_scale)
+
+    results = check(IN_PLACE, {"N": 90, "V": 40, "codes": 1}, {"right": right, "wrong": wrong}, "forward")
+    assert "failed" not in results["right"] and "wrong: codes" in results["wrong"]["failed"]
+
+
+@by_in_place
+@pytest.mark.parametrize("change, message", [
+    ({"codes": torch.zeros(7, 101).to(torch.float8_e5m2)}, r"codes \[7, 101\] .* are not contiguous e5m2 \[7, 128\]"),
+    ({"codes": torch.zeros(7, 128).to(torch.float8_e4m3fn)}, "float8_e4m3fn are not contiguous e5m2"),
+    ({"codes": torch.zeros(128, 7).to(torch.float8_e5m2).t()}, "not contiguous e5m2"),
+    ({"codes_scale": None}, "go together"),
+])  # fmt: skip
+def test_codes_that_do_not_fit_are_refused(change, message, name):
+    with pytest.raises(ValueError, match=message):
+        IN_PLACE.implementations[name](**draw(IN_PLACE, IN_PLACE.test_shapes[-1]) | change)
 
 
 # Rounding.

@@ -1,5 +1,6 @@
 """The ops on FP8 codes: quantisation in one pass, and products against dequantised values."""
 
+import inspect
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from parity import DEVICE, assert_accurate, checked, draw, interpreted
 
 from bench.harness import check
-from kernels import OPS, fp8_linear
+from kernels import EMITTING, OPS, fp8_linear
 from kernels.formats import E4M3, E5M2, round_to
 
 QUANTIZE, LINEAR = OPS["fp8_quantize"], OPS["fp8_linear"]
@@ -103,3 +104,82 @@ def test_leading_dimensions_and_nothing(name):
         none = LINEAR.implementations[name](**inputs | {"x": inputs["x"][:0]})
     torch.testing.assert_close(three.flatten(0, 1), expected)
     assert none.shape == (0, 48)
+
+
+# Ops that quantise their result in the same pass
+
+EMITTED = [
+    pytest.param(OPS[f"{op}_fp8"], name, shape, id="-".join([op, name, "x".join(map(str, shape.values()))]))
+    for op in EMITTING for name in OPS[f"{op}_fp8"].implementations for shape in OPS[f"{op}_fp8"].test_shapes
+]  # fmt: skip
+by_emitting = pytest.mark.parametrize("op, name, shape", EMITTED)
+
+
+@by_emitting
+def test_results_and_codes_of_one_pass_are_accurate(op, name, shape):
+    assert_accurate(op, name, draw(op, shape, torch.bfloat16))
+
+
+def plain_of(op, name):
+    """The implementation without codes, of the inputs of the one with them."""
+    function = OPS[op.name.removesuffix("_fp8")].implementations[name]
+    names = inspect.signature(function).parameters
+    return lambda inputs: function(**{key: x for key, x in inputs.items() if key in names})
+
+
+@by_emitting
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_pass_equals_two(op, name, shape, dtype):
+    """The plain op, and then quantisation: results, codes and amax, bit for bit."""
+    inputs, plain = draw(op, shape, dtype), plain_of(op, name)
+    scale, amax = inputs["scale"], inputs["amax"].clone()
+    inputs["x"][-1, 0] = math.nan
+    with checked(name):
+        *results, codes = op.implementations[name](**inputs)
+        *unmeasured, _ = op.implementations[name](**inputs | {"amax": None})
+        expected = plain(inputs)
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    expected_codes = torch.empty_like(codes)
+    QUANTIZE.implementations["torch"](expected[0], scale, expected_codes, amax)
+    for ours in (results, unmeasured):
+        assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(ours, expected, strict=True))
+    assert torch.equal(codes.view(torch.uint8), expected_codes.view(torch.uint8)) and torch.equal(inputs["amax"], amax)
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("op", EMITTING)
+def test_nan_alone_leaves_amax(op, name):
+    """In blocks without padding."""
+    op = OPS[f"{op}_fp8"]
+    inputs = draw(op, {"rows": 2, "D": 1024, "F": 1024})
+    inputs["x"].fill_(math.nan)
+    with checked(name):
+        assert op.implementations[name](**inputs)[-1].float().isnan().all() and inputs["amax"] == 0
+
+
+@by_emitting
+def test_amax_of_one_pass_only_rises(op, name, shape):
+    inputs = draw(op, shape) | {"amax": torch.full((1,), 1e6, device=DEVICE)}
+    with checked(name):
+        op.implementations[name](**inputs)
+    assert inputs["amax"] == 1e6
+
+
+@pytest.mark.parametrize("gated, large", [(True, slice(72)), (True, slice(72, 144)), (False, slice(0))], ids=str)
+@pytest.mark.parametrize("name", OPS["swiglu_fp8"].implementations)
+def test_codes_of_swiglus_gradient_are_the_gradient_of_an_empty_tensor(name, gated, large):
+    """With the larger gradient in either half."""
+    op = OPS["swiglu_fp8"]
+    inputs = draw(op, {"rows": 5, "F": 72}, torch.bfloat16) | {"gated": gated}
+    inputs["x"][:, large] *= 16
+    inputs["dx_codes"] = torch.zeros(1, device=DEVICE).to(E5M2.dtype).expand(5, 144)
+    leaves = [inputs[key].requires_grad_() for key in ("x", "dx_codes")]
+    with checked(name):
+        y, _ = op.implementations[name](**inputs)
+        dy = torch.linspace(-1, 1, y.numel(), device=DEVICE).view(y.shape).to(y.dtype)
+        dx, codes = torch.autograd.grad(y, leaves, dy)
+        (expected,) = torch.autograd.grad(plain_of(op, name)(inputs), leaves[:1], dy)
+    expected_codes, amax = torch.empty_like(codes), torch.zeros(1, device=DEVICE)
+    QUANTIZE.implementations["torch"](expected, inputs["dx_scale"], expected_codes, amax)
+    assert torch.equal(dx, expected) and torch.equal(codes.float(), expected_codes.float())
+    assert torch.equal(inputs["dx_amax"], amax) and codes.dtype == E5M2.dtype

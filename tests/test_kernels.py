@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from parity import DEVICE, LOSS, assert_accurate, checked, draw
 
 import kernels
-from kernels import OPS, KernelChoice, KernelError, Kernels, bind
+from kernels import OPS, KernelChoice, KernelError, Kernels, bind, has_card
 from kernels.linear_cross_entropy import IGNORE
 from kernels.rope import rope_tables
 
@@ -29,7 +29,13 @@ def case(op, name, shape, **options):
 
 
 PURE = [op for op in OPS.values() if not op.mutates]  # an op that writes to its arguments has tests of its own
-CASES = [case(op, name, shape) for op in PURE for name in op.implementations for shape in op.test_shapes]
+CASES = [
+    case(op, name, shape)
+    for op in PURE
+    for name in op.implementations
+    for shape in op.test_shapes
+    if name != "triton" or has_card(op, DEVICE)
+]
 REFERENCES = [p for p in CASES if p.values[1] == "torch" and p.values[0].differentiable]
 
 
@@ -184,13 +190,14 @@ def test_choice_names_the_ops_and_their_implementations():
     hints = get_type_hints(KernelChoice, include_extras=True)
     for name in CHOSEN:
         assert hints[name].__metadata__ == (" or ".join((*OPS[name].implementations, "path.py:function")),)
-    assert [field.name for field in fields(Kernels)] == [*CHOSEN, "names"]
+    assert [field.name for field in fields(Kernels)] == [*CHOSEN, "rmsnorm_fp8", "swiglu_fp8", "names"]
 
 
 def test_choice_by_op_and_for_every_op():
     bound = bind(KernelChoice(every="torch", attention="sdpa"))
     assert bound.names == dict.fromkeys(CHOSEN, "torch") | {"attention": "sdpa"}
     assert bound.attention is OPS["attention"].implementations["sdpa"]
+    assert bound.swiglu_fp8 is OPS["swiglu_fp8"].implementations["torch"]
     assert bind(KernelChoice()).names == dict.fromkeys(CHOSEN, "torch")  # auto, on a CPU
 
 
@@ -214,6 +221,23 @@ def test_automatic_choice_on_a_gpu(monkeypatch):
     assert bind(KernelChoice(), "cuda").names == dict.fromkeys(CHOSEN, "triton") | {
         "attention": "auto", "fp8_linear": "cublas",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("card, has", [("sm_90", False), ("sm_100", True), ("sm_103", True), ("sm_120", True)])
+def test_kernels_that_need_other_cards_are_not_taken_and_refused_by_name(monkeypatch, card, has):
+    monkeypatch.setattr(kernels, "c_compiler", lambda: "gcc")
+    monkeypatch.setattr(kernels, "card", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    name = "triton" if has else "torch"
+    for every in ("auto", "triton"):
+        names = bind(KernelChoice(every=every), "cuda").names
+        assert names["block_scaled_linear"] == names["block_quantize"] == name and names["fp8_quantize"] == "triton"
+    asked = KernelChoice(block_scaled_linear="triton")
+    if has:
+        assert bind(asked, "cuda").names["block_scaled_linear"] == "triton"
+    else:
+        with pytest.raises(KernelError, match=r"needs instructions of sm_100, .* card is sm_90: use --kernels\.block"):
+            bind(asked, "cuda")
 
 
 def test_what_an_implementation_lacks_is_said_with_advice():

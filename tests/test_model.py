@@ -2,10 +2,11 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
-from recording import Recorded
+from recording import Recorded, emulate_graphs
 
 from kernels import KernelChoice, KernelError, bind
 from kernels.attention import scores
@@ -401,9 +402,9 @@ def test_left_padding_changes_nothing(attention, features):
         for row, n, states in zip(range(3), padding, model.hidden(ids[:, :10], cache), strict=True):
             torch.testing.assert_close(states[n:], alone[row][: 10 - n])
         cache.keep([2, 1])
-        for i in range(10, 24):
-            states = model.hidden(ids[[2, 1], i : i + 1], cache)[:, 0]
-            torch.testing.assert_close(states, torch.stack([alone[2][i - 2], alone[1][i - 6]]))
+        for i, j in pairwise((10, 11, 12, 18, 19, 24)):
+            states = model.hidden(ids[[2, 1], i:j], cache)
+            torch.testing.assert_close(states, torch.stack([alone[2][i - 2 : j - 2], alone[1][i - 6 : j - 6]]))
 
 
 def test_more_tokens_than_the_context_length_are_refused():
@@ -528,9 +529,7 @@ def test_cached_generation_equals_full_forward_passes(features, captured, monkey
     """Rows of several lengths: one ends early, others exceed the context length. CUDA graphs are emulated."""
     model, prompts = build(**features), [[1, 2, SEPARATOR, 3], [4] * 3, [7] * 20]
     monkeypatch.setattr(generate_module, "Decoder", lambda *args, **kind: Decoder(*args, captured=captured))
-    monkeypatch.setattr(generate_module, "Captured", Recorded)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
-    monkeypatch.setattr(Recorded, "replays", 0)
+    emulate_graphs(monkeypatch)
 
     def write(tokens, **kind):
         return generate(model, prompts, tokens, temperature=3.0, generator=torch.Generator().manual_seed(1), **kind)

@@ -2,20 +2,24 @@
 
 import json
 import math
-from types import SimpleNamespace
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from parity import DEVICE, interpreted
+from parity import DEVICE, gpu, interpreted
 from ranks import Launcher, forks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from kernels import KernelChoice, bind
+from kernels import EMITTING, KernelChoice, bind
 from kernels.formats import E4M3, E5M2, quantize_nvfp4, round_to
 from kernels.sanitizer import sanitize
 from model import checkpoint
-from model.gpt import GPT, Linear, ModelConfig
-from model.precision import HISTORY, MARGIN, Scales, check_whole, lower
+from model.evaluate import _compiled_loss, evaluating
+from model.fp8 import HISTORY, MARGIN, Scales
+from model.gpt import GPT, KVCache, Linear, ModelConfig
+from model.precision import check_whole, lower
 from runtime.config import ConfigError
 from runtime.hardware import LOW, HardwareError, pick_precision
 
@@ -76,14 +80,16 @@ def test_layers_of_other_widths_stay_and_a_model_without_any_is_refused():
 
 def test_sharded_weights_are_refused():
     with pytest.raises(ConfigError, match=r"--precision=fp8 quantises whole weights, which --shard=full divides: use"):
-        check_whole("fp8", "full")
-    check_whole("fp8", "off"), check_whole("bf16", "hybrid")
+        check_whole("fp8", "auto", "full")
+    with pytest.raises(ConfigError, match=r"--head_precision=fp8 quantises whole weights, which --shard=hybrid"):
+        check_whole("bf16", "fp8", "hybrid")
+    check_whole("fp8", "fp8", "off"), check_whole("bf16", "auto", "hybrid")
 
 
 def test_other_precisions_lower_nothing():
     model = small_gpt()
     low = lower(model, "bf16")
-    assert not low.lines() and not low.facts() and not low.state() and not low.simulated
+    assert not low.lines() and not low.facts() and not low.state()["scales"] and not low.simulated
     assert all(module.low is None for module in model.modules() if isinstance(module, Linear))
 
 
@@ -140,14 +146,17 @@ def test_simulated_products_are_near(precision, error):
     torch.testing.assert_close(linear.bias.grad, dy.flatten(0, 1).float().sum(0), rtol=2e-2, atol=1e-7)
 
 
+def dequantized(quantized):
+    return quantized.dequantize() * quantized.tensor_scale
+
+
 def test_nvfp4_rounds_gradients_at_random_and_inputs_to_nearest():
     _, linear, x, dy = layer_of("nvfp4")
     first, again = linear(x), linear(x)
     assert torch.equal(first, again)
-    w = linear.low.weight
-    expected = quantize_nvfp4(x.detach().flatten(0, 1), (1, 16)).dequantize() @ w.dequantize().t() * w.tensor_scale
-    expected = expected * quantize_nvfp4(x.detach().flatten(0, 1), (1, 16)).tensor_scale
-    torch.testing.assert_close(first.flatten(0, 1), expected.bfloat16(), rtol=1e-2, atol=1e-4)
+    x_2d, w = x.detach().flatten(0, 1), quantize_nvfp4(linear.weight, (16, 16))
+    expected = (dequantized(quantize_nvfp4(x_2d, (1, 16))) @ dequantized(w).t()).bfloat16()
+    torch.testing.assert_close(first.flatten(0, 1), expected, rtol=1e-2, atol=1e-4)
     runs = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
@@ -176,6 +185,82 @@ def test_any_number_of_tokens(precision, tokens):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+# Codes of the layers' inputs, from the kernels that compute those
+
+
+def quantised_apart(kernels):
+    """The same, but inputs are quantised where they are multiplied."""
+    return replace(kernels, **{f"{op}_fp8": None for op in EMITTING})
+
+
+def steps_of(kernels, residual=None, **changes):
+    """Loss, gradients and scales of the second of two steps in FP8, then the loss of a text and the logits after it;
+    how many tensors the layers quantised, forward and backward, in each step; and those layers."""
+    counts = [0]
+
+    def counted(*arguments):
+        counts[-1] += 1
+        return kernels.fp8_quantize(*arguments)
+
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_head": 2, "d_model": 32, "seq_len": 32}
+    model = GPT(ModelConfig(**(sizes | changes)).resolved(64), replace(kernels, fp8_quantize=counted)).to(DEVICE)
+    model.residual = residual
+    low, results = lower(model, "fp8"), []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model.zero_grad()
+        counts.append(0)
+        loss = loss_of(model, seed)
+        counts.append(0)
+        loss.backward()
+        counts.append(0)
+        results = [loss.detach(), *(p.grad for p in model.parameters())]
+        results += [x.clone() for x in low.state()["scales"].values()]
+        low.advance()
+    amax, (ids, _) = low.scales.amax.clone(), batch(2)
+    with evaluating(model), torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
+        cache = KVCache(model.config, torch.zeros(2, dtype=torch.int64, device=DEVICE))
+        results += [loss_of(model, 2), model.logits(ids[:, :8], cache), model.logits(ids[:, 8:9], cache)]
+    assert torch.equal(low.scales.amax, amax), "evaluation and generation leave amax alone"
+    return results, [*counts[1:3], *counts[4:6]], low
+
+
+@pytest.mark.parametrize("changes, emitted, emitted_backward", [
+    ({}, 6, 2), ({"residual": torch.bfloat16}, 6, 2), ({"recompute": 1.0}, 6, 8), ({"dropout": 0.1}, 6, 2),
+    ({"bias": True}, 6, 2), ({"norm": "layer"}, 2, 2), ({"norm": "none"}, 2, 2), ({"activation": "relu2"}, 6, 2),
+    ({"norm_place": "post"}, 2, 2), ({"norm_place": "res-post"}, 2, 2), ({"d_ff": 72}, 4, 0),
+], ids=str)  # fmt: skip
+def test_norms_and_activations_quantise_as_the_layers_do(changes, emitted, emitted_backward):
+    """Bit for bit. Of the first step, which measures scales, the layers quantise everything."""
+    kernels = bind(TORCH, DEVICE)
+    ours, counts, low = steps_of(kernels, **changes)
+    theirs, (forward, backward, *again), _ = steps_of(quantised_apart(kernels), **changes)
+    assert forward == len(low.layers) and again == [forward, backward]
+    assert counts == [forward, backward, forward - emitted, backward - emitted_backward]
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@interpreted
+def test_norms_and_activations_quantise_in_triton_as_the_layers_do():
+    kernels = bind(KernelChoice(every="torch", rmsnorm="triton", swiglu="triton", fp8_quantize="triton"), DEVICE)
+    with sanitize() as record:
+        (ours, _, _), (theirs, _, _) = steps_of(kernels, n_layer=1), steps_of(quantised_apart(kernels), n_layer=1)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert record.kernels.keys() >= {"_rmsnorm_fwd_kernel", "_swiglu_fwd_kernel", "_fp8_quantize_kernel"}
+
+
+def test_a_norm_of_the_users_own_is_quantised_in_a_pass_of_its_own_and_that_is_said(tmp_path):
+    (tmp_path / "mine.py").write_text("from kernels.rmsnorm import rmsnorm_torch as rmsnorm")
+    mine = f"{tmp_path / 'mine.py'}:rmsnorm"
+    kernels = bind(KernelChoice(every="torch", rmsnorm=mine), DEVICE)
+    ours, counts, low = steps_of(kernels)
+    theirs, *_ = steps_of(bind(TORCH, DEVICE))
+    assert counts == [8, 8, 6, 6] and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert f"rmsnorm {mine}: its results are quantised in a pass of its own, by fp8_quantize" in low.lines()
+    assert not any("fp8_quantize" in line for line in lower(small_gpt(), "fp8").lines())
+
+
 @interpreted
 def test_triton_kernels_in_a_layer_and_in_the_model():
     triton, results = KernelChoice(every="torch", fp8_linear="triton", fp8_quantize="triton"), []
@@ -192,6 +277,55 @@ def test_triton_kernels_in_a_layer_and_in_the_model():
     assert record.kernels.keys() == {"_fp8_linear_kernel", "_fp8_quantize_kernel"}
 
 
+@interpreted
+@pytest.mark.parametrize("precision", ["mxfp8", "nvfp4"])
+def test_native_products_are_the_simulated_up_to_rounding(precision):
+    """With gradients rounded to nearest, since random numbers differ."""
+    native, results = KernelChoice(every="torch", block_scaled_linear="triton", block_quantize="triton"), []
+    for choice in (TORCH, native):
+        low, linear, x, dy = layer_of(precision, choice=choice)
+        linear.low.of_gradient = linear.low.of_input
+        with sanitize(shuffle=0) as record:
+            (y := linear(x)).backward(1e6 * dy)
+        results.append([y, x.grad, linear.weight.grad])
+        assert low.simulated == low.facts()["simulated"] == (choice is TORCH) and len(low.lines()) == 1 + low.simulated
+    amax = {"_block_amax_kernel"} if precision == "nvfp4" else set()
+    assert record.kernels.keys() == {"_block_scaled_linear_kernel", "_block_quantize_kernel"} | amax
+    assert record.kernels["_block_scaled_linear_kernel"].launches == 3
+    torch.testing.assert_close(results[1], results[0], rtol=1e-2, atol=1e-3)
+
+
+class Seen(TorchDispatchMode):
+    """Notes the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket)
+        return func(*args, **kwargs or {})
+
+
+@interpreted
+@pytest.mark.parametrize("precision", ["mxfp8", "nvfp4"])
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_a_step_reads_nothing_on_the_host_and_weights_keep_their_addresses(precision, name):
+    choice = KernelChoice(every="torch", block_scaled_linear=name, block_quantize=name)
+    _, linear, x, dy = layer_of(precision, choice=choice)
+    tensors = [*linear.low.codes, *linear.low.codes_t]
+    before, values = [t.data_ptr() for t in tensors], [t.clone() for t in tensors]
+    with Seen() as seen:
+        linear(x).backward(dy)
+        with torch.no_grad():
+            linear.weight.mul_(-1)
+        linear.low.refresh()
+    aten = torch.ops.aten
+    assert not seen.names & {aten._local_scalar_dense, aten.item, aten.nonzero, aten.lift_fresh}
+    assert [t.data_ptr() for t in (*linear.low.codes, *linear.low.codes_t)] == before
+    assert not torch.equal(values[0].view(torch.uint8), linear.low.codes.codes.view(torch.uint8))
+
+
 @pytest.mark.parametrize("precision", ["fp8", "mxfp8"])
 def test_recomputed_layers_have_the_same_gradients(precision):
     results = []
@@ -200,22 +334,31 @@ def test_recomputed_layers_have_the_same_gradients(precision):
         low = lower(model, precision)
         gradients(model, seed=1)
         low.advance()
-        results.append([*gradients(model), *low.state().values()])
+        results.append([*gradients(model), *low.state()["scales"].values()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_a_compiled_layer_computes_the_same_and_raises_the_same_amax():
+@interpreted
+def test_compiled_layers_compute_the_same_and_raise_the_same_amax():
+    """One that quantises its input, one that has codes of it from the norm, and one from the activation."""
     torch._dynamo.reset()
     results = []
     for compiled in (False, True):
-        low, linear, x, dy = layer_of("fp8")
-        linear(x).backward(dy)
+        model = small_gpt(KernelChoice(every="torch", rmsnorm="triton", swiglu="triton"), n_layer=1)
+        low, block = lower(model, "fp8"), model.blocks[0]
+        gradients(model)
         low.advance()
-        x.grad = linear.weight.grad = None
-        forward = torch.compile(linear, backend="aot_eager", fullgraph=True) if compiled else linear
-        (y := forward(x)).backward(dy)
-        results.append([y, x.grad, linear.weight.grad, low.scales.amax])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)) and results[1][-1][:3].all()
+        model.zero_grad()
+
+        def forward(x, block=block):
+            y, _, codes = block.feed_forward_norm(x, None, block.feed_forward.gate_up.target())
+            return block.feed_forward(y, codes), block.attention.qkv(x)
+
+        x = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE).bfloat16().requires_grad_()
+        outputs = (torch.compile(forward, backend="aot_eager", fullgraph=True) if compiled else forward)(x)
+        sum(y.float().square().sum() for y in outputs).backward()
+        results.append([*outputs, x.grad, *(p.grad for p in block.parameters() if p.grad is not None), low.scales.amax])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)) and results[0][-1].count_nonzero() == 10
 
 
 # Scales
@@ -247,6 +390,16 @@ def test_evaluation_leaves_amax_and_micro_batches_raise_it():
     gradients(model, seed=2)
     both = low.scales.amax.clone()
     assert (both >= first).all() and (both > first).any()
+
+
+def test_evaluation_by_the_compiled_training_step_leaves_scales(run, monkeypatch):
+    """It computes gradients too. Here the model itself stands in for the compiled one."""
+    knobs = {"precision": "fp8", "steps": 3, "eval_every": 1, "eval_tokens": 256}
+    _, plain = run(run="plain", **knobs)
+    monkeypatch.setattr("train.eval_loss", lambda model, *_: partial(_compiled_loss, model, model))
+    _, folder = run(run="compiled", **knobs)
+    ours, theirs = (checkpoint.load(path / "last.pt")["scales"] for path in (folder, plain))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_weights_are_quantised_when_scales_advance():
@@ -328,7 +481,7 @@ def test_ranks_agree_on_scales(tiny, tmp_path):
 
         def watched(trainer):
             status = loop(trainer)
-            torch.save(trainer.low.state(), tmp_path / f"{rank}.pt")
+            torch.save(trainer.low.state()["scales"], tmp_path / f"{rank}.pt")
             return status
 
         train.Trainer.loop = watched
@@ -341,14 +494,6 @@ def test_ranks_agree_on_scales(tiny, tmp_path):
 
 
 # Hardware
-
-
-def gpu(monkeypatch, capability, hip=None):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    monkeypatch.setattr(torch.version, "hip", hip)
-    return SimpleNamespace(type="cuda")
 
 
 @pytest.mark.parametrize("capability", [(8, 9), (9, 0), (10, 0), (12, 0)])

@@ -17,7 +17,9 @@ from model import checkpoint
 from model.costs import StepOps
 from model.gpt import GPT, ModelConfig
 from model.optim import OptimizerConfig, build_optimizers
+from model.precision import lower
 from runtime.config import ConfigError
+from runtime.hardware import autocast
 from runtime.profile import Profiler, Table, parse_window
 
 ROWS = ("step", "loss", "grad_norm", "lr", "val_loss")
@@ -80,23 +82,66 @@ def test_windows():
             parse_window(text)
 
 
+def batch(share, size):
+    """The sequences of a rank's batch, and of a micro-batch."""
+    return SimpleNamespace(share=share, size=size)
+
+
 def test_costs_are_those_of_the_models_flops():
     sizes = {"n_layer": 2, "n_head": 2, "n_kv_head": 1, "d_model": 32, "seq_len": 256, "window": "SL:64"}
     model = GPT(ModelConfig(**sizes, tied=False).resolved(101), bind(KernelChoice()))
     optimizers = build_optimizers(model, OptimizerConfig())
-    whole, parts = (StepOps(model, optimizers, 8, micro).costs(True) for micro in (8, 2))
+    whole, parts = (StepOps(model, optimizers, batch(8, size)).costs(True) for size in (8, 2))
     names = ("matmul", "linear_cross_entropy", "attention")
     flops = sum(whole[name].flops for name in names) - whole["attention"].flops // 7  # the recomputed scores
     assert flops == pytest.approx(8 * 256 * model.flops_per_token(), rel=0.01)
     assert {name: cost.flops for name, cost in whole.items()} == {name: cost.flops for name, cost in parts.items()}
     assert parts["matmul"].bytes > whole["matmul"].bytes and parts["swiglu"].bytes == whole["swiglu"].bytes
-    graphs = StepOps(model, optimizers, 8, 8).costs(False)
+    graphs = StepOps(model, optimizers, batch(8, 8)).costs(False)
     assert graphs["matmul"].flops == whole["matmul"].flops + whole["linear_cross_entropy"].flops
     assert graphs.keys() == whole.keys() - {"linear_cross_entropy"} | {"cross_entropy"}
 
 
+def test_costs_are_of_the_ranks_own_matrices():
+    model = GPT(ModelConfig(n_layer=2, n_head=2, d_model=32, seq_len=16).resolved(101), bind(KernelChoice()))
+    adamw, muon = build_optimizers(model, OptimizerConfig())
+    ops = StepOps(model, (adamw, muon), batch(8, 8))
+    alone, all_of_them = ops.costs(True), muon.owners.mine
+    muon.owners.owned = [all_of_them[1::2], all_of_them[::2]]
+    ours = ops.costs(True)
+    muon.owners.rank = 1
+    theirs, n = ops.costs(True), sum(p.numel() for group in muon.param_groups for p in group["params"])
+    assert ours["muon"].flops + theirs["muon"].flops == alone["muon"].flops > ours["muon"].flops > 0
+    assert ours["muon"].bytes + theirs["muon"].bytes == alone["muon"].bytes + 8 * n  # each updates all parameters
+    assert ours["adamw"] == theirs["adamw"] == alone["adamw"]
+
+
+@pytest.mark.parametrize("precision, op, products", [
+    ("fp8", "fp8_linear", 2), ("mxfp8", "block_scaled_linear", 3), ("nvfp4", "block_scaled_linear", 3),
+])  # fmt: skip
+def test_products_in_low_precision_have_a_row_of_their_own(precision, op, products):
+    """In FP8 all but the weight gradients. Where torch multiplies, kernels do not tell them from others."""
+    config = ModelConfig(n_layer=2, n_head=2, d_model=32, seq_len=16).resolved(101)
+    model = GPT(config, bind(KernelChoice()))
+    model.keep_copies(torch.bfloat16)
+    ops, ids = StepOps(model, [], batch(8, 8)), torch.zeros(1, 16, dtype=torch.int64)
+    bf16 = ops.costs(True)["matmul"].flops
+    lowered = lower(model, precision)
+    lowered.advance()  # from then on norms and activations emit FP8
+    layers, costs = [linear for _, linear in lowered.layers], ops.costs(True)
+    assert costs[op].flops == products * 2 * 8 * 16 * sum(layer.weight.numel() for layer in layers)
+    assert costs[op].flops + costs.get("matmul", Cost(0, 0)).flops == bf16
+    assert op not in ops.costs(False)
+    with ops.labels(), torch.profiler.profile() as profile:
+        with autocast(torch.device("cpu"), "bf16"):
+            loss = model(ids, ids)
+        loss.backward()
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts[op] == products * len(layers) and counts["rmsnorm"] == 2 * model.config.n_layer + 1
+
+
 def test_triton_kernels_are_known_by_their_names():
-    kernels = StepOps(None, [], 1, 1).kernels()
+    kernels = StepOps(None, [], batch(1, 1)).kernels()
     names = {"_rmsnorm_bwd_kernel": "rmsnorm", "_sum_rows_kernel": "rmsnorm", "_adamw_kernel": "adamw"}
     assert names.items() <= kernels.items() and kernels["_attention_fwd_kernel"] == "attention"
 
@@ -170,7 +215,7 @@ def test_kernels_are_attributed_by_labels_sequence_numbers_and_names():
     trace.launch(202, 340, ("_rmsnorm_bwd_kernel", 60), thread=2)
     trace.label("optimizer", 350, 100)
     trace.label("Optimizer.step#AdamW.step", 360, 80)
-    trace.launch(370, 400, ("_adamw_kernel", 50))
+    trace.launch(370, 400, ("_adamw_kernel", 50), ("ncclDevKernel_AllGather_RING_LL", 10))
     trace.label("evaluation", 500, 400)
     trace.label("attention", 510, 50)
     trace.launch(520, 530, ("elementwise_kernel", 100))
@@ -178,8 +223,8 @@ def test_kernels_are_attributed_by_labels_sequence_numbers_and_names():
     assert microseconds(table) == {
         ("rmsnorm", "forward"): 30, ("attention", "forward"): 20, ("matmul", "forward"): 80,
         ("matmul", "backward"): 100, ("attention", "backward"): 40, ("rmsnorm", "backward"): 60,
-        ("adamw", "optimizer"): 50, ("evaluation", ""): 100 + 30 + 270,
-        ("data wait", ""): 50, ("launch gaps", "forward"): 20, ("launch gaps", ""): 50 + 100,
+        ("adamw", "optimizer"): 50, ("communication", "optimizer"): 10, ("evaluation", ""): 100 + 30 + 270,
+        ("data wait", ""): 50, ("launch gaps", "forward"): 20, ("launch gaps", ""): 40 + 100,
     }  # fmt: skip
     assert sum(table.times.values()) == pytest.approx(table.seconds) == pytest.approx(1e-3)
     assert table.on_gpu and not table.replays and "head" in table.work

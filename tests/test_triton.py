@@ -9,7 +9,7 @@ from parity import DEVICE, checked, draw, draw_leaves, interpreted, results_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from kernels import OPS, KernelChoice, bind
+from kernels import OPS, KernelChoice, bind, has_card
 from kernels.attention import document_ranges
 from kernels.cross_entropy import IGNORE
 from kernels.launch import IMPLEMENTATIONS, _on_its_gpu
@@ -17,7 +17,8 @@ from kernels.rope import rope_tables
 from kernels.sanitizer import sanitize
 from model.gpt import GPT, ModelConfig
 
-WITH_TRITON = [op for op in OPS.values() if "triton" in op.implementations and not op.mutates]
+WITH_TRITON = [op for op in OPS.values() if "triton" in op.implementations and not op.mutates and has_card(op, DEVICE)]
+LACKING = [op.name for op in OPS.values() if not has_card(op, DEVICE)]  # their kernels may crash the compiler
 DIFFERENTIABLE = [op for op in WITH_TRITON if op.differentiable]
 by_op = pytest.mark.parametrize("op", WITH_TRITON, ids=lambda op: op.name)
 by_differentiable_op = pytest.mark.parametrize("op", DIFFERENTIABLE, ids=lambda op: op.name)
@@ -278,9 +279,14 @@ def library_calls():
     *tensors, copies, lr, step, grad_scale, beta1, beta2, eps, decay = (
         OPS["adamw"].inputs({"N": 2, "n": 9}, lambda *size: torch.randn(*size, device=DEVICE)).values()
     )
+    one = torch.ones(1, device=DEVICE)
     scalars = lr, step, grad_scale, beta1, beta2, eps, decay
     codes, head_codes, *scales, _, _ = inputs["fp8_linear"].values()
+    no_codes, dz_codes = (None, None), (torch.empty(logits.shape, dtype=torch.float8_e5m2, device=DEVICE), one)
     quantized = OPS["fp8_quantize"].draw({"rows": 5, "columns": 9}, torch.float32, DEVICE)
+    eight, four = (OPS["block_quantize"].draw({"rows": 5, "columns": 9, "bits": b}, x.dtype, DEVICE) for b in (8, 4))
+    result = "x", "codes", "block_scale", "scale", "codes_t", "block_scale_t", "scale_t"
+    seed, signs = torch.ones(1, dtype=torch.int64, device=DEVICE), torch.ones(16, device=DEVICE)
     return {
         "adamw_": [(*tensors, copies[1:], [1], *scalars, True), (*tensors, [], [], *scalars, False)],
         "attention_fwd": [
@@ -292,19 +298,33 @@ def library_calls():
             (query, query, key, value, documents, sink, sink, query, lse, 0.2, False, 3, 5.0),
         ],
         "fp8_linear": [(codes, head_codes, *scales, torch.bfloat16, precise) for precise in (False, True)],
+        "block_scaled_linear": [
+            tuple(OPS["block_scaled_linear"].draw(shape, x.dtype, DEVICE).values())
+            for shape in OPS["block_scaled_linear"].test_shapes[2:4]
+        ],
+        "block_quantize_": [
+            (*(eight[key] for key in result[:4]), None, None, None, False, None, None),
+            (*(four[key] for key in result), True, seed, signs),
+        ],
         "fp8_quantize_": [tuple(quantized.values()), (*list(quantized.values())[:3], None, None)],
         "rmsnorm_fwd": [(x, gain, residual, 1e-6), (x, None, None, 1e-6)],
+        "rmsnorm_fp8_fwd": [(x, gain, residual, 1e-6, one, 0 * one), (x, None, None, 1e-6, one, None)],
         "rmsnorm_bwd": [(x, residual, x, gain, rstd, False), (x.half(), None, x, None, rstd, True)],
         "rope_fwd": [(qkv, cos, sin, q_gain, k_gain, None, 4, 2, 1e-6, False)],
         "rope_bwd": [(q, k, v, qkv, cos, sin, q_gain, k_gain, None, 1e-6, True)],
         "swiglu_fwd": [(packed, "silu", True), (packed, "relu2", False)],
+        "swiglu_fp8_fwd": [(packed, "silu", True, one, 0 * one), (packed, "relu2", False, one, None)],
+        "swiglu_fp8_bwd": [
+            (packed[:, ::2], packed, "silu", True, one, 0 * one),
+            (packed, packed, "relu2", False, one, 0 * one),
+        ],
         "swiglu_bwd": [(packed[:, ::2], packed, "silu", True), (packed, packed, "relu2", False)],
         "cross_entropy_fwd": [(logits, targets, 0.0, 0.0, 0.0, IGNORE)],
         "cross_entropy_bwd": [(loss, logits, targets, stats, 0.0, 0.0, 0.0, IGNORE)],
         "cross_entropy_bwd_": [(loss, logits.clone(), targets, stats, 0.0, 0.0, 0.0, IGNORE)],
         "cross_entropy_in_place": [
-            (logits.clone(), targets, loss.clone(), weights, 0.0, 0.0, 0.0, IGNORE, logits.shape[1])
-            for weights in (None, loss, torch.rand((), device=DEVICE))
+            (logits.clone(), targets, loss.clone(), weights, 0.0, 0.0, 0.0, IGNORE, logits.shape[1], *to)
+            for weights, to in ((None, no_codes), (loss, no_codes), (torch.rand((), device=DEVICE), dz_codes))
         ],
         "linear_cross_entropy": [
             (hidden, F.pad(head, (0, 0, 0, 27)), head_targets, None, len(head), 0.0, 0.0, 0.0, IGNORE, with_dx, True)
@@ -314,12 +334,12 @@ def library_calls():
     }
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", [name for name in IMPLEMENTATIONS if name.rstrip("_") not in LACKING])
 def test_library_op_is_what_torch_expects(name):
-    checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-    if name.startswith("fp8_"):
-        checks.remove("test_schema")  # compares copies by arithmetic, which fp8 has none of
     for arguments in library_calls()[name]:
+        checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+        if "fp8" in name or name.startswith("block_") or any(torch.is_tensor(x) and x.itemsize == 1 for x in arguments):
+            checks.remove("test_schema")  # compares copies by arithmetic, which fp8 has none of
         torch.library.opcheck(getattr(torch.ops.nanofuse, name).default, arguments, test_utils=checks)
 
 
@@ -367,15 +387,15 @@ def test_a_flag_swaps_its_op_and_no_other(op):
 @interpreted
 @pytest.mark.parametrize("shape", [{"n_layer": 1}, {"window": "SL:8", "separator": 0}], ids=["plain", "windows"])
 def test_training_follows_the_reference(shape):
-    """Twenty steps of AdamW on changing batches: losses agree to rounding, which the steps amplify, at every one.
+    """Twelve steps of AdamW on changing batches: losses agree to rounding, which the steps amplify, at every one.
     With grouped queries; with a window in one layer of two, and documents of some ten tokens."""
     models = [small_gpt(KernelChoice(every=every), **shape) for every in ("torch", "triton")]
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=3e-3) for model in models]
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=5e-3) for model in models]
     losses = []
-    for step in range(20):
+    for step in range(12):
         losses.append([])
         for model, optimizer in zip(models, optimizers, strict=True):
-            ids, targets = batch(step % 4, rows=2)
+            ids, targets = batch(step % 2, rows=2)
             loss = model(ids.where(ids > 10, 0), targets)
             loss.backward()
             optimizer.step()
@@ -383,4 +403,4 @@ def test_training_follows_the_reference(shape):
             losses[-1].append(loss.item())
     reference, ours = torch.tensor(losses).T
     torch.testing.assert_close(ours, reference, rtol=1e-3, atol=0)
-    assert ours[-4:].mean() < 0.75 * ours[:4].mean()
+    assert ours[-2:].mean() < 0.75 * ours[:2].mean()
