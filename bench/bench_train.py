@@ -84,7 +84,7 @@ def test_equal_shape(tmp_path, record, rates, show):
     data = f"--model.d_ff=344 --data.tokenizer=bytes --model.seq_len={block} --batch_size={batch}"
     flags = f"--out={tmp_path} --steps=1 --optimizer=adamw --model.qk_norm=false --model.init=fan-in {shape} {data}"
     trainer = train.Trainer(*train.configure(flags.split()))
-    model = nanogpt.NanoGPT(trainer.tokenizer.vocab_size)
+    model = nanogpt.NanoGPT(trainer.data.tokenizer.vocab_size)
     optimizer = nanogpt.build_optimizer(model)
     steps = {
         "nanofuse": lambda ids, targets: trainer.train_step(ids, targets, 0.5),
@@ -95,7 +95,7 @@ def test_equal_shape(tmp_path, record, rates, show):
         for name, step in steps.items():
             begin = time.perf_counter()
             for i in range(20):
-                step(*trainer.batches.get((20 * turn + i) * batch, batch))
+                step(*trainer.data.batches.get((20 * turn + i) * batch, batch))
             seconds[name].append((time.perf_counter() - begin) / 20)
     flops = {"nanofuse": trainer.flops, "nanogpt": model.flops_per_token()}
     # The first turn compiles.

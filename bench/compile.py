@@ -8,11 +8,12 @@ Every op, forward and backward, at its bench shapes, and training steps of two m
 that has no device. Triton specialises each launch as it would on the card, and is stopped before it compiles. Each
 distinct specialisation is then compiled.
 
-The exit code is 1 if a kernel does not compile, needs more shared memory than the card has, multiplies bf16, fp16 or
-fp8 without the tensor-core instruction for its tiles, waits for each wgmma before the next, is not in the baseline, or
-is worse than there: more spills, a lost 128-bit load or store, or over 1.25 times the registers plus 8. On sm_90
-kernels of heads up to 128 must not spill at all. Versions of Triton differ by 15% in registers, so each has its own
-baseline in bench/baselines. With a version that has none, any spill fails and the rest is not compared.
+The exit code is 1 if a kernel does not compile, needs more shared memory than the card has, multiplies in 16, 8 or 4
+bits without the tensor-core instruction for its tiles or scales by block outside it, waits for each wgmma before the
+next, is not in the baseline, or is worse than there: more spills, a lost 128-bit load or store, or over 1.25 times the
+registers plus 8. On sm_90 kernels of heads up to 128 must not spill at all. Versions of Triton differ by 15% in
+registers, so each has its own baseline in bench/baselines. With a version that has none, any spill fails and the rest
+is not compared.
 """
 
 import json
@@ -44,10 +45,11 @@ from triton.runtime.jit import JITFunction
 from bench.harness import META, Case, on_meta
 from bench.report import written
 from kernels import OPS, KernelChoice, KernelError, bind, own
+from model.command_line import CONFIGS
 from model.gpt import GPT, ModelConfig
 from runtime.config import Parser, build, flatten, read_file
 from runtime.program import program
-from train import ROOT, Config
+from train import Config
 
 BASELINES = Path(__file__).with_name("baselines")
 MEASURED = ("registers", "spill", "wide_loads", "wide_stores")
@@ -63,8 +65,9 @@ class Card:
     """A target, and what one multiprocessor of it holds at once: warps, blocks, and bytes of shared memory.
 
     A block may have `shared` bytes; the driver takes `reserved` more. Its tensor cores multiply bf16 and fp16 with
-    `matrix` instructions, or HMMA for tiles of fewer than `rows` rows, and fp8 with those named `fp8`. Sources: CUDA
-    Programming Guide, "Compute Capabilities"; PTX ISA, wgmma and tcgen05; AMD CDNA 3 ISA.
+    `matrix` instructions, or HMMA for tiles of fewer than `rows` rows, fp8 with those named `fp8`, and NVFP4 with
+    `fp4`. Sources: CUDA Programming Guide, "Compute Capabilities"; PTX ISA, wgmma, tcgen05 and mma with block scaling;
+    AMD CDNA 3 ISA.
     """
 
     target: GPUTarget
@@ -74,6 +77,7 @@ class Card:
     matrix: str
     rows: int = 0
     fp8: str = ""
+    fp4: str = ""
     reserved: int = 1024
 
     def resident(self, registers: int, shared: int, warps: int) -> int:
@@ -88,9 +92,16 @@ CARDS = {
     "sm_89": Card(GPUTarget("cuda", 89, 32), 99 * 1024, warps=48, blocks=24, matrix="HMMA", fp8="QMMA"),
     "sm_90": Card(GPUTarget("cuda", 90, 32), 227 * 1024, warps=64, blocks=32, matrix="HGMMA", rows=64, fp8="QGMMA"),
     "sm_100": Card(
-        GPUTarget("cuda", 100, 32), 227 * 1024, warps=64, blocks=32, matrix="UTCHMMA", rows=64, fp8="UTCQMMA"
+        GPUTarget("cuda", 100, 32),
+        227 * 1024,
+        warps=64,
+        blocks=32,
+        matrix="UTCHMMA",
+        rows=64,
+        fp8="UTCQMMA",
+        fp4="UTCOMMA",
     ),
-    "sm_120": Card(GPUTarget("cuda", 120, 32), 99 * 1024, warps=48, blocks=24, matrix="HMMA", fp8="QMMA"),
+    "sm_120": Card(GPUTarget("cuda", 120, 32), 99 * 1024, warps=48, blocks=24, matrix="HMMA", fp8="QMMA", fp4="OMMA"),
     "gfx942": Card(GPUTarget("hip", "gfx942", 64), 64 * 1024, warps=32, blocks=32, matrix="mfma", reserved=0),
 }
 
@@ -155,6 +166,8 @@ class Row:
     shared: int = 0
     tiles: tuple[int, ...] = ()  # rows of the products of bf16 or fp16
     has_fp8: bool = False  # products of fp8
+    has_fp4: bool = False  # of e2m1
+    scales_outside: bool = False  # of blocks with scales that tensor cores do not take
     matrix: str = ""  # tensor-core instructions
     loads: int = 0
     wide_loads: int = 0
@@ -216,7 +229,7 @@ def workloads(card: str) -> Iterator[tuple[str, Callable[[], None]]]:
         for shape in (*op.bench_shapes, *op.compiled_shapes) if "triton" in op.implementations else ():
             case = Case(op, shape, torch.bfloat16, META)
             yield f"{op.name} {written(shape)}", case.call(op.implementations["triton"], case.passes[-1]).run
-    gpt2 = build(Config, flatten(Config, read_file("gpt2_124m.py", ROOT / "configs")))
+    gpt2 = build(Config, flatten(Config, read_file("gpt2_124m.py", CONFIGS)))
     yield "gpt2_124m", partial(run_model, gpt2.model.resolved(gpt2.data.expected_vocab_size), gpt2.micro_batch)
     llama = ModelConfig(n_layer=16, n_head=16, n_kv_head=8, d_model=2048, seq_len=4096, tied=False, qk_norm=False)
     yield "llama_1b", partial(run_model, llama.resolved(128256), 4)
@@ -270,11 +283,14 @@ def compile_launch(launch: Launch) -> Row:
     loads, stores = ([name for name in names if re.match(pattern, name)] for pattern in (LOAD, STORE))
     wide_loads, wide_stores = (sum(bool(re.search(WIDE, name)) for name in kind) for kind in (loads, stores))
     matrix = Counter(found[0] for found in (re.search(MATRIX, name) for name in names) if found)
-    tiles = re.findall(r"tt\.dot .* tensor<(?:\d+x)*(\d+)x\d+xb?f16> \*", compiled.asm["ttir"])
+    ttir = compiled.asm["ttir"]
+    tiles = re.findall(r"tt\.dot .* tensor<(?:\d+x)*(\d+)x\d+xb?f16> \*", ttir)
     return Row(
         launch, seconds=seconds, warps=compiled.metadata.num_warps, registers=registers, spill=spill,
         shared=compiled.metadata.shared, tiles=tuple(map(int, tiles)),
-        has_fp8=re.search(r"tt\.dot.*xf8E", compiled.asm["ttir"]) is not None,
+        has_fp8=re.search(r"tt\.dot .*xf8E|tt\.dot_scaled .* lhs = e[45]m", ttir) is not None,
+        has_fp4=re.search(r"tt\.dot_scaled .* lhs = e2m1", ttir) is not None,
+        scales_outside="tt.dot_scaled" in ttir and ".block_scale" not in compiled.asm.get("ptx", ""),
         matrix=" ".join(f"{number} {name}" for name, number in matrix.items()), loads=len(loads),
         wide_loads=wide_loads, stores=len(stores), wide_stores=wide_stores, code=code,
     )  # fmt: skip
@@ -345,8 +361,11 @@ def failures(row: Row, baseline: dict[str, int]) -> list[str]:
     if wanted and wanted != {card.matrix, "HMMA"} & set(row.matrix.split()):
         kinds = " and ".join(sorted(wanted))
         found.append(f"has no {kinds} for a product of bf16 or fp16, but {row.matrix or 'no tensor core'}")
-    if row.has_fp8 and {card.fp8, card.matrix, "HMMA"} & _bases(row.matrix) != {card.fp8}:
-        found.append(f"has no {card.fp8} for a product of fp8, but {row.matrix or 'no tensor core'}")
+    for format, has, instruction in (("fp8", row.has_fp8, card.fp8), ("fp4", row.has_fp4, card.fp4)):
+        if has and {card.fp8, card.fp4, card.matrix, "HMMA"} & _bases(row.matrix) != {instruction}:
+            found.append(f"has no {instruction} for a product of {format}, but {row.matrix or 'no tensor core'}")
+    if row.scales_outside:
+        found.append("scales by block outside the tensor cores")
     if is_serialized(row.code):
         found.append("waits for each wgmma before it issues the next")
     if row.spill > (was := baseline.get("spill", 0) if row.may_spill else 0):

@@ -24,7 +24,9 @@ from bench import processes, records
 from runtime.config import Parser
 from runtime.program import program
 
-SUBJECTS = ("attention", "kernels", "triton", "cross_entropy", "adamw", "fp8", "precision", "model", "capture")
+SUBJECTS = (
+    "attention", "kernels", "triton", "cross_entropy", "adamw", "fp8", "block_scaled", "precision", "model", "capture",
+)  # fmt: skip
 TESTS = [f"tests/test_{subject}.py" for subject in SUBJECTS]
 # Strides are arguments of a launch, so one shape shows all they do; float32 attention takes longest to compile.
 NEEDED = "not (test_strided_inputs and attention-triton and not 2x17x17)"

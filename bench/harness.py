@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bench.rivals import RIVALS
 from bench.timing import Call, measure, patched, reason, synchronize
-from kernels import own
+from kernels import has_card, own
 from kernels.accuracy import Truth, evaluate, truth
 from kernels.launch import IMPLEMENTATIONS
 from kernels.sanitizer import sanitize
@@ -80,6 +80,7 @@ class Case:
         if self.device != META:
             options["generator"] = torch.Generator(self.device).manual_seed(1)
         ones = torch.ones((), dtype=torch.float32, device=self.device)
+        outputs = (x for x in outputs if x.itemsize > 1)  # codes have no gradient
         return inputs, tuple(torch.randn(x.shape, dtype=x.dtype, **options) if x.ndim else ones for x in outputs)
 
     def call(self, function: Callable, name: str, seed: int = 0) -> Call:
@@ -91,11 +92,12 @@ class Case:
         def forward():
             with torch.no_grad():
                 outputs = function(**inputs)
-            return tuple(written) if self.op.mutates else as_tuple(outputs)
+            return *as_tuple(outputs), *written
 
         def forward_backward():
             outputs = as_tuple(function(**inputs))
-            return *outputs, *torch.autograd.grad(outputs, leaves, upstream)
+            differentiable = [x for x in outputs if x.itemsize > 1]
+            return *outputs, *written, *torch.autograd.grad(differentiable, leaves, upstream)
 
         def restore(seed: int) -> None:
             drawn, _ = self.draw(seed)
@@ -130,6 +132,8 @@ class Case:
 
 
 def as_tuple(outputs) -> tuple[Tensor, ...]:
+    if outputs is None:  # an op that writes to its arguments
+        return ()
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
@@ -150,7 +154,10 @@ def contenders(op: Op) -> tuple[dict[str, Callable], dict[str, str]]:
     """Functions by name, ours first, and the reason why others are missing here. `auto` only calls one of them."""
     found = {name: f for name, f in op.implementations.items() if name not in ("torch", "auto")}
     kernels = {"triton"} | {name for name in found if own.is_own(name) and own.has_triton_kernels(name)}
-    absent = {} if GPU else {name: "there is no GPU" for name in kernels if found.pop(name, None)}
+    why = "" if GPU else "there is no GPU"
+    if not has_card(op, DEVICE):
+        why = f"it needs {', '.join(op.cards)}"
+    absent = {name: why for name in kernels if why and found.pop(name, None)}
     found["torch"] = op.implementations["torch"]
     torch._dynamo.reset()
     found["torch.compile"] = torch.compile(op.implementations["torch"], fullgraph=True, dynamic=False)
@@ -174,8 +181,9 @@ def truth_of_written(op: Op, inputs: dict) -> Truth:
 
     wide = {key: tree_map_only(Tensor, partial(widened, key), value) for key, value in inputs.items()}
     exact = {key: x.double() for key, x in evaluate(op, op.implementations["torch"], wide).items()}
-    dtypes = {key: x.dtype for key, x in evaluate(op, lambda **_: None, inputs).items()}
-    return Truth(exact, {key: torch.finfo(dtypes[key]).eps * x.abs() for key, x in exact.items()}, dtypes)
+    dtypes = {key: x.dtype for key, x in evaluate(op, op.implementations["torch"], inputs).items()}
+    eps = {key: torch.finfo(dtype).eps if dtype.is_floating_point else 0.0 for key, dtype in dtypes.items()}
+    return Truth(exact, {key: eps[key] * x.abs() for key, x in exact.items()}, dtypes)
 
 
 def check(op: Op, shape: Mapping[str, int], functions: Mapping[str, Callable], name: str) -> dict[str, dict]:

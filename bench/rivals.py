@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention import visible
+from kernels.formats import BlockScaled
 from kernels.linear_cross_entropy import IGNORE
 
 RIVALS: dict[str, dict[str, Callable[[], Callable]]] = {}
@@ -104,7 +105,22 @@ def half_linear() -> Callable:
     return linear
 
 
+def half_block_linear() -> Callable:
+    """The product that MXFP8 and NVFP4 stand in for, likewise."""
+
+    @cache
+    def dequantized(codes: Tensor, block_scale: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        return BlockScaled(codes, block_scale, scale).dequantize().to(dtype)
+
+    def linear(x, block_scale, scale, weight, weight_block_scale, weight_scale, dtype):
+        dense = dequantized(weight, weight_block_scale, weight_scale, dtype)
+        return F.linear(dequantized(x, block_scale, scale, dtype), dense)
+
+    return linear
+
+
 RIVALS["fp8_linear"] = {"F.linear": half_linear}
+RIVALS["block_scaled_linear"] = {"F.linear": half_block_linear}
 LINEAR = "linear_cross_entropy"
 
 

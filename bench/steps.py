@@ -3,9 +3,9 @@
     python -m bench.steps --shape 124M --variant captured    one of them
 
 Four models, each with the Triton kernels, captured in CUDA graphs and eager, and with the references and SDPA under
-torch.compile; two of them captured in FP8 too, on a card that has it: time and tokens per second, MFU, memory, the
-host's time to launch a step, and device time by kernel. Each is a process of its own. Some run side by side, the
-largest first: they build and compile together, and each is alone on the card while it is timed.
+torch.compile; two of them captured in low precision too, on a card that has it: time and tokens per second, MFU,
+memory, the host's time to launch a step, and device time by kernel. Each is a process of its own. Some run side by
+side, the largest first: they build and compile together, and each is alone on the card while it is timed.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench import processes, records
 from bench.processes import card_held
 from bench.timing import synchronize
+from kernels import OPS, has_card
 from runtime.config import Parser, number
 from runtime.hardware import has_fp8
 from runtime.program import program
@@ -56,11 +57,14 @@ VARIANTS: dict[str, Knobs] = {
     "eager": {"capture": "off", "compile": "off"},
     "torch.compile": {"capture": "off", "compile": "on", "kernels": "torch", "kernels.attention": "sdpa"},
 }
-FP8: dict[str, Knobs] = {
+LOW: dict[str, Knobs] = {
     "fp8": VARIANTS["captured"] | {"precision": "fp8"},
+    "fp8, head": VARIANTS["captured"] | {"precision": "fp8", "head_precision": "fp8"},
     "fp8, triton": VARIANTS["captured"] | {"precision": "fp8", "kernels.fp8_linear": "triton"},
+    "mxfp8": VARIANTS["captured"] | {"precision": "mxfp8"},
+    "nvfp4": VARIANTS["captured"] | {"precision": "nvfp4"},
 }
-FP8_SHAPES = ("124M", "M4")
+LOW_SHAPES = ("124M", "M4")
 WARM_UP = 6  # steps: they compile, and capture
 SAMPLES, SAMPLE_S, PROFILED = 5, 0.3, 3
 SIDE_BY_SIDE = 6  # processes: the memory of the six largest together is within 80 GB
@@ -137,9 +141,13 @@ def by_kernel(step) -> list[tuple[float, float, str]]:
 
 
 def is_due(shape: str, variant: str) -> bool:
-    """Whether a variant is timed unless it is asked for: FP8 on a card that has it."""
-    has_card = torch.cuda.is_available() and has_fp8(torch.device("cuda"))
-    return variant in VARIANTS or (variant in FP8 and shape in FP8_SHAPES and has_card)
+    """Whether a variant is timed unless it is asked for: low precision on a card that has it."""
+    if variant in VARIANTS:
+        return True
+    card = torch.device("cuda")
+    if variant not in LOW or shape not in LOW_SHAPES or not torch.cuda.is_available():
+        return False
+    return has_fp8(card) if LOW[variant]["precision"] == "fp8" else has_card(OPS["block_scaled_linear"], card)
 
 
 def run(shape: str, variant: str, lock: Path, deadline: float) -> dict:
@@ -167,19 +175,19 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 1 where a shape and variant has no figures."""
     parser = Parser(prog="python -m bench.steps", description=__doc__.partition("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, help="only this one")
-    parser.add_argument("--variant", choices=VARIANTS | FP8, help="only this one")
+    parser.add_argument("--variant", choices=VARIANTS | LOW, help="only this one")
     parser.add_argument("--seconds", type=number(float, "(0, inf)"), default=300, help="stop after so long (300)")
     parser.add_argument("--results", **records.OPTION)
     parser.add_argument("--lock", type=Path, help=argparse.SUPPRESS)  # of the process of one shape and variant
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         if args.lock:
-            trainer = trainer_of(SHAPES[args.shape] | (VARIANTS | FP8)[args.variant], Path(folder))
+            trainer = trainer_of(SHAPES[args.shape] | (VARIANTS | LOW)[args.variant], Path(folder))
             print("\n" + json.dumps(measure(trainer, args.lock)), flush=True)
             return 0
         pairs = [
             (shape, variant)
-            for shape, variant in product(SHAPES, VARIANTS | FP8)
+            for shape, variant in product(SHAPES, VARIANTS | LOW)
             if args.shape in (None, shape)
             and (variant == args.variant or (not args.variant and is_due(shape, variant)))
         ]

@@ -36,7 +36,7 @@ from bench import processes, records
 from bench.harness import DEVICE, DTYPE, META, PASSES, Case, contest, on_meta
 from bench.processes import card_held
 from bench.report import written
-from kernels import OPS
+from kernels import OPS, has_card
 from kernels.common import card
 from kernels.launch import triton
 from kernels.spec import LaunchTable, Op
@@ -81,7 +81,7 @@ class Job:
 
 def jobs(part: str = "") -> list[Job]:
     """All whose name contains `part`, the ops in turns, those of a large weight more often."""
-    tables = [(op, table) for op in OPS.values() for table in op.launches]
+    tables = [(op, table) for op in OPS.values() if has_card(op, DEVICE) for table in op.launches]
     turns = [
         (i / WEIGHTS.get(op.name, 1), Job(op, table, size))
         for op, table in tables for i, size in enumerate(table.entries, 1)

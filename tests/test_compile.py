@@ -76,6 +76,32 @@ def _wrong_kernel(x_ptr, y_ptr):
     tl.static_assert(False, "this kernel is wrong")
 
 
+# A user's file, with an autotuner.
+OWN = """
+import torch, triton, triton.language as tl
+
+@triton.autotune([triton.Config({"BLOCK": size}) for size in (256, 512)], key=["n"])
+@triton.jit
+def _mine(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, tl.load(x_ptr + i, mask=i < n), mask=i < n)
+
+class Mine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        y = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+        _mine[lambda meta: (triton.cdiv(y.numel(), meta["BLOCK"]),)](x, y, y.numel())
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return torch.cat((dy, dy), -1)
+
+def mine(x, activation="silu", gated=True):
+    return Mine.apply(x)
+"""
+
+
 def compile_seeds() -> dict:
     """What the gate says of the kernels above, the tensor-core instructions it finds in the product,"""
     from bench.compile import CARDS, compile_all, failures, record
@@ -88,6 +114,12 @@ def compile_seeds() -> dict:
 
     def says(row, **baseline):
         return failures(row, row.measured() | baseline)
+
+    def block_scaled(card, bits):
+        op, shape = OPS["block_scaled_linear"], {"rows": 256, "K": 256, "N": 256, "bits": bits}
+        call = Case(op, shape, torch.bfloat16, META).call(op.implementations["triton"], "forward")
+        (row,) = compile_all(record(card, [("a test", call.run)]))
+        return row
 
     def lengths(card):
         """How often each kernel of attention is compiled for sequences of 129 to 192 tokens."""
@@ -105,6 +137,7 @@ def compile_seeds() -> dict:
     products = {card: compiled(_product_kernel, card, BLOCK=128, **half) for card in CARDS}
     eight = {"dtype": torch.float8_e4m3fn, "POWERS": 0, "num_warps": 8}
     fp8 = {card: compiled(_products_kernel, card, 1024, **eight) for card, about in CARDS.items() if about.fp8}
+    scaled = [block_scaled("sm_100", 8), block_scaled("sm_120", 4)]
     return {
         "as in the baseline": says(wide),
         "fewer wide accesses": says(narrow, wide_loads=wide.wide_loads, wide_stores=wide.wide_stores),
@@ -128,13 +161,17 @@ def compile_seeds() -> dict:
         "fp8": [row.matrix for row in fp8.values()],
         "fp8 products": [text for row in fp8.values() for text in says(row)],
         "fp8 product, as bf16": says(replace(fp8["sm_90"], matrix="8 HGMMA")),
+        "block-scaled": [row.matrix for row in scaled],
+        "block-scaled products": [text for row in scaled for text in says(row)],
+        "block-scaled product, as bf16": says(replace(scaled[1], matrix="8 HMMA", scales_outside=True)),
+        "block-scaled product, as fp8": says(replace(scaled[0], scales_outside=True)),
         "serialized": says(compiled(_products_kernel, "sm_90", 1024, POWERS=8, maxnreg=128, **half)),
         "lengths": lengths("sm_90"),
     }
 
 
 def run_gate() -> list:
-    """Exit code and output of runs that narrow, update and refuse, with a baseline that is not ours."""
+    """Exit code and output of runs that narrow, update, refuse and take a user's file, with a baseline not ours."""
     from bench import compile
 
     runs = []
@@ -147,7 +184,12 @@ def run_gate() -> list:
                 code = refusal.code
             runs.append([code, out.getvalue()])
 
-    with tempfile.TemporaryDirectory() as folder, patch.object(compile, "BASELINES", Path(folder, "baselines")):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.object(compile, "BASELINES", Path(folder, "baselines")),
+        patch.object(compile, "OPS", {"swiglu": OPS["swiglu"]}),  # each run records the launches of all
+        patch.object(compile, "run_model", lambda *_: None),
+    ):
         only = ["--arch", "90", "--kernel", "swiglu_fwd"]
         run(*only)
         measured = dict.fromkeys(compile.MEASURED, 8)
@@ -164,6 +206,9 @@ def run_gate() -> list:
         run(*only)
         run("--arch", "75")
         run("--arch", "sm_90", "--kernel", "none")
+        mine = Path(folder, "mine.py")
+        mine.write_text(OWN)
+        run("--arch", "90", "--op", "swiglu", "--implementation", f"{mine}:mine")
         with patch.object(triton.knobs.runtime, "interpret", True):
             run(*only)
     return runs
@@ -186,9 +231,11 @@ def seeds() -> dict:
 def test_the_models_kernels_pass():
     output = python("-m", "bench.compile", "--arch", "90")  # the other cards, and versions of Triton: make gate
     assert " 0 failures" in output
+    elsewhere = {op.name for op in OPS.values() if op.cards and "sm_90" not in op.cards}
     written = {
         name
         for path in ROOT.glob("kernels/*.py")
+        if path.stem not in elsewhere
         for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M)
     }
     assert written == set(re.findall(r"^\w+_kernel\b", output, re.M))
@@ -218,6 +265,13 @@ def test_the_models_kernels_pass():
         "fp8": [rf"\d+ {name}" for name in ("QMMA", "QGMMA", "UTCQMMA", "QMMA")],
         "fp8 products": [],
         "fp8 product, as bf16": ["has no QGMMA for a product of fp8, but 8 HGMMA"],
+        "block-scaled": [r"\d+ UTCQMMA", r"\d+ OMMA"],
+        "block-scaled products": [],
+        "block-scaled product, as bf16": [
+            "has no OMMA for a product of fp4, but 8 HMMA",
+            "scales by block outside the tensor cores",
+        ],
+        "block-scaled product, as fp8": ["scales by block outside the tensor cores"],
         "serialized": ["waits for each wgmma before it issues the next", r"spills [\d,]+ bytes, 0 are accepted"],
         "product, no way": ["has no mfma for a product of bf16 or fp16, but no tensor core"],
     }.items(),
@@ -258,6 +312,7 @@ def test_baselines_and_refusals():
         (1, "FAIL _swiglu_fwd_kernel | .* | sm_90: has 4 128-bit loads, 5 in the baseline"),
         (2, "--arch must be one of sm_80, sm_89, sm_90, sm_100, sm_120, gfx942, not 75"),
         (2, "no kernel has 'none' in its name; there are .*_swiglu_fwd_kernel"),
+        (0, "(?s)BLOCK=256.*BLOCK=512.*2 compilations of 1 kernels"),  # each candidate of an autotuner
         (2, "TRITON_INTERPRET is set"),
     ]
     for (code, output), (expected_code, pattern) in zip(
@@ -269,38 +324,3 @@ def test_baselines_and_refusals():
 
 if __name__ == "__main__":
     print(json.dumps({"compile_seeds": compile_seeds, "run_gate": run_gate}[sys.argv[1]]()))
-
-
-OWN = """
-import torch, triton, triton.language as tl
-
-@triton.autotune([triton.Config({"BLOCK": size}) for size in (256, 512)], key=["n"])
-@triton.jit
-def _mine(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(y_ptr + i, tl.load(x_ptr + i, mask=i < n), mask=i < n)
-
-class Mine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        y = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
-        _mine[lambda meta: (triton.cdiv(y.numel(), meta["BLOCK"]),)](x, y, y.numel())
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        return torch.cat((dy, dy), -1)
-
-def mine(x, activation="silu", gated=True):
-    return Mine.apply(x)
-"""
-
-
-def test_kernels_of_a_users_file_are_compiled_with_each_candidate_of_an_autotuner(tmp_path):
-    (tmp_path / "mine.py").write_text(OWN)
-    command = [sys.executable, "-m", "bench.compile", "--arch=90", "--op=swiglu", "--implementation"]
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [*command, f"{tmp_path}/mine.py:mine"]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and "2 compilations of 1 kernels" in done.stdout, done
-    assert "BLOCK=256" in done.stdout and "BLOCK=512" in done.stdout

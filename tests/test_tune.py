@@ -192,7 +192,9 @@ def test_what_there_was_no_time_for_is_said(tmp_path):
 
 def test_sizes_are_tried_by_turns_those_of_the_heaviest_ops_first(monkeypatch):
     def op(name, *sizes):
-        return SimpleNamespace(name=name, launches=(SimpleNamespace(kernel="k", entries=dict.fromkeys(sizes)),))
+        return SimpleNamespace(
+            name=name, cards=(), launches=(SimpleNamespace(kernel="k", entries=dict.fromkeys(sizes)),)
+        )
 
     ops = op("rope", 1, 2), op("rmsnorm", 1, 2), op("attention", 1, 2, 3, 4, 5)
     monkeypatch.setattr(tune, "OPS", {op.name: op for op in ops})
