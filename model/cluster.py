@@ -173,7 +173,7 @@ def step_time(
         cards = cluster.cards if shard == "full" else cluster.local
         communication, exposed = _sharded(sizes, cluster, cards, one_pass)
         communication, exposed = micro_batches * communication, micro_batches * exposed
-    update, gathered = _update(sizes, cluster, shard, optimizer, captured, speed)
+    update, gathered = _update(sizes, cluster, shard, optimizer, speed)
     return StepTime(micro_batches * one_pass, communication + gathered, exposed + gathered, update)
 
 
@@ -202,19 +202,16 @@ def _sharded(sizes: Sizes, cluster: Cluster, cards: int, one_pass: float) -> tup
     return communication, edges + max(0.0, communication - edges - one_pass)
 
 
-def _update(
-    sizes: Sizes, cluster: Cluster, shard: Shard, optimizer: str, captured: bool, speed: float
-) -> tuple[float, float]:
+def _update(sizes: Sizes, cluster: Cluster, shard: Shard, optimizer: str, speed: float) -> tuple[float, float]:
     """Seconds of the optimizers, and of their communication."""
     shards = {"off": 1, "full": cluster.cards, "hybrid": cluster.local}[shard]
     of_adamw = sizes.root if optimizer == "muon" else sizes.parameters
     seconds = OPS["adamw"].cost({"N": 1, "n": of_adamw / shards}, 4).bytes / rated_bandwidth(cluster.name)
     if optimizer != "muon":
         return seconds, 0.0
-    # Each matrix is updated by one of the cards that share the work, but for a captured step.
-    cards = cluster.cards if shard == "off" and not captured else shards
+    cards = cluster.cards if shard == "off" else shards  # that share out the matrices
     seconds += sizes.layers * sizes.muon / min(cards, 4 * sizes.layers) / speed
     n = sizes.layers * sizes.block
     if shard == "off":  # the updates, in bf16, are gathered
-        return seconds, 0.0 if captured else cluster.gather(2 * n)
+        return seconds, cluster.gather(2 * n)
     return seconds, cluster.gather(6 * n, cards) / cards  # float32 gradients go to the owners, and updates back

@@ -5,8 +5,7 @@ counted. So what the kernels save, half precision halves and `model.recompute` d
 GPT-2 small takes half a second on any machine, for any device. Rules add what fake tensors do not show:
 
 - What a kernel allocates inside a custom op is its own `workspace` (kernels/spec.py), such as the chunk of logits.
-- CUDA graphs keep their memory for themselves, so an evaluation between their replays needs its own.
-- Several ranks divide the state, and hold gathered parameters: `_replicated` and `_sharded` have the rules.
+- CUDA graphs and several ranks take more, and divide the state: `_replicated` and `_sharded` have the rules.
 
 The allocator's rounding and fragmentation, the CUDA context and the communicator's buffers are not counted: leave 15%
 of a card's memory to them (`USABLE`). Code that torch.compile fuses takes less than what is counted.
@@ -161,9 +160,6 @@ def predict(setup: Setup, micro_batch: int, accumulates: bool = False) -> Memory
     step = _measure(alone, micro_batch)
     if accumulates:  # all gradients exist from the second micro-batch on
         step = replace(step, passes=step.transient + step.gradients)
-    if setup.captured:
-        peaks = {name: getattr(step, name) + step.evaluation for name in ("passes", "transient", "update")}
-        step = replace(step, **peaks)
     return _replicated(step, setup) if setup.shard == "off" else _sharded(step, setup)
 
 
@@ -171,15 +167,15 @@ def _replicated(step: _Step, setup: Setup) -> Memory:
     """The step on each rank of DDP, or on a single rank.
 
     Matrices that Muon updates are shared out: a rank has the momentum of its own, and gets the updates of all in bf16.
-    They are not in a captured step, whose gradients are copied to buckets, which are reduced after the backward pass.
+    CUDA graphs keep their memory for themselves, so the work between them needs its own: gradients are copied to
+    buckets, to be summed over the ranks, and the model is evaluated.
     """
+    gathered = step.momentum // 2 if setup.ranks > 1 else 0
+    optimizer = step.optimizer - step.momentum + cdiv(step.momentum, setup.ranks)
     buckets = step.gradients if setup.captured and setup.ranks > 1 else 0
-    sharers = 1 if setup.captured else setup.ranks
-    gathered = step.momentum // 2 if sharers > 1 else 0
-    optimizer = step.optimizer - step.momentum + cdiv(step.momentum, sharers)
-    state = step.weights + step.copies + optimizer
-    update = step.gradients + max(buckets, cdiv(step.update, sharers) + gathered)
-    peak = state + max(step.passes, update)
+    between = max(buckets, step.evaluation) if setup.captured else 0
+    update = step.gradients + cdiv(step.update, setup.ranks) + gathered
+    peak = step.weights + step.copies + optimizer + max(step.passes, update) + between
     return Memory(step.weights, step.copies, step.gradients, optimizer, buckets, step.activations, step.head, peak)
 
 

@@ -36,7 +36,7 @@ class MicroBatch:
         Raises `DataError` for a batch that the ranks cannot share, and `HardwareError` for a model or a batch that does
         not fit."""
         self.auto, self.device, self.world = asked == "auto", device, world
-        self.size = micro_batch_size(batch_size, 0 if self.auto else asked, world.size)
+        self.size = micro_batch_size(batch_size, asked, world.size)
         self.share, self.setup, self.planned = batch_size // world.size, setup, False
         self.limit = int(USABLE * free_memory(device)) if device.type == "cuda" else 0
         if self.auto and known and self.share % known == 0:

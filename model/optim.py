@@ -58,7 +58,7 @@ def orthogonalize(x: Tensor) -> Tensor:
 
 
 class _Optimizer(Optimizer):
-    """An optimizer whose step can be captured in a CUDA graph.
+    """An optimizer whose step can be captured in CUDA graphs.
 
     State is allocated at construction, and values that change between steps are tensors on the parameters' device.
     `rates` holds each parameter group's learning rate as such a tensor; `set_lr` sets it and the group's float "lr".

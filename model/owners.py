@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import chain
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.tensors import local, shard_group
+from runtime.capture import outside_graphs
 from runtime.distributed import ALONE, World
 
 
@@ -107,7 +109,7 @@ class Owners:
         received = torch.empty(self.size, max(sizes), dtype=dtype, device=self.device)
         sent = torch.empty_like(received[0])
         sent[: sizes[self.rank]] = _flat(matrices, sent)
-        dist.all_gather_into_tensor(received.view(-1), sent, group=self.group)
+        outside_graphs(partial(dist.all_gather_into_tensor, received.view(-1), sent, group=self.group))
         flats = (flat[:size] for flat, size in zip(received, sizes, strict=True))
         return [_unflat(flat, of_rank) for flat, of_rank in zip(flats, shapes, strict=True)]
 

@@ -24,6 +24,7 @@ from runtime.distributed import World
 from runtime.errors import UserError
 from runtime.hardware import DTYPES, free_memory
 
+ShardChoice = Literal["auto", "off", "full", "hybrid"]
 BUCKET_BYTES = 25 * 2**20  # torch's default size of a bucket
 
 
@@ -31,9 +32,7 @@ class ShardError(UserError):
     """A run whose model cannot be sharded."""
 
 
-def pick_shard(
-    name: Literal["auto", "off", "full", "hybrid"], setup: Setup, device: torch.device, world: World
-) -> Setup:
+def pick_shard(name: ShardChoice, setup: Setup, device: torch.device, world: World) -> Setup:
     """Choose how the ranks share the model's weights, gradients and optimizer state. Returns `setup` with that.
 
     With `off` each rank has the whole model (DDP). `full` shards it over all ranks; `hybrid` over those of a machine,

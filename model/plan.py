@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 
 import torch
 
+from data.batches import micro_batch_size
 from data.prepare import DataConfig
 from kernels import KernelChoice, KernelError
 from model.cluster import ACHIEVED, CARDS, Cluster, Sizes, StepTime, step_time
@@ -94,16 +95,10 @@ class Plan:
 def plan(setup: Setup, cluster: Cluster, batch_size: int, micro_batch: int | Literal["auto"] = "auto") -> Plan | None:
     """Plan a run of `setup` on the cards of `cluster`, with the largest micro-batch that fits if `micro_batch` is auto.
 
-    Returns None if none does. Raises `ConfigError` if the batch is no multiple of the cards, or a
-    card's part no multiple of the micro-batch.
+    Returns None if none does. Raises `DataError` if the cards cannot share the batch in such micro-batches.
     """
+    micro_batch_size(batch_size, micro_batch, cluster.cards)
     own = batch_size // cluster.cards
-    if batch_size % cluster.cards:
-        raise ConfigError(f"batch_size {batch_size:,} must be a multiple of the number of cards, {cluster.cards:,}")
-    if micro_batch != "auto" and own % micro_batch:
-        raise ConfigError(
-            f"a card's {own:,} sequences of batch_size {batch_size:,} must be a multiple of micro_batch {micro_batch:,}"
-        )
     setup = replace(setup, ranks=cluster.cards, local_ranks=cluster.local)
     limit = int(USABLE * cluster.card.memory)
     if micro_batch == "auto":

@@ -2,12 +2,16 @@
 
 A graph replays its kernels on the same addresses. So parameters, gradients, optimizer state and inputs must stay where
 they are, values that change must be read from tensors, and no operation in the step may synchronize with the device.
+
+Collective operations stay out of graphs (`outside_graphs`), because a replayed one has no time-out: if another rank had
+died it would wait forever.
 """
 
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import ClassVar
 
 import torch
 
@@ -64,22 +68,57 @@ class CaptureError(UserError):
 
 
 class Captured:
-    """The function `run` as a CUDA graph: captured at the first call, replayed at every call.
+    """The function `run` as CUDA graphs: captured at the first call, replayed at every call.
 
-    `run` has no arguments and no result. Graphs of one `pool` share memory, so they must be replayed in the order of
-    their capture.
+    `run` has no arguments and no result. It is one graph, or several with what it runs `outside_graphs` between them.
+    Graphs of one `pool` share memory, so they must be replayed in the order of their capture.
     """
 
+    capturing: ClassVar["Captured | None"] = None
+
     def __init__(self, run: Part, pool: tuple[int, int]):
-        self.run, self.pool, self.graph = run, pool, None
+        self.run, self.pool = run, pool
+        self.stages: list[Part] = []  # replays of graphs, and functions between them
 
     def __call__(self) -> None:
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            # Only this thread's calls are restricted: the prefetching thread may pin memory during the capture.
-            with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):
+        if self.stages:
+            for stage in self.stages:
+                stage()
+            return
+        Captured.capturing = self
+        try:
+            with ExitStack() as self.open:
+                self.open.enter_context(self._graph())
                 self.run()
-        self.graph.replay()
+        finally:
+            Captured.capturing = None
+
+    @contextmanager
+    def _graph(self) -> Iterator[None]:
+        """A context that captures a graph and then replays it, since a capture runs nothing."""
+        graph = torch.cuda.CUDAGraph()
+        # Only this thread's calls are restricted: the prefetching thread may pin memory during the capture.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            yield
+        graph.replay()
+        self.stages.append(graph.replay)
+
+    def split(self, between: Part) -> None:
+        """End the graph that is being captured, call `between`, and begin another graph."""
+        self.open.close()
+        between()
+        self.stages.append(between)
+        self.open.enter_context(self._graph())
+
+
+def outside_graphs(run: Part) -> None:
+    """Call `run`, and have every replay call it too if this code is being captured: its graph is split in two there.
+
+    `run` must hold references to the tensors it uses, so that they keep their addresses."""
+    if Captured.capturing:
+        Captured.capturing.split(run)
+    else:
+        run()
 
 
 @contextmanager

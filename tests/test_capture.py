@@ -2,7 +2,8 @@
 
 import json
 import warnings
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 import runtime.capture
 import train
 from model import checkpoint
-from runtime.capture import WARM_UP, Captured, CaptureError, InFlight, Step, synchronizations
+from runtime.capture import WARM_UP, Captured, CaptureError, InFlight, Step, outside_graphs, synchronizations
 from runtime.hardware import HardwareError, pick_capture, pick_residual
 
 
@@ -283,6 +284,31 @@ def test_a_graph_is_captured_once_and_replayed_each_time(monkeypatch):
     assert log == [{"pool": (0, 1), "capture_error_mode": "thread_local"}, "run", "replay", "replay"]
 
 
+def test_a_graph_is_split_around_what_no_graph_may_contain(monkeypatch):
+    log = []
+
+    def run():
+        log.append("compute")
+        outside_graphs(lambda: log.append("gather"))
+        log.append("apply")
+
+    run()
+    eager, log[:] = list(log), []
+    graphs = (SimpleNamespace(replay=partial(log.append, f"replay {i}")) for i in range(2))
+    capture = SimpleNamespace(close=partial(log.append, "end"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: next(graphs))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **how: closing(capture))
+    captured = Captured(run, (0, 1))
+    captured()
+    assert eager == ["compute", "gather", "apply"]
+    assert log == ["compute", "end", "replay 0", "gather", "apply", "end", "replay 1"]
+    log.clear()
+    captured()
+    assert log == ["replay 0", "gather", "replay 1"]
+    run()
+    assert log[3:] == eager
+
+
 ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a GPU")
 
 
@@ -300,7 +326,7 @@ def test_graphs_equal_eager_steps_on_a_gpu(run, knobs):
 def test_no_step_waits_for_the_gpu(tiny, tmp_path, capture):
     trainer = train.Trainer(*train.configure(tiny(tmp_path, capture=capture, device="cuda", precision="bf16")))
     for step in range(2 * WARM_UP):
-        inputs, targets = (x.pin_memory() for x in trainer.batches.get(4 * step, 4))
+        inputs, targets = (x.pin_memory() for x in trainer.data.batches.get(4 * step, 4))
         if step not in (0, WARM_UP, WARM_UP + 1):  # these steps compile kernels or capture graphs
             torch.cuda.set_sync_debug_mode("error")
         trainer.train_step(inputs, targets, 0.5)
