@@ -37,7 +37,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-        if hasattr(model, "reshard"):  # FSDP2 leaves the embedding and the head gathered after a forward
+        if hasattr(model, "reshard"):  # FSDP2 may leave embedding and head gathered, and their parameters replaced
             model.reshard()
 
 

@@ -1,6 +1,7 @@
 """What surrounds training: configuration, hardware, the run's folder and record.
 
-Importing it checks the environment, so every program imports it before torch.
+Importing it checks the environment, so every program imports it before torch. It also begins to watch the launcher of a
+rank (runtime/launcher.py).
 """
 
 import sys
@@ -15,3 +16,7 @@ if missing or sys.version_info < (3, 11):
         file=sys.stderr,
     )
     sys.exit(2)
+
+from runtime import launcher  # noqa: E402
+
+launcher.watch()

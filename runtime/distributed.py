@@ -4,15 +4,18 @@ A process is a rank, one for each GPU. torchrun starts them (`torchrun --nproc-p
 (`srun python train.py`). `joined` reads the variables that these set and yields a `World`. Its methods do nothing for a
 single process, so callers need not ask how many there are.
 
-A job ends as one: with one message and one exit code, within seconds. A rank that fails publishes why. A thread of
-every rank, the watchdog, reads that. It also notices a rank that died, a machine that is gone, and a launcher that was
-killed. It ends its process whatever the main thread waits for, since NCCL and gloo cannot be told to stop waiting.
+A job ends as one: with one message and one exit code, within seconds. A rank that fails publishes why, in a store that
+rank 0 keeps. A thread of every rank, the watchdog, reads that. It also notices a rank that died, a machine that is
+gone, and a launcher that was killed. It ends its process whatever the main thread waits for, since NCCL and gloo cannot
+be told to stop waiting.
 
 These are all the time-outs:
 
+    CONNECT_S     to connect to the launcher's store, which is there before its ranks are
     JOIN_S        for all ranks to join
     POLL_S        between two looks of the watchdog: for a failure, or a rank that died on this machine
-    DEAD_S        until a rank that is not heard of is dead; a thread reports, so a busy rank is heard of
+    LOST_S        for the watchdog to find out who has died, after an operation with other ranks has failed
+    DEAD_S        until a rank that is not heard of is dead
     COLLECTIVE_S  for one operation on gradients; only a deadlock, with every rank alive, takes longer
     REPORT_S      for rank 0 to record a failure; it may have to wait for a checkpoint to be written
     COURTESY_S    before another rank than 0 refuses the options, which rank 0 most often does itself
@@ -23,7 +26,6 @@ Waiting for rank 0 has no limit: it may prepare a corpus for hours, and if it di
 
 import json
 import os
-import re
 import select
 import socket
 import sys
@@ -31,7 +33,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -42,18 +44,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from runtime.errors import UserError
+from runtime import launcher
 from runtime.failure import Failure
+from runtime.launcher import POLL_S, Launch, LaunchError
 
 T = TypeVar("T")
 
-JOIN_S, POLL_S, DEAD_S, COLLECTIVE_S = 600.0, 0.5, 60.0, 1800.0
-REPORT_S, COURTESY_S, LINGER_S = 20.0, 1.0, 5.0
+CONNECT_S, JOIN_S, COLLECTIVE_S = 10.0, 600.0, 1800.0  # torch's store takes twice as long to give up connecting
+LOST_S, REPORT_S, COURTESY_S, LINGER_S = 5.0, 20.0, 1.0, 5.0
+# A thread of each rank says twice a second that it is alive, whatever the rank computes. Only swapping, or a call that
+# holds Python's lock, can delay that for seconds. torchrun gives up a machine after 15 s without a word of its agent.
+# This is twice as patient, because a false alarm is worse than a late one.
+DEAD_S = 30.0
 NO_LIMIT = timedelta(days=365)
-
-
-class LaunchError(UserError):
-    """Variables of a launcher that name no job, or ranks that do not find each other."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,10 @@ class World:
     def device(self, name: str) -> str:
         """The device of this rank where the job's is called `name`."""
         return name
+
+    def silent(self) -> "World":
+        """This rank without the others: a world of as many ranks, whose methods communicate with none."""
+        return World(self.rank, self.size, self.local_rank, self.local_size, self.job)
 
     def broadcast(self, value: T) -> T:
         """Rank 0's `value`, a picklable object."""
@@ -175,67 +182,13 @@ class Ranks(World):
 
     def fail(self, error: BaseException, refusals: tuple[type[Exception], ...]) -> NoReturn:
         failure = Failure.of(error, refusals, self.watchdog.names[self.rank])
-        if failure.is_lost:
-            self.watchdog.thread.join(DEAD_S)  # which finds out who has failed
+        if failure.may_be_lost and self.size > 1:
+            self.watchdog.thread.join(LOST_S)  # which may find that another rank has died
         elif self.rank and not failure.is_bug:
             self.watchdog.thread.join(COURTESY_S)  # what is wrong here may be so on rank 0 too, which then says it
         if failure.is_bug:
             traceback.print_exception(error)
         self.watchdog.fail(failure if self.rank or failure.is_bug else replace(failure, rank=""))
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What a launcher's variables say."""
-
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-    address: str  # of the machine of rank 0
-    port: int
-    agent: bool = False  # whether the launcher keeps a store at that port, as torchrun does
-    job: str = ""
-    restarts: int = 0
-
-    @classmethod
-    def read(cls, env: Mapping[str, str]) -> "Launch | None":
-        """Read torchrun's variables, or Slurm's for a step of several tasks. None for a process that neither has
-        started. Raises `LaunchError`."""
-        try:
-            if "RANK" in env and "WORLD_SIZE" in env:
-                return cls._torchrun(env)
-            if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # set by srun alone: a batch script is one process
-                return cls._slurm(env)
-        except (KeyError, ValueError, IndexError) as error:
-            what = f"{error.args[0]} is not set" if isinstance(error, KeyError) else str(error)
-            raise LaunchError(f"the launcher's variables name no rank: {what}; start the job with torchrun") from error
-        return None
-
-    @classmethod
-    def _torchrun(cls, env: Mapping[str, str]) -> "Launch":
-        rank, size, job = int(env["RANK"]), int(env["WORLD_SIZE"]), env.get("TORCHELASTIC_RUN_ID", "none")
-        return cls(
-            rank, size, int(env.get("LOCAL_RANK", rank)), int(env.get("LOCAL_WORLD_SIZE", size)),
-            env["MASTER_ADDR"], int(env["MASTER_PORT"]), env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-            "" if job == "none" else job, int(env.get("TORCHELASTIC_RESTART_COUNT", 0)),
-        )  # fmt: skip
-
-    @classmethod
-    def _slurm(cls, env: Mapping[str, str]) -> "Launch":
-        counts: list[int] = []  # tasks of each node, from a form like 4(x2),3
-        for part in env["SLURM_STEP_TASKS_PER_NODE"].split(","):
-            count, _, times = part.partition("(x")
-            counts += [int(count)] * int(times.rstrip(")") or 1)
-        # The first name of a form like node[03-05,7],other
-        first = re.sub(r"^([^,\[]*)\[([^\],-]+)[^\]]*\]", r"\1\2", env["SLURM_STEP_NODELIST"]).split(",")[0]
-        job = int(env["SLURM_JOB_ID"])
-        return cls(
-            int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]),
-            counts[int(env["SLURM_NODEID"])], env.get("MASTER_ADDR", first),
-            int(env.get("MASTER_PORT", 20000 + job % 10000)),
-            job=f"slurm-{job}", restarts=int(env.get("SLURM_RESTART_COUNT", 0)),
-        )  # fmt: skip
 
 
 @contextmanager
@@ -248,39 +201,29 @@ def joined(report: Callable[[Failure], int]) -> Iterator[World]:
     if launch is None:
         yield ALONE
         return
-    launcher, met = os.getppid(), threading.Event()
-    threading.Thread(target=_end_with_launcher, args=(launcher, met), daemon=True).start()
     store, job, starts = _meet(launch)
-    watchdog = Watchdog(store, launch, launcher, report)
-    met.set()
+    watchdog = Watchdog(store, launch, report)
+    launcher.met.set()
     try:
-        nccl = torch.cuda.is_available() and dist.is_nccl_available()
-        timeout = timedelta(seconds=COLLECTIVE_S)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if nccl else "gloo", store=dist.PrefixStore("groups", store), rank=launch.rank,
-            world_size=launch.size, timeout=timeout,
-        )  # fmt: skip
-        host = dist.new_group(backend="gloo", timeout=NO_LIMIT)
-        sizes = launch.rank, launch.size, launch.local_rank, launch.local_size
-        world = Ranks(*sizes, host=host, watchdog=watchdog)
-        restarted = any(world.gather(starts > 1 or launch.restarts > 0))
-        yield Ranks(*sizes, world.broadcast(job), restarted, host, watchdog)
-    except SystemExit as end:  # rank 0 has shown help
+        with watchdog.explains():
+            nccl = torch.cuda.is_available() and dist.is_nccl_available()
+            timeout = timedelta(seconds=COLLECTIVE_S)
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if nccl else "gloo", store=dist.PrefixStore("groups", store), rank=launch.rank,
+                world_size=launch.size, timeout=timeout,
+            )  # fmt: skip
+            host = dist.new_group(backend="gloo", timeout=NO_LIMIT)
+            sizes = launch.rank, launch.size, launch.local_rank, launch.local_size
+            world = Ranks(*sizes, host=host, watchdog=watchdog)
+            restarted = any(world.gather(starts > 1 or launch.restarts > 0))
+            world = Ranks(*sizes, world.broadcast(job), restarted, host, watchdog)
+        yield world
+    except SystemExit as end:  # rank 0 has done what its options ask for in place of training
         watchdog.leave(end.code or 0)
-    try:
+    with watchdog.explains():
         world.barrier()
-    except RuntimeError:
-        watchdog.thread.join(DEAD_S)  # which says who has died
-        raise
     watchdog.close()
     dist.destroy_process_group()  # a thread of a group that is left aborts the process at its exit
-
-
-def _end_with_launcher(launcher: int, met: threading.Event) -> None:
-    """End this process if its launcher, a process id, is killed before the ranks have met. Then the watchdog does."""
-    while not met.wait(POLL_S):
-        if os.getppid() != launcher:
-            _exit(1)
 
 
 def _meet(launch: Launch) -> tuple[dist.TCPStore, str, int]:
@@ -291,39 +234,38 @@ def _meet(launch: Launch) -> tuple[dist.TCPStore, str, int]:
     try:
         if not launch.agent:
             return dist.TCPStore(launch.address, launch.port, is_master=launch.rank == 0, **options), launch.job, 1
-        # The launcher's store is there before its ranks are: if not, it was killed while they started.
-        options["timeout"] = timedelta(seconds=DEAD_S)
-        launcher = dist.TCPStore(launch.address, launch.port, is_master=False, **options)
-        options["timeout"] = timedelta(seconds=JOIN_S)
-        launcher.set_timeout(options["timeout"])
+        at_once = options | {"timeout": timedelta(seconds=CONNECT_S)}
+        agent = dist.TCPStore(launch.address, launch.port, is_master=False, **at_once)
+        agent.set_timeout(options["timeout"])
         if launch.rank == 0:
             store = dist.TCPStore(launch.address, 0, is_master=True, **options)
-            _welcome(launcher, store, launch.size)
-            job = launch.job or launcher.compare_set("nanofuse/job", "", uuid.uuid4().hex).decode()
-            return store, job, launcher.add("nanofuse/starts", 1)
+            _welcome(agent, store, launch.size)
+            job = launch.job or agent.compare_set("nanofuse/job", "", uuid.uuid4().hex).decode()
+            return store, job, agent.add("nanofuse/starts", 1)
         token = uuid.uuid4().hex
-        launcher.set(f"nanofuse/joins/{launch.rank}", token)
-        port = int(launcher.get(f"nanofuse/port/{token}"))
+        agent.set(f"nanofuse/joins/{launch.rank}", token)
+        port = int(agent.get(f"nanofuse/port/{token}"))
         store = dist.TCPStore(launch.address, port, is_master=False, **options)
         store.set(f"joined/{launch.rank}", "")
         return store, "", 0
     except dist.DistError as error:
-        where = f"{launch.address}:{launch.port}"
-        raise LaunchError(f"rank {launch.rank} has not met the others at {where}: {error}") from error
+        time.sleep(2 * launcher.POLL_S)  # in which the watch ends this process if the launcher was killed
+        where, reason = f"{launch.address}:{launch.port}", str(error).partition("\n")[0]
+        raise LaunchError(f"rank {launch.rank} has not met the others at {where}: {reason}") from error
 
 
-def _welcome(launcher: dist.TCPStore, store: dist.TCPStore, size: int) -> None:
+def _welcome(agent: dist.TCPStore, store: dist.TCPStore, size: int) -> None:
     """On rank 0, tell the other ranks the port of `store`, and wait until they have joined.
 
-    torchrun's own store, `launcher`, outlives a restart, and so does what ranks that are gone have written there. So
+    torchrun's own store, `agent`, outlives a restart, and so does what ranks that are gone have written there. So
     each rank writes a token, and waits for an answer to that."""
     awaited, answered, deadline = set(range(1, size)), set(), time.monotonic() + JOIN_S
     while awaited:
         for rank in awaited:
-            if launcher.check([f"nanofuse/joins/{rank}"]):
-                token = launcher.get(f"nanofuse/joins/{rank}").decode()
+            if agent.check([f"nanofuse/joins/{rank}"]):
+                token = agent.get(f"nanofuse/joins/{rank}").decode()
                 if token not in answered:
-                    launcher.set(f"nanofuse/port/{token}", str(store.port))
+                    agent.set(f"nanofuse/port/{token}", str(store.port))
                     answered.add(token)
         awaited = {rank for rank in awaited if not store.check([f"joined/{rank}"])}
         if time.monotonic() > deadline:
@@ -332,13 +274,14 @@ def _welcome(launcher: dist.TCPStore, store: dist.TCPStore, size: int) -> None:
 
 
 class Watchdog:
-    """The thread of a rank that ends its process when the job has failed."""
+    """The thread of a rank that ends its process when the job has failed.
 
-    def __init__(self, store: dist.TCPStore, launch: Launch, launcher: int, report: Callable[[Failure], int]):
-        """`launcher` is the process id of the launcher, which this process ends with."""
-        self.rank, self.size, self.report = launch.rank, launch.size, report
+    It talks to the store of rank 0. A second thread ends the process if that does not answer."""
+
+    def __init__(self, store: dist.TCPStore, launch: Launch, report: Callable[[Failure], int]):
+        self.launch, self.rank, self.size, self.report = launch, launch.rank, launch.size, report
         self.store = store.clone()  # a client of its own: one that waits for a key makes others wait
-        self.launcher, self.closing, self.wake = launcher, False, threading.Event()
+        self.closing, self.wake = False, threading.Event()
         store.set(f"who/{self.rank}", json.dumps([socket.gethostname(), os.getpid(), _machine()]))
         everyone = [json.loads(who) for who in store.multi_get([f"who/{rank}" for rank in range(self.size)])]
         self.names = [f"rank {rank} (process {pid} on {host})" for rank, (host, pid, _) in enumerate(everyone)]
@@ -350,9 +293,11 @@ class Watchdog:
         self.poll = select.poll()
         for process in self.processes:
             self.poll.register(process, select.POLLIN)
-        self.neighbour, self.heard, self.beats, self.silence = (self.rank + 1) % self.size, b"", 0, 0.0
+        self.beats, self.neighbour, self.pulse = 0, (self.rank + 1) % self.size, Pulse()
         self.thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self.thread.start()
+        if self.rank:
+            threading.Thread(target=self._guard, name="guard", daemon=True).start()
 
     def fail(self, failure: Failure) -> NoReturn:
         """Publish `failure`, unless another came first, and wait for the end of this process."""
@@ -368,6 +313,16 @@ class Watchdog:
         while True:
             self.thread.join()
 
+    @contextmanager
+    def explains(self) -> Iterator[None]:
+        """A context for operations with other ranks. If one fails because a rank has died, the watchdog reports that
+        and ends this process."""
+        try:
+            yield
+        except RuntimeError:
+            self.thread.join(LOST_S)
+            raise
+
     def close(self) -> None:
         """End the watch, when all ranks have done their work."""
         self.store.set(f"done/{self.rank}", "")
@@ -377,13 +332,19 @@ class Watchdog:
         self._leave()
 
     def _run(self) -> None:
-        try:
+        with _fatal():
             while not self.closing:
                 self.wake.wait(POLL_S)
                 self._look()
-        except BaseException:  # the main thread may wait for this one to end the process
-            traceback.print_exc()
-            _exit(1)
+
+    def _guard(self) -> None:
+        """End this process if the watchdog waits for a store that does not answer: rank 0's machine is gone."""
+        pulse = Pulse()
+        with _fatal():
+            while self.thread.is_alive():
+                self.thread.join(POLL_S)
+                if pulse.has_stopped(self.beats):
+                    self._end_without_main(f"has not been heard of for {DEAD_S:.0f} s")
 
     def _look(self) -> None:
         """End this process if the job has failed."""
@@ -394,7 +355,7 @@ class Watchdog:
         except dist.DistError:  # rank 0, which keeps the store, is gone
             main_ended = True
         if main_ended and not self.closing:
-            self._end_without_main()
+            self._end_without_main("died")
 
     def _has_failed(self) -> bool:
         """Whether the job has failed; then the store says how."""
@@ -409,17 +370,14 @@ class Watchdog:
 
     def _death(self) -> str:
         """Who has died, in words, as far as this rank can tell."""
-        if os.getppid() != self.launcher:
+        if self.launch.was_killed():
             return f"the launcher of {self.names[self.rank]} was killed"
         for rank in self._ended():
             if not self.store.check([f"done/{rank}"]):
                 return f"{self.names[rank]} died"
         beat = f"beat/{self.neighbour}"
-        heard = self.store.get(beat) if self.store.check([beat]) else b""
-        # Time in which this process itself was stopped does not count.
-        self.silence = self.silence + POLL_S if heard == self.heard else 0.0
-        self.heard = heard
-        if self.silence > DEAD_S and not self.store.check([f"done/{self.neighbour}"]):
+        heard = int(self.store.get(beat)) if self.store.check([beat]) else 0
+        if self.pulse.has_stopped(heard) and not self.store.check([f"done/{self.neighbour}"]):
             return f"{self.names[self.neighbour]} has not been heard of for {DEAD_S:.0f} s"
         return ""
 
@@ -443,9 +401,9 @@ class Watchdog:
         self._leave()
         _exit(code)
 
-    def _end_without_main(self) -> NoReturn:
-        """End this process after the death of rank 0. Rank 1 reports it."""
-        _exit(self.report(Failure("crashed", f"{self.names[0]} died")) if self.rank == 1 else 1)
+    def _end_without_main(self, what: str) -> NoReturn:
+        """End this process because of `what` happened to rank 0. Rank 1 reports it."""
+        _exit(self.report(Failure("crashed", f"{self.names[0]} {what}")) if self.rank == 1 else 1)
 
     def _leave(self) -> None:
         """Say that this rank needs the store no more. Rank 0, which keeps it, waits until none does."""
@@ -457,12 +415,37 @@ class Watchdog:
                 time.sleep(0.01)
 
 
+class Pulse:
+    """Tells that a count which should grow has stopped."""
+
+    def __init__(self):
+        self.count, self.silence = -1, 0.0
+
+    def has_stopped(self, count: int) -> bool:
+        """Whether `count` has not changed for `DEAD_S`. To be called every `POLL_S`: time in which this process itself
+        was stopped does not count."""
+        self.silence = self.silence + POLL_S if count == self.count else 0.0
+        self.count = count
+        return self.silence > DEAD_S
+
+
 def _machine() -> str:
     """An id of this machine and its process ids, which a container may have of its own; "" if there is none."""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
     return ""
+
+
+@contextmanager
+def _fatal() -> Iterator[None]:
+    """A context of a thread that is to end the process, which an error in it ends too."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            traceback.print_exc()
+        _exit(1)
 
 
 def _exit(code: int) -> NoReturn:

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from runtime.errors import error_message
 from runtime.hardware import out_of_memory
 
@@ -21,7 +19,7 @@ class Failure:
     message: str  # for the user
     error: str = ""  # for status.json: the error's type and text
     is_bug: bool = False  # neither of the user's making, nor a signal or a lack of memory
-    is_lost: bool = False  # the sign of another rank's failure: it could not be reached
+    may_be_lost: bool = False  # whether it may only be the sign of another rank's death
     rank: str = ""  # whose failure it is, in words, if it is not that of the process that says so
 
     @classmethod
@@ -33,6 +31,8 @@ class Failure:
         elif out_of_memory(error):
             status = "oom"
         is_bug = status == "crashed" and not isinstance(error, refusals)
-        is_lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        # An operation with a dead rank fails so. NCCL and torch's store raise a DistError, which is a RuntimeError, and
+        # gloo a plain one. In a backward pass that communicates they come from C++, without a trace of where.
+        may_be_lost = is_bug and isinstance(error, RuntimeError)
         name = f"{type(error).__name__}: {error}"
-        return cls(status, name if is_bug else error_message(error), name, is_bug, is_lost, rank)
+        return cls(status, name if is_bug else error_message(error), name, is_bug, may_be_lost, rank)

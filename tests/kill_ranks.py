@@ -28,11 +28,22 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from test_kill_and_resume import SLOW, losses
+from test_kill_and_resume import losses
 
 from model import checkpoint
 from runtime.run import read_status
 
+SLOW = """
+import os, sys, time
+sync = os.fsync
+def slow(file):
+    os.write(1, b"syncing\\n")
+    time.sleep(0.05)
+    sync(file)
+os.fsync = slow
+import train
+sys.exit(train.main())
+"""
 GUARD_S = 600  # ends a script that hangs
 SIZE = "--model.n_layer=2 --model.d_model=32 --model.n_head=2 --model.seq_len=32 --batch_size=4 --compile=off"
 CADENCE = "--steps=200 --save_every=10 --eval_every=40 --eval_tokens=1024 --sample_every=0 --log_every=5"

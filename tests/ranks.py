@@ -6,21 +6,37 @@ threads, as a store has, cannot safely fork others.
 
 import faulthandler
 import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-import matplotlib.figure  # noqa: F401 - so that the ranks need not
 import pytest
 import torch
+import torch._inductor  # so that the ranks need not
 from torch.distributed import TCPStore
+
+import train
+from runtime import launcher
 
 GUARD_S = 300  # ends a test that hangs
 
 # A process whose torch has threads of its own, as for a GPU, cannot be forked.
 forks = pytest.mark.skipif(torch.cuda.is_available(), reason="forks processes, which those that use CUDA cannot")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def brief():
+    """What takes more time than the training of a few steps is cut short: plots, samples, and the watchdog's sleep."""
+    with pytest.MonkeyPatch.context() as patch:
+        continued = train.continued
+        patch.setattr(train, "continued", lambda model, text, prompt, n, seed: continued(model, text, prompt, 20, seed))
+        patch.setattr("runtime.run.Run.plot", lambda run: None)
+        patch.setattr("runtime.distributed.POLL_S", 0.05)
+        yield
 
 
 def store() -> tuple[int, BinaryIO]:
@@ -65,6 +81,20 @@ class Launcher:
         """Fork `size` ranks and wait for them. Returns their exit codes, negative for a signal."""
         return [code_of(pid) for pid in self.start(size, run)]
 
+    def die_in(self, size: int, run: Callable[[int], int]) -> None:
+        """Have `size` ranks started by another process, their launcher, which `run` in one of them kills by
+        `kill_launcher`. Returns when all have ended."""
+        read, write = os.pipe()  # is at its end when no process holds it open for writing
+        pid = os.fork()
+        if not pid:
+            self.start(size, run)
+            time.sleep(GUARD_S)
+            os._exit(0)
+        os.close(write)
+        assert code_of(pid) == -signal.SIGKILL
+        assert os.read(read, 1) == b""
+        os.close(read)
+
     def said(self, rank: int = 0, stream: str = "err") -> str:
         """What a rank has printed so far."""
         return (self.output / f"{rank}.{stream}").read_text()
@@ -83,6 +113,8 @@ class Launcher:
                 "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": self.job,
                 "TORCHELASTIC_RESTART_COUNT": str(self.restarts),
             }  # fmt: skip
+            launcher.PARENT = os.getppid()
+            launcher.watch()
             torch.set_num_threads(1)
             code = run(rank)
         except BaseException:
@@ -91,6 +123,13 @@ class Launcher:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
+
+
+def kill_launcher() -> int:
+    """Kill the launcher of this rank, and wait for the end of it."""
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(GUARD_S)
+    return 70
 
 
 def code_of(pid: int) -> int:

@@ -14,16 +14,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import GUARD_S, Launcher, code_of, forks
+from ranks import Launcher, brief, code_of, forks, kill_launcher  # noqa: F401
 from recording import Eager, Recorded, emulate_graphs
 
+import model.run_data
 import runtime.capture
 import train
 from model import checkpoint
+from runtime import hardware
 from runtime.capture import WARM_UP
-from runtime.distributed import ALONE, Launch, LaunchError, Ranks, joined
+from runtime.distributed import ALONE, Ranks, joined
+from runtime.errors import UserError
+from runtime.failure import Failure
 from runtime.files import WriteError
 from runtime.hardware import HardwareError
+from runtime.launcher import Launch, LaunchError
 from runtime.run import read_status
 
 pytestmark = forks
@@ -127,21 +132,25 @@ def test_diagnostics_are_of_the_whole_batch(job, float64):
 
 
 def test_replayed_steps_equal_eager_ones(job, launcher, monkeypatch):
-    """Graphs of forward, backward and update are emulated. Between them the gradients are summed, as DDP sums them."""
+    """Graphs of forward, backward and update are emulated; none may contain an operation between ranks. Between them
+    gradients are summed, as DDP sums them, and Muon's updates gathered."""
     knobs = {"steps": WARM_UP + 5, "micro_batch": 2, "eval_every": 99, "optimizer": "muon"}
     emulate_graphs(monkeypatch)
     eager, replayed = job.flags(run="eager", **knobs), job.flags(run="replayed", **knobs)
 
     def replay(rank):
         code = train.main(replayed)
-        assert Recorded.replays >= 3 * 2
+        # Four steps replay both passes, and three the update's two graphs; the rest are of the last evaluation.
+        assert Recorded.replays == 4 * 2 + 3 * 2 + 3
         return code
 
-    assert launcher.run(2, replay) == [0, 0]
+    assert launcher.run(2, replay) == [0, 0], launcher.said()
     monkeypatch.setattr(runtime.capture, "Captured", Eager)
     assert launcher.run(2, lambda rank: train.main(eager)) == [0, 0]
-    ours, theirs = (checkpoint.load(job.folder(name) / "last.pt")["model"] for name in ("replayed", "eager"))
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    ours, theirs = (checkpoint.load(job.folder(name) / "last.pt") for name in ("replayed", "eager"))
+    torch.testing.assert_close(ours["model"], theirs["model"], rtol=0, atol=0)
+    for a, b in zip(ours["optimizers"], theirs["optimizers"], strict=True):
+        torch.testing.assert_close(a["state"], b["state"], rtol=0, atol=0)
     assert losses(job.folder("replayed")) == losses(job.folder("eager"))
     monkeypatch.undo()
     assert job(2, run="ddp", **knobs)[0] == [0, 0]
@@ -151,15 +160,18 @@ def test_replayed_steps_equal_eager_ones(job, launcher, monkeypatch):
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "a"}
 TORCHRUN |= {"MASTER_PORT": "29500", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "2"}
+TORCHRUN |= {"TORCHELASTIC_RUN_ID": "none"}
+SCRIPT = {key: TORCHRUN[key] for key in TORCHRUN if not key.startswith("TORCHELASTIC")}
 SLURM = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}
 SLURM |= {"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_JOB_ID": "12345"}
 
 
 def test_launchers_say_which_rank_a_process_is():
-    launch = Launch(5, 8, 1, 4, "a", 29500, agent=True, restarts=2)
-    assert Launch.read(TORCHRUN) == Launch.read(TORCHRUN | {"TORCHELASTIC_RUN_ID": "none"} | SLURM) == launch
+    launch = Launch(5, 8, 1, 4, "a", 29500, supervised=True, agent=True, restarts=2)
+    assert Launch.read(TORCHRUN) == Launch.read(TORCHRUN | SLURM) == launch
+    assert Launch.read(SCRIPT) == replace(launch, supervised=False, agent=False, restarts=0)
     assert Launch.read(TORCHRUN | {"TORCHELASTIC_RUN_ID": "x"}) == replace(launch, job="x")
-    launch = Launch(5, 8, 1, 4, "gpu07", 22345, job="slurm-12345")
+    launch = Launch(5, 8, 1, 4, "gpu07", 22345, supervised=True, job="slurm-12345")
     assert Launch.read(SLURM) == launch
     chosen = {"MASTER_ADDR": "b", "MASTER_PORT": "1", "SLURM_RESTART_COUNT": "3"}
     assert Launch.read(SLURM | chosen) == replace(launch, address="b", port=1, restarts=3)
@@ -199,14 +211,6 @@ def test_each_rank_has_its_own_card(monkeypatch):
     assert replace(ranks, size=1).device("cuda:1") == ALONE.device("cuda:1") == "cuda:1"
 
 
-def test_torchrun(job):
-    torchrun = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node=2", "--"]
-    flags = job.flags(steps=3, eval_every=99)
-    done = subprocess.run([*torchrun, train.__file__, *flags], capture_output=True, text=True)
-    assert done.returncode == 0 and "finished: step 3" in done.stdout and "error" not in done.stderr
-    assert read_status(job.folder())["status"] == "finished"
-
-
 def test_only_rank_0_speaks(job, launcher):
     codes, _ = job(2, steps=2)
     assert codes == [0, 0] and launcher.said(1, "out") == launcher.said(1) == launcher.said(0) == ""
@@ -237,6 +241,14 @@ def fill_the_disk(trainer):
     raise WriteError(28, "No space left on device", "a/file")
 
 
+def fail_in_an_operator(trainer):
+    raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+def fail_as_nccl_does(trainer):
+    raise torch.distributed.DistBackendError("ncclRemoteError: remote process exited or there was a network error")
+
+
 def send(name):
     return lambda trainer: os.kill(os.getpid(), getattr(signal, name))
 
@@ -247,13 +259,15 @@ ENDS = {
     "time limit": (lambda trainer: time.sleep(1.1), "time_limit", 0, ""),
     "out of memory": (run_out_of_memory, "oom", 1, "rank 1 .*: tried to allocate 80 GB; --micro_batch=.* needs less"),
     "full disk": (fill_the_disk, "crashed", 1, "rank 1 .*: cannot write a/file: No space left on device"),
-    "bug": (lambda trainer: 1 / 0, "crashed", 1, "rank 1 .*: ZeroDivisionError: division by zero"),
+    "bug": (fail_in_an_operator, "crashed", 1, "rank 1 .*: RuntimeError: mat1 and mat2 shapes .*"),
     "kill": (send("SIGKILL"), "crashed", 1, r"rank 1 \(process \d+ on .*\) died"),
 }
 
 
 @pytest.mark.parametrize("act, status, code, message", ENDS.values(), ids=ENDS)
-def test_what_happens_to_one_rank_ends_all(job, launcher, act, status, code, message):
+def test_what_happens_to_one_rank_ends_all(job, launcher, monkeypatch, act, status, code, message):
+    if act is ENDS["bug"][0]:
+        monkeypatch.setattr("runtime.distributed.LOST_S", 0.1)
     flags = job.flags(log_every=5, save_every=3, time_limit=int(status == "time_limit"))
     codes = launcher.run(2, lambda rank: at_step(4, act) or train.main(flags))
     assert codes == [code, -signal.SIGKILL if act is ENDS["kill"][0] else code]
@@ -266,10 +280,34 @@ def test_what_happens_to_one_rank_ends_all(job, launcher, act, status, code, mes
     assert checkpoint.load(folder / "last.pt")["step"] == (5 if status in ("interrupted", "time_limit") else 3)
 
 
+def test_a_failed_operation_is_the_fault_of_the_rank_that_died(job, launcher):
+    flags = job.flags(save_every=3)
+
+    def run(rank):
+        at_step(4, fail_as_nccl_does, rank=0)
+        at_step(4, send("SIGKILL"))
+        return train.main(flags)
+
+    assert launcher.run(2, run) == [1, -signal.SIGKILL]
+    assert re.fullmatch(r"error: crashed at step 4: rank 1 \(process \d+ on .*\) died; .*\n", launcher.said(0))
+
+
+@pytest.mark.parametrize("error, may_be_lost", [
+    (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.1]:6053"), True),
+    (torch.distributed.DistBackendError("NCCL error in: NCCLUtils.cpp:127, unhandled system error"), True),
+    (torch.distributed.DistNetworkError("The client socket has timed out after 4000ms"), True),
+    (torch.distributed.DistStoreError("wait timeout after 300000ms, keys: /a"), True),
+    (torch.OutOfMemoryError("CUDA out of memory"), False), (ZeroDivisionError("division by zero"), False),
+    (HardwareError("no GPU"), False), (KeyboardInterrupt(), False),
+], ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None)  # fmt: skip
+def test_an_error_that_may_be_the_sign_of_another_ranks_death(error, may_be_lost):
+    assert Failure.of(error, (UserError,)).may_be_lost == may_be_lost
+
+
 def refused(rank, flags, at):
     """Train, and have rank `at` find no GPU."""
     if rank == at:
-        train.hardware.pick_device = raising(HardwareError("device 'cuda:1' is not on this machine"))
+        hardware.pick_device = raising(HardwareError("device 'cuda:1' is not on this machine"))
     return train.main(flags)
 
 
@@ -289,14 +327,15 @@ def test_a_refusal_of_one_rank_is_all_ranks(job, launcher, at):
     assert launcher.said(1) == launcher.said(2) == "" and not job.folder().exists()
 
 
-@pytest.mark.parametrize("knobs, message", [
-    ({"lr": -1}, "lr must be more than 0, not -1.0"),
-    ({"batch_size": 7}, r"batch_size 7 must be a multiple of 2 \(2 ranks\), such as 6 or 8"),
-    ({"micro_batch": 8}, r"batch_size 8 must be a multiple of 16 \(2 ranks x micro_batch 8\), such as 16"),
-    ({"data.corpus": "/nowhere"}, ".*/nowhere.*"),
-])  # fmt: skip
-def test_bad_input_is_refused_once(job, launcher, knobs, message):
-    codes, folder = job(2, **knobs)
+@pytest.mark.parametrize("flags, message", [
+    ("--lr=fast", "lr must be a number, not 'fast'"),
+    ("--batch_size=7", r"batch_size 7 must be a multiple of 2 \(2 ranks\), such as 6 or 8"),
+    ("--micro_batch=8", r"batch_size 8 must be a multiple of 16 \(2 ranks x micro_batch 8\), such as 16"),
+    ("--data.corpus=/nowhere", ".*/nowhere.*"), ("--eval_only", "no run to resume at .*"),
+    ("--print_config --device=cuda:99", "device 'cuda:99' is not .*"), ("-h nothing", "-h nothing: it must be .*"),
+], ids=lambda flags: flags)  # fmt: skip
+def test_bad_input_is_refused_once(job, launcher, flags, message):
+    codes, folder = job(2, *flags.split())
     assert codes == [2, 2] and re.fullmatch(f"error: {message}\n", launcher.said(0)) and launcher.said(1) == ""
     assert not folder.exists()
 
@@ -304,7 +343,7 @@ def test_bad_input_is_refused_once(job, launcher, knobs, message):
 def test_other_data_on_one_rank_is_refused(job, launcher):
     def run(rank):
         if rank:
-            train.fingerprints = lambda *args: {"text": "another"}
+            model.run_data.fingerprints = lambda *args: {"text": "another"}
         return train.main(flags)
 
     flags = job.flags()
@@ -312,9 +351,14 @@ def test_other_data_on_one_rank_is_refused(job, launcher):
     assert re.fullmatch("error: the prepared text of .* is another on rank 1 than on rank 0\n", launcher.said(0))
 
 
-def test_help_is_shown_once(job, launcher):
-    assert job(2, "-h")[0] == [0, 0]
-    assert "--micro_batch" in launcher.said(0, "out") and launcher.said(1, "out") == launcher.said(1) == ""
+@pytest.mark.parametrize("flag, said", [
+    ("-h", "--micro_batch"), ("--print_config", "# flag: full, over 2 ranks"), ("--eval_only", "perplexity"),
+])  # fmt: skip
+def test_what_is_done_in_place_of_training_is_done_once(job, alone, float64, launcher, flag, said):
+    flags = job.tiny(alone, run="adamw", **QUIET, shard="full")
+    assert launcher.run(2, lambda rank: train.main([*flags, flag])) == [0, 0]
+    assert launcher.said(0, "out").count(said) == 1
+    assert launcher.said(0) == launcher.said(1) == launcher.said(1, "out") == ""
 
 
 def test_rank_0_may_die_too(job, launcher):
@@ -325,33 +369,39 @@ def test_rank_0_may_die_too(job, launcher):
     assert "error:" not in launcher.said(2)
 
 
-def test_a_rank_that_is_stopped_ends_the_others(job, launcher, monkeypatch):
-    """As one on a machine that is gone."""
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_rank_that_is_stopped_ends_the_others(job, launcher, monkeypatch, stopped):
+    """As one on a machine that is gone. With rank 0 the store is, where others ask how the job is."""
     monkeypatch.setattr("runtime.distributed.DEAD_S", 3.0)
     monkeypatch.setattr("runtime.distributed.LINGER_S", 0.0)
     flags = job.flags(save_every=3)
-    main, stopped = launcher.start(2, lambda rank: at_step(4, send("SIGSTOP")) or train.main(flags))
-    code = code_of(main)
-    os.kill(stopped, signal.SIGKILL)
-    assert (code, code_of(stopped)) == (1, -signal.SIGKILL)
-    assert re.search(r"error: crashed at step \d: rank 1 .* has not been heard of for 3 s; --resume", launcher.said())
+    pids = launcher.start(2, lambda rank: at_step(4, send("SIGSTOP"), stopped) or train.main(flags))
+    code = code_of(pids[1 - stopped])
+    os.kill(pids[stopped], signal.SIGKILL)
+    assert (code, code_of(pids[stopped])) == (1, -signal.SIGKILL)
+    sentence = rf"error: crashed at step \d: rank {stopped} .* has not been heard of for 3 s; --resume"
+    assert re.search(sentence, launcher.said(1 - stopped))
 
 
-def test_ranks_end_with_their_launcher(job, launcher):
-    read, write = os.pipe()  # is at its end when no process holds it open for writing
-    flags = job.flags(steps=10**6, eval_every=10**6)
-    killed = os.fork()
-    if not killed:
-        os.setsid()
-        launcher.start(2, lambda rank: at_step(9, send("SIGUSR1")) or train.main(flags))
-        time.sleep(GUARD_S)
-    os.close(write)
-    while not (job.folder() / "last.pt").exists():
-        time.sleep(0.05)
-    os.kill(killed, signal.SIGKILL)
-    os.waitpid(killed, 0)
-    assert os.read(read, 1) == b""
-    assert re.search(r"error: crashed at step \d+: the launcher of rank [01] .* was killed", launcher.said(0))
+def test_ranks_end_with_a_launcher_that_is_killed_before_they_have_met(launcher):
+    """One of them waits for the other, which does something else."""
+    launcher.die_in(2, lambda rank: kill_launcher() if rank else train.main(["-h"]))
+    assert launcher.said(0) == "error: the launcher was killed before its ranks had met\n" and not launcher.said(1)
+
+
+def test_a_launcher_is_watched_before_torch_is_imported():
+    script = "import runtime, sys, time; print('torch' in sys.modules, flush=True); time.sleep(60); print('still here')"
+    command = ["sh", "-c", '"$0" -c "$1" & wait', sys.executable, script]
+    options = {"env": os.environ | TORCHRUN, "cwd": Path(train.__file__).parent, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **options) as shell:
+        assert shell.stdout.readline() == b"False\n"
+        shell.kill()
+        assert shell.stdout.read() == b""
+
+
+def test_a_script_that_starts_ranks_may_end_before_them(monkeypatch):
+    monkeypatch.setattr("runtime.launcher.PARENT", -1)
+    assert [Launch.read(env).was_killed() for env in (TORCHRUN, SLURM, SCRIPT)] == [True, True, False]
 
 
 @pytest.fixture(scope="module")
@@ -378,12 +428,16 @@ def test_a_run_of_two_ranks_goes_on_with_any_number(job, interrupted, alone, flo
 DROPOUT = {"model.dropout": 0.2, "steps": 8, "save_every": 4, "eval_every": 8}
 
 
-def test_dropout_differs_by_rank_and_is_kept(job, launcher):
+def test_a_run_whose_launcher_was_killed_goes_on_under_torchrun(job, launcher):
+    """It ends as an undisturbed one, bit by bit, with the dropout of each rank."""
     assert job(2, run="whole", **DROPOUT)[0] == [0, 0]
     flags = job.flags(**DROPOUT)
-    launcher.run(2, lambda rank: at_step(5, send("SIGKILL")) or train.main(flags))
+    launcher.die_in(2, lambda rank: at_step(5, lambda trainer: kill_launcher()) or train.main(flags))
+    assert re.search("error: crashed at step 5: the launcher of rank [01] .* was killed; --resume", launcher.said())
     shutil.copytree(job.folder(), job.folder("other"))
-    assert job(2, "--resume", **DROPOUT)[0] == [0, 0]
+    torchrun = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node=2", "--", train.__file__]
+    done = subprocess.run([*torchrun, *flags, "--resume"], capture_output=True, text=True)
+    assert done.returncode == 0 and "finished: step 8" in done.stdout and "error" not in done.stderr
     ours, theirs = (checkpoint.load(job.folder(run) / "last.pt") for run in ("mine", "whole"))
     assert all(torch.equal(ours["model"][key], theirs["model"][key]) for key in theirs["model"])
     assert losses(job.folder()) == losses(job.folder("whole"))

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from ranks import Launcher, forks
+from ranks import Launcher, brief, code_of, forks  # noqa: F401
 from torch.overrides import TorchFunctionMode
 
 import kernels.linear_cross_entropy
@@ -30,7 +30,7 @@ QUIET = {
     "schedule": "constant", "warmup": 0,
 }  # fmt: skip
 KINDS = {
-    "adamw": {"optimizer": "adamw", "model.tied": False, "model.init": "look-back"},
+    "adamw": {"optimizer": "adamw", "model.tied": False, "model.init": "look-back", "diag": 3},
     "muon": {"optimizer": "muon", "micro_batch": 1, "model.recompute": 0.5},
 }
 
@@ -107,7 +107,7 @@ def alone(tiny, tmp_path_factory):
     ("adamw", 1, "full"), ("adamw", 2, "full"), ("muon", 2, "full"), ("muon", 4, "hybrid"),
 ])  # fmt: skip
 def test_a_sharded_model_trains_as_one_process_does(job, alone, float64, kind, size, shard):
-    """Samples and evaluations, too. A machine has two ranks."""
+    """Samples and evaluations, too, and diagnostics in between. A machine has two ranks."""
     assert_same_training(job(size, shard=shard, per_machine=2, **KINDS[kind]), alone / kind)
 
 
@@ -120,7 +120,7 @@ def test_a_run_goes_on_with_any_number_of_ranks_and_any_sharding(job, alone, flo
     samples = folder / "samples.txt"
     samples.write_text(samples.read_text()[samples.read_text().index("--- step 8") :])  # without that of step 4
     assert_same_training(folder, alone / kind)
-    kept = {checkpoint._shards_folder(path) for path in folder.glob("*.pt")} - {""}
+    kept = {checkpoint.shards_folder(path) for path in folder.glob("*.pt")} - {""}
     assert {path.name for path in folder.glob("shards-*")} == kept
 
 
@@ -178,6 +178,31 @@ def test_a_kill_in_a_save_leaves_the_last_checkpoint(job, launcher, tiny, tmp_pa
     job(2, "--resume", shard="full")
     assert checkpoint.load(folder / "last.pt")["step"] == 8
     assert {path.name for path in folder.glob("shards-*")} == {"shards-4", "shards-8-2"}
+
+
+def test_a_rank_that_is_stopped_in_a_save_ends_the_others(launcher, tiny, tmp_path, monkeypatch):
+    """Rank 0 does not wait for the rest of a checkpoint that cannot come."""
+    monkeypatch.setattr("runtime.distributed.DEAD_S", 3.0)
+    monkeypatch.setattr("runtime.distributed.LINGER_S", 0.0)
+    monkeypatch.setattr("model.saver.REPORT_S", 0.1)
+    flags = tiny(tmp_path / "out", **QUIET | {"run": "mine", "shard": "full"})
+
+    def stop_in_second_save(rank):
+        write = shards.write
+
+        def stop(folder, step, *args):
+            if rank and step == 8:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return write(folder, step, *args)
+
+        shards.write = stop
+        return train.main(flags)
+
+    main, stopped = launcher.start(2, stop_in_second_save)
+    code = code_of(main)
+    os.kill(stopped, signal.SIGKILL)
+    assert (code, code_of(stopped)) == (1, -signal.SIGKILL)
+    assert "has not been heard of for 3 s; --resume continues from" in launcher.said()
 
 
 @pytest.fixture(scope="module")
