@@ -15,7 +15,7 @@ import runtime  # noqa: F401 - checks the environment before torch is imported
 import math
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,35 +23,33 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from data.batches import Batches, Prefetcher, eval_batches, micro_batch_size
-from data.fetch import lacking
-from data.prepare import DataConfig, open_data
-from data.tokenizer import Tokenizer
+from data.batches import Prefetcher, micro_batch_size
+from data.prepare import DataConfig
 from kernels import KernelChoice, KernelError
 from kernels.launch import allow_in_inductor
 from model import checkpoint
-from model.choices import choose
+from model.choices import Choices, HardwareConfig, choose
+from model.command_line import read_command_line
 from model.costs import StepOps
 from model.diagnostics import Probe
 from model.evaluate import eval_loss, evaluate
 from model.generate import continued
 from model.gpt import ModelConfig
+from model.introduction import introduction
 from model.micro_batch import MicroBatch
 from model.optim import OptimizerConfig, build_optimizers, lr_factor, set_lr, whole_state
 from model.parallel import build_model, wrap
 from model.precision import lower
-from model.pretrained import decided_by, load_pretrained
-from model.resume import check_fits, data_changes, fingerprints
+from model.pretrained import load_pretrained
+from model.run_data import RunData
+from model.saver import Saver
 from model.tensors import gradient_norm, local
-from model.without_training import without_training
-from runtime import hardware
-from runtime.budget import LENGTHS, Budget, Length
+from runtime.budget import Budget, Length
 from runtime.capture import InFlight, Part, Step
-from runtime.config import ConfigError, Heading, as_dict, build, flatten, merge, read, read_file, read_flags
-from runtime.defaults import default_config
+from runtime.config import Heading, as_dict
 from runtime.distributed import ALONE, World
-from runtime.doctor import warnings
 from runtime.errors import UserError
+from runtime.hardware import autocast
 from runtime.job import Job
 from runtime.meter import Meter, describe
 from runtime.phase import phase
@@ -59,18 +57,17 @@ from runtime.profile import Profiler, parse_window
 from runtime.program import leave
 from runtime.random_state import random_states, restore_random_state, seed_rank
 from runtime.records import RECIPE
-from runtime.run import Run, SilentRun, Status, check_writable, commit, open_run
+from runtime.run import Run, Status, check_writable, commit
 from runtime.signals import Interrupt
-from runtime.text import say, typed, use_utf8
+from runtime.text import use_utf8
 from runtime.trackers import tracker_names
 
-ROOT = Path(__file__).parent
 REFUSALS = (UserError, KernelError, ModuleNotFoundError, OSError)  # errors that a sentence explains
 
 
 @dataclass(frozen=True)
-class Config(OptimizerConfig, Length):
-    """All options of a run. The optimizer's and the run's length are inherited."""
+class Config(HardwareConfig, OptimizerConfig, Length):
+    """All options of a run. Those of the hardware, the optimizer and the run's length are inherited."""
 
     run_folder: Heading
     config: Annotated[str, "config file, looked up as a path and then in configs/ (default: by the device)"] = ""
@@ -82,22 +79,9 @@ class Config(OptimizerConfig, Length):
     eval_only: Annotated[bool, "evaluate the run's best checkpoint, and do not train"] = False
     print_config: Annotated[bool, "print all options with what is chosen for this machine, and do not train"] = False
     seed: Annotated[int, "[0, 18446744073709551616)", "seed of the initial weights and the data order"] = 0
-    hardware_and_precision: Heading
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     kernels: KernelChoice = KernelChoice()
-    device: Annotated[str, "auto, cpu, cuda, cuda:1, mps"] = "auto"
-    precision: Annotated[
-        hardware.PrecisionChoice, "autocast dtype (auto: bf16 if fast); fp8, mxfp8, nvfp4: bf16 with low linear layers"
-    ] = "auto"
-    residual: Annotated[Literal["auto", "fp32", "bf16"], "residual stream (auto: bf16 on a GPU in bf16)"] = "auto"
-    compile: Annotated[Literal["auto", "on", "off"], "torch.compile (auto: on a CPU with a C++ compiler)"] = "auto"
-    capture: Annotated[Literal["auto", "on", "off"], "run the step as CUDA graphs (auto: on a GPU)"] = "auto"
-    deterministic: Annotated[bool, "use deterministic algorithms only (torch.use_deterministic_algorithms)"] = False
-    shard: Annotated[
-        Literal["auto", "off", "full", "hybrid"],
-        "share the model out over all ranks (full: FSDP2), those of a machine (hybrid: HSDP) or not (off: DDP)",
-    ] = "auto"
     batch: Heading
     batch_size: Annotated[int, "[1, inf)", "sequences per optimizer step"] = 32
     micro_batch: Annotated[Literal["auto"] | int, "[0, inf)", "sequences per pass (0: all; auto: what fits)"] = "auto"
@@ -118,8 +102,7 @@ class Config(OptimizerConfig, Length):
         super().__post_init__()
         parse_window(self.profile)
         tracker_names(self.log, self.wandb)
-        if self.micro_batch not in ("auto", 0) and self.batch_size % self.micro_batch:
-            raise ValueError(f"batch_size {self.batch_size} must be a multiple of micro_batch {self.micro_batch}")
+        micro_batch_size(self.batch_size, self.micro_batch, ranks=1)
 
     @property
     def shape(self) -> ModelConfig:
@@ -128,45 +111,8 @@ class Config(OptimizerConfig, Length):
 
 
 def configure(argv: list[str], world: World = ALONE) -> tuple[Config, Run, dict]:
-    """Read the flags. Returns the configuration, the run (not started yet) and the checkpoint to resume from.
-
-    Precedence: defaults < config file < flags. The run's length (steps, tokens or seconds) is replaced as a whole. A
-    resumed run takes its own configuration in place of the defaults, and reads a config file only if `--config` is
-    given. The checkpoint is {} unless `--resume` is. Rank 0 reads it; other ranks get it without its tensors. Raises
-    `UserError`.
-    """
-    if not world.is_main:
-        config, folder, state = world.broadcast(None)
-        return config, SilentRun(folder), state
-    flags = read_flags(Config, argv, __doc__, ROOT / "configs")
-    if "sample_prompt" in flags:
-        flags["sample_prompt"] = typed(flags["sample_prompt"])
-    options = *read(Config, flags, "config", "out", "resume", "device"), flags.get("data.corpus", "")
-    name, why = default_config(*options, partial(lacking, flags))
-    layers = [{"config": name, **flatten(Config, read_file(name, ROOT / "configs"))}, flags]
-    without_training(Config, *layers)
-    out, run, resume, overwrite = read(Config, merge(layers, LENGTHS), "out", "run", "resume", "overwrite")
-    run = open_run(Path(out), run, Path(name).stem, resume, overwrite, world)
-    run.opening = why
-    try:
-        state = checkpoint.load_to_resume(run.folder / "last.pt", Config) if run.resumes else {}
-        if state:
-            layers = [flatten(Config, state["config"]), *(layers if "config" in flags else [flags])]
-        elif source := read(Config, merge(layers, LENGTHS), "init_from")[0]:
-            layers.insert(1, decided_by(source, layers[0], flags))
-        config = replace(build(Config, merge(layers, LENGTHS)), run=run.folder.name)
-        micro_batch_size(config.batch_size, 0 if config.micro_batch == "auto" else config.micro_batch, world.size)
-        if state:
-            check_fits(state, config.shape, config.optimizer)
-            config.check_resumes(state)
-            if config.init_from != state["config"]["init_from"]:
-                raise ConfigError(f"{run.folder} goes on from its own weights: init_from is for a new run")
-    except BaseException:
-        run.release()
-        raise
-    run.config = as_dict(replace(config, resume=False, overwrite=False))
-    world.broadcast((config, run.folder, {key: state[key] for key in state.keys() - {"model", "optimizers"}}))
-    return config, run, state
+    """The configuration that `argv` asks for, its run (not started yet), and the checkpoint to resume from if any."""
+    return read_command_line(Config, argv, __doc__, world)
 
 
 class Trainer:
@@ -178,54 +124,40 @@ class Trainer:
         Everything that can fail is done before the run is started, so that a refused one leaves no files behind.
         """
         self.config, self.run, self.interrupt, self.world = config, run, interrupt or Interrupt(), world
-        folder = run.folder
 
         # Device, precision, kernels, sharding, torch.compile and CUDA graphs.
         chosen = choose(config, world)
         self.device, self.precision, self.captured = chosen.device, chosen.precision, chosen.captured
 
         # Checks that need no data: memory, the run's length, free disk space.
-        shape, n_parameters = config.shape, config.shape.n_parameters()
         sizes = config.micro_batch, config.batch_size, state.get("micro_batch", 0)
         self.micro_batch = MicroBatch(*sizes, chosen.setup, self.device, world)
-        self.budget = Budget(config, config.batch_size * shape.seq_len, state.get("budget", {}))
+        self.budget = Budget(config, config.batch_size * config.shape.seq_len, state.get("budget", {}))
         self.warmup = self.budget.warmup_fraction(config.warmup)
         self.recipe = state.get("recipe", 1) if state else RECIPE  # a resumed run keeps its own
         self.step_fraction = self.budget.step_fraction if self.recipe > 1 else 0.0
         if world.is_main:  # four files (one is the partial) of fp32 weights and two moments
-            check_writable(folder, 4 * 12 * n_parameters)
+            check_writable(run.folder, 4 * 12 * config.shape.n_parameters())
 
-        # Data. A resumed run gets its own tokens, if they are still cached: its corpus may have changed since.
-        own = world.broadcast(Tokenizer.load(folder / "tokenizer.json") if state and world.is_main else None)
-        with world.local_main_first():
-            data = open_data(config.data, say, own, state.get("data", {}).get("text", ""))
-        self.tokenizer = data.tokenizer
-        self.batches = Batches(data.train, shape.seq_len, config.seed, config.data.shift)
-        size = self.micro_batch.size
-        self.eval_set = eval_batches(data.val, shape.seq_len, size, config.eval_tokens, config.data.shift)
-        self.byte_lengths = torch.from_numpy(self.tokenizer.byte_lengths())
-        self.fingerprints = fingerprints(data.summary, self.eval_set)
-        world.check_same(f"the prepared text of {config.data.corpus}", self.fingerprints)
-        changes = data_changes(state, as_dict(config), self.fingerprints) if state else {}
+        # Data: a tokenizer, training windows and an evaluation set.
+        self.data = RunData(config, run.folder, state, self.micro_batch.size, world)
 
         # Model.
         torch.manual_seed(config.seed)
-        hardware.set_up(self.device, config.deterministic)
         self.model = build_model(chosen.setup, chosen.kernels, self.device)
-        self.low = lower(self.model, config.precision)
+        self.low = lower(self.model, config.precision, config.head_precision)
         if chosen.compiled:
             allow_in_inductor()
         forward = torch.compile(self.model) if chosen.compiled else self.model
         self.parallel = wrap(self.model, forward, world, self.captured)
-        self.autocast = partial(hardware.autocast, self.device, self.precision)
+        self.autocast = partial(autocast, self.device, self.precision)
         self.flops = self.model.flops_per_token()
 
         if world.rank:
             seed_rank(config.seed, 0, world)  # dropout differs by rank
 
         # Optimizers.
-        # Ranks share out Muon's work, but not in a CUDA graph, which is to have no communication in it.
-        self.optimizers = build_optimizers(self.model, config, ALONE if self.captured else world)
+        self.optimizers = build_optimizers(self.model, config, world)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
         # The step. CUDA graphs need inputs and outputs at fixed addresses, so these tensors are allocated once.
@@ -234,49 +166,37 @@ class Trainer:
             self.loss, self.norm = torch.zeros(()), torch.zeros(())  # of the whole batch
         self.allocate()
         self.eval_loss = eval_loss(self.model, forward, self.captured, self.ids, self.targets, self.loss)
-        self.micro_batch.confirm(self.allocate, self.parallel.accumulate()(partial(self.forward_backward, first=True)))
+        trial = self.parallel.accumulate()(partial(self.forward_backward, first=True))
+        self.micro_batch.confirm(self.allocate, trial)
         self.in_flight = InFlight(self.device)
         self.probe: Probe | None = None  # set during a step whose diagnostics are due
-        self.saver = checkpoint.Saver(folder, self.device, world, chosen.setup.shard != "off")
-        sizes = self.micro_batch.share, self.micro_batch.size
-        ops = StepOps(self.model, self.optimizers, *sizes, chosen.compiled)
-        self.profiler = Profiler(config.profile if world.is_main else "", folder, self.device, ops, run.say)
+        self.saver = Saver(run.folder, self.device, world, chosen.setup.shard != "off")
+        ops = StepOps(self.model, self.optimizers, self.micro_batch, chosen.compiled)
+        self.profiler = Profiler(config.profile if world.is_main else "", run.folder, self.device, ops, run.say)
 
         # Progress: zero, or the checkpoint's.
         self.step, self.sequences, self.saved_step = 0, 0, -1
-        self.best_after = 0  # best.pt has the lowest loss of the evaluations after this step, all on one set
         if state:
-            self.restore(state, folder / "last.pt")
+            self.restore(state, run.folder / "last.pt")
         elif config.init_from:
             load_pretrained(self.model, config.init_from, world)
         self.meter = Meter(self.step, self.budget.tokens_per_step, self.flops, self.device, self.precision, world)
+        self.start(state, chosen)
 
-        # The run's folder. Nothing was written to it before this point.
+    def start(self, state: dict, chosen: Choices) -> None:
+        """Create the run's folder, or open it to go on from the checkpoint `state`, and say what the run is."""
+        config, run, world = self.config, self.run, self.world
+        new_eval_set = "eval_set" in self.data.changes
         run.start(self.step if state else None)
         run.rows, run.sampled_step = world.broadcast((run.rows, run.sampled_step))
-        if "eval_set" in changes:
-            self.best_after = max((row["step"] for row in run.rows if "val_loss" in row), default=0)
+        if new_eval_set:
+            run.best_after = max((row["step"] for row in run.rows if "val_loss" in row), default=0)
         if world.is_main:
-            self.tokenizer.save(folder / "tokenizer.json")
+            self.data.tokenizer.save(run.folder / "tokenizer.json")
             if state:
-                checkpoint.reopen_best(
-                    folder, self.step, "eval_set" in changes, run.is_best(self.step, self.best_after)
-                )
+                checkpoint.reopen_best(run.folder, self.step, new_eval_set, run.is_best(self.step))
         run.start_trackers(tracker_names(config.log, config.wandb), as_dict(config), self.step)
-        run.introduce({
-            "run": f"{folder}" + (f", from step {self.step}" if state else ""),
-            "data": f"{data}: {len(data.train):,} tokens, vocabulary {shape.vocab_size:,}",
-            "changed": changes.values(),
-            "model": f"{n_parameters:,} parameters, {self.flops:,} training FLOPs per token",
-            "weights": [f"began as those of {config.init_from}"] * bool(config.init_from),
-            "batch": f"{self.micro_batch}",
-            "machine": hardware.describe(self.device, self.precision),
-            "doctor": warnings(self.device, config.device),
-            "format": self.low.lines(),
-            "kernels": [f"{chosen.kernels}", *self.model.attention_notes(self.precision != "fp32")],
-            **chosen.notes,
-            "warm-up": self.budget.warmup_notes(config.warmup),
-        })  # fmt: skip
+        run.introduce(introduction(self, chosen, resumed=bool(state)))
         if world.restarted:
             run.log_restart(self.budget.position(self.step), world.size)
 
@@ -296,7 +216,7 @@ class Trainer:
         self.scaler.load_state_dict(self.scaler.state_dict() | state["scaler"])
         restore_random_state(state, self.device, self.world)
         self.step, self.sequences, self.saved_step = state["step"], state["sequences"], state["step"]
-        self.best_after = state.get("best_after", 0)
+        self.run.best_after = state.get("best_after", 0)
 
     def save(self) -> None:
         """Copy the state, which a thread writes as last.pt."""
@@ -305,15 +225,15 @@ class Trainer:
             "model_config": asdict(self.model.config),
             "model": self.model.state_dict(),
             "optimizers": [whole_state(optimizer) for optimizer in self.optimizers],
-            "scales": self.low.state(),
+            **self.low.state(),
             **random_states(self.device, self.world),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
             "sequences": self.sequences,
             "budget": self.budget.state(self.step),
             "recipe": self.recipe,
-            "data": self.fingerprints,
-            "best_after": self.best_after,
+            "data": self.data.fingerprints,
+            "best_after": self.run.best_after,
             "micro_batch": self.micro_batch.size,
             "metrics": self.run.rows[-1] if self.run.rows else {},
             "commit": commit(),
@@ -322,23 +242,24 @@ class Trainer:
         self.saved_step = self.step
 
     def is_due(self, every: int) -> bool:
-        """Whether an action that is repeated every `every` steps (0: never) is due after the current step."""
-        return every > 0 and self.step % every == 0
+        """Whether what is done every `every` steps (0: never) is due after the current step."""
+        return self.step > 0 and every > 0 and self.step % every == 0
 
     def loop(self) -> Status:
         """Train until the run's length is reached or something ends it early. Returns the status to record."""
         config, world = self.config, self.world
         self.interrupt.at_once = False  # from here on there is work to save
         self.budget.start()
-        # A run that died between a checkpoint and its evaluation or sample has yet to do these.
-        if self.step and self.is_due(config.eval_every):
-            self.evaluate()
-        if self.step and self.is_due(config.sample_every):
-            self.sample()
         pin = self.device.type == "cuda"
-        batches = Prefetcher(self.batches, self.sequences, config.batch_size, pin, world.rank, world.size)
+        batches = Prefetcher(self.data.batches, self.sequences, config.batch_size, pin, world.rank, world.size)
         with batches as data, self.profiler:
             while True:
+                # Evaluate and sample at the start, so that a run that died after its last checkpoint makes up for it.
+                if self.is_due(config.eval_every):
+                    self.evaluate()
+                if self.is_due(config.sample_every):
+                    self.sample()
+
                 # Stop at the run's length, and early if a save has failed, on a signal, or at the time limit.
                 self.saver.check()
                 progress = self.budget.progress(self.step)
@@ -369,11 +290,8 @@ class Trainer:
                         metrics = {"loss": world.sum(loss.item())[0], "grad_norm": world.broadcast(grad_norm.item())}
                 self.budget.step_ended()
 
-                # Log a row of metrics.
                 if logging:
                     self.log(metrics, progress)
-
-                # Log the diagnostics of this step.
                 if self.probe:
                     self.diagnose(inputs)
 
@@ -381,17 +299,9 @@ class Trainer:
                 if metrics and (failure := self.run.failure(**metrics, vocab_size=self.model.config.vocab_size)):
                     return failure
 
-                # Save a checkpoint. This comes before evaluation and sampling, so that their failure loses no step.
+                # Save before evaluation and sampling, so that their failure loses no step.
                 if saving:
                     self.save()
-
-                # Evaluate on the validation set.
-                if self.is_due(config.eval_every):
-                    self.evaluate()
-
-                # Generate a sample.
-                if self.is_due(config.sample_every):
-                    self.sample()
 
     def train_step(self, inputs: Tensor, targets: Tensor, progress: float) -> tuple[Tensor, Tensor]:
         """Take one optimizer step on ids and targets `[batch_size, T]`.
@@ -478,12 +388,12 @@ class Trainer:
         """Log the validation loss, in nats per token and bits per byte, and keep the best checkpoint."""
         if any(row["step"] == self.step and "val_loss" in row for row in self.run.rows):
             return
-        with self.autocast():
-            metrics = evaluate(self.model, self.eval_set, self.byte_lengths, self.eval_loss, self.world)
+        with self.autocast(), self.low.unmeasured():
+            metrics = evaluate(self.model, self.data.eval_set, self.data.byte_lengths, self.eval_loss, self.world)
         row = self.budget.position(self.step) | metrics
         line = f"evaluation {row['val_loss']:.4f} nats per token, {row['val_bpb']:.4f} bits per byte"
         self.run.log(row, f"step {self.step:6d}  {line}")
-        if self.run.is_best(self.step, self.best_after):
+        if self.run.is_best(self.step):
             self.saver.mark_best()
 
     def sample(self) -> None:
@@ -491,7 +401,7 @@ class Trainer:
         if self.run.sampled_step >= self.step:
             return
         with self.autocast():
-            text = continued(self.model, self.tokenizer, self.config.sample_prompt, 200, self.config.seed)
+            text = continued(self.model, self.data.tokenizer, self.config.sample_prompt, 200, self.config.seed)
         self.run.add_sample(self.step, text)
 
     def finish(self, status: Status) -> Status:

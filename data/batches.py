@@ -7,6 +7,7 @@ says nothing about the model.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 import numpy as np
 import torch
@@ -88,17 +89,20 @@ class Prefetcher:
         return (inputs.pin_memory(), targets.pin_memory()) if self.pin else (inputs, targets)
 
 
-def micro_batch_size(batch_size: int, micro_batch: int, ranks: int) -> int:
-    """Sequences of a forward and backward pass on each of `ranks` ranks; a `micro_batch` of 0 is a rank's whole share.
+def micro_batch_size(batch_size: int, micro_batch: int | Literal["auto"], ranks: int) -> int:
+    """Sequences of a forward and backward pass on each of `ranks` ranks: all that a rank has of the batch if
+    `micro_batch` is 0 or auto.
 
     Raises `DataError` for a batch that cannot be shared out."""
-    size = ranks * (micro_batch or 1)
-    if batch_size % size:
-        below, above = batch_size // size * size, (batch_size // size + 1) * size
-        what = f"{ranks} ranks x micro_batch {micro_batch}" if micro_batch else f"{ranks} ranks"
+    size = 0 if micro_batch == "auto" else micro_batch
+    step = ranks * (size or 1)
+    if batch_size % step:
+        below, above = batch_size // step * step, (batch_size // step + 1) * step
+        each = f" x micro_batch {size}" if size else ""
+        what = f"{step} ({ranks} ranks{each})" if ranks > 1 else f"micro_batch {size}"
         right = f"{below} or {above}" if below else f"{above}"
-        raise DataError(f"batch_size {batch_size} must be a multiple of {size} ({what}), such as {right}")
-    return micro_batch or batch_size // ranks
+        raise DataError(f"batch_size {batch_size} must be a multiple of {what}, such as {right}")
+    return size or batch_size // ranks
 
 
 def eval_batches(

@@ -12,41 +12,32 @@ import shlex
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.gpt import ModelConfig
-from model.tensors import assign, is_sharded, local
+from model.tensors import assign, is_sharded
 from runtime.config import ConfigError, build, flatten
-from runtime.distributed import ALONE, NO_LIMIT, World
+from runtime.distributed import ALONE, World
 from runtime.errors import UserError
 from runtime.files import replacing
-from runtime.phase import phase
 from runtime.records import free_name
 
 if TYPE_CHECKING:
-    from torch.distributed.tensor import DeviceMesh, DTensor
+    pass
 
 FORMAT, SHARDED_FORMAT = "nanofuse-1", "nanofuse-1-sharded"
 SHARDED = ("model", "optimizers")  # parts whose tensors ranks may share
 PARTS = {"model_config": dict, "model": dict, "step": int}  # of every checkpoint
 RESUMABLE = {"config": dict, "optimizers": list, "scaler": dict, "rng": Tensor, "sequences": int}  # not of an import
 KINDS = {dict: "a dict", list: "a list", int: "a count", str: "text", Tensor: "a tensor", int | float: "a number"}
-OPTIONAL = {
-    "budget": dict,
-    "recipe": int,
-    "data": dict,
-    "best_after": int,
-    "micro_batch": int,
-    "scales": dict,
-}  # earlier versions did not write them
+# Earlier versions did not write these.
+OPTIONAL = {"budget": dict, "recipe": int, "data": dict, "best_after": int, "micro_batch": int, "scales": dict}
 
 
 class CheckpointError(UserError):
@@ -93,137 +84,6 @@ def _write(path: Path, state: dict[str, Any]) -> None:
 def mark_best(folder: Path) -> None:
     """Keep `last.pt` as `best.pt` too."""
     _link(folder / "last.pt", folder / "best.pt")
-
-
-class Saver:
-    """Writes the checkpoints of a run in a thread, one at a time, while training goes on.
-
-    The thread writes a copy of the state, which is kept in host memory and written over by the next save. For a GPU it
-    is pinned, which torch rounds up to powers of two, and copied on a stream of its own. As a context, a saver waits
-    for its thread at the end."""
-
-    def __init__(self, folder: Path, device: torch.device, world: World = ALONE, sharded: bool = False):
-        """A saver of `folder/last.pt`, for a state on `device` or the CPU. Rank 0 writes it; if the model is `sharded`,
-        all ranks of `world` write their parts, and have to call the same methods."""
-        self.folder, self.world, self.is_idle = folder, world, not (world.is_main or sharded)
-        self.group = dist.new_group(backend="gloo", timeout=NO_LIMIT) if sharded else None
-        self.host_mesh: DeviceMesh | None = None
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.buffers: dict[tuple, Tensor] = {}
-        self.thread = ThreadPoolExecutor(1)
-        self.newest: Future = Future()  # of the thread's tasks
-        self.newest.set_result(None)
-
-    @phase("checkpoint")
-    def save(self, state: dict[str, Any]) -> None:
-        """Copy `state` and begin to write it as `save` does, after waiting for the save before. Raises its error.
-
-        On a GPU only copying begins: `before_update` is to be called before any tensor of `state` changes."""
-        if self.is_idle:
-            return
-        self.wait()
-        if self.stream:
-            self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
-        with torch.cuda.stream(self.stream):
-            copies: dict[tuple, Tensor] = {}
-            copy = map_tensors(lambda name, x: self._copy(name, x, copies), state)
-        self._then(self._write, copy)
-
-    def before_update(self) -> None:
-        """Make the GPU finish copying before it runs what is launched from here on. Does nothing on a CPU."""
-        if self.stream:
-            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
-
-    def mark_best(self) -> None:
-        """Keep the newest checkpoint as `best.pt` too, once it is written."""
-        if self.world.is_main:
-            self._then(mark_best, self.folder)
-
-    def check(self) -> None:
-        """Raise the error of the thread if it has failed."""
-        if self.newest.done():
-            self.newest.result()
-
-    def wait(self) -> None:
-        """Wait until all is written. Raises the error of the thread: `WriteError`, as in `save`."""
-        self.newest.result()
-
-    def settle(self) -> None:
-        """Wait until the thread is idle, whether it has failed or not."""
-        wait([self.newest])
-
-    def _then(self, task: Callable[..., None], *args: Any) -> None:
-        """Give the thread a task, which fails if the one before it has failed."""
-
-        def run(before: Future = self.newest) -> None:
-            before.result()
-            task(*args)
-
-        self.newest = self.thread.submit(run)
-
-    def _copy(self, name: str, value: Tensor, copies: dict[tuple, Tensor]) -> Tensor:
-        """Copy a tensor to host memory, or this rank's part of it. Those at one address, such as tied weights, are
-        copied once into `copies`."""
-        if value.is_meta:
-            return value
-        part = local(value)
-        source = part.data_ptr(), part.shape, part.stride(), part.dtype
-        if source not in copies:
-            key = name, part.shape, part.dtype
-            if key not in self.buffers:
-                pin = self.stream is not None
-                self.buffers[key] = torch.empty(part.shape, dtype=part.dtype, device="cpu", pin_memory=pin)
-            copies[source] = self.buffers[key].copy_(part, non_blocking=True)
-        return self._on_host(copies[source], value) if is_sharded(value) else copies[source]
-
-    def _on_host(self, part: Tensor, value: "DTensor") -> "DTensor":
-        """The DTensor `value` in host memory, with `part` as this rank's."""
-        from torch.distributed.tensor import DeviceMesh, DTensor
-
-        if self.host_mesh is None:
-            mesh = value.device_mesh
-            self.host_mesh = mesh if value.is_cpu else DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
-        options = {"run_check": False, "shape": value.shape, "stride": value.stride()}
-        return DTensor.from_local(part, self.host_mesh, value.placements, **options)
-
-    def _write(self, state: dict[str, Any]) -> None:
-        if self.stream:
-            self.stream.synchronize()
-        if self.group is None:
-            save(self.folder, state)
-        else:
-            self._write_sharded(state)
-
-    def _write_sharded(self, state: dict[str, Any]) -> None:
-        """Write the shards, and then `last.pt`, which names them."""
-        from model import shards
-
-        parts = {part: state[part] for part in SHARDED}
-        written = shards.write(self.folder, state["step"], _stored(parts, state["model_config"]), self.group)
-        failure = None
-        if self.world.is_main:
-            meta = map_tensors(lambda name, x: torch.empty(x.shape, dtype=x.dtype, device="meta"), parts)
-            try:
-                save(self.folder, state | meta | {"shards": written})
-                shards.clean(self.folder, {_shards_folder(path) for path in self.folder.glob("*.pt")})
-            except OSError as error:
-                failure = error
-        box = [failure]
-        dist.broadcast_object_list(box, group_src=0, group=self.group)
-        if box[0]:
-            raise box[0]
-
-    def __enter__(self) -> "Saver":
-        return self
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        """Wait for the thread. Its error is raised, or noted on another `error` that ended the run."""
-        self.thread.shutdown()
-        failure = self.newest.exception()
-        if failure and error is None:
-            raise failure
-        if failure and failure is not error:
-            error.add_note(str(failure))
 
 
 def reopen_best(folder: Path, step: int, anew: bool, is_best: bool) -> None:
@@ -308,18 +168,18 @@ def _read_shards(state: dict[str, Any], tensors: dict[str, Any], path: Path) -> 
     from model import shards
 
     try:
-        shards.read(path.parent / state["shards"]["folder"], _stored(tensors, state["model_config"]))
+        shards.read(path.parent / state["shards"]["folder"], stored_tensors(tensors, state["model_config"]))
     except shards.ShardsError as error:
         raise _refusal(path, str(error)) from error
 
 
-def _stored(parts: dict[str, Any], model_config: dict[str, Any]) -> dict[str, Tensor]:
+def stored_tensors(parts: dict[str, Any], model_config: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors of nested `parts` that are stored as shards, by name: of those that are here, all but a tied head."""
     tied = {"model.head.weight"} if model_config["tied"] else set()
     return {name: x for name, x in named_tensors(parts) if not x.is_meta and name not in tied}
 
 
-def _shards_folder(path: Path) -> str:
+def shards_folder(path: Path) -> str:
     """The name of the folder that a checkpoint has its shards in; "" if it has none."""
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("shards", {}).get("folder", "")
 

@@ -11,16 +11,17 @@ from model.choices import choose
 from runtime import hardware
 from runtime.budget import LENGTHS
 from runtime.config import as_dict, build, flatten, merge, read
-from runtime.distributed import ALONE
+from runtime.distributed import ALONE, World
 from runtime.run import RunError, choose_folder
 
 ACTIONS = {"config", "resume", "overwrite", "print_config", "eval_only"}  # not of a config file
 
 
-def without_training(cls: type, file: dict[str, Any], flags: dict[str, Any]) -> None:
+def without_training(cls: type, file: dict[str, Any], flags: dict[str, Any], world: World = ALONE) -> None:
     """Do what `print_config` or `eval_only` asks for and exit; return if neither is set. Nothing on disk changes.
 
-    `file` and `flags` are values of the configuration class `cls` by dotted key. `print_config` prints a config file,
+    `file` and `flags` are values of the configuration class `cls` by dotted key, and this is rank 0 of `world`; the
+    others need not call it. `print_config` prints a config file,
     with where each value is from, and what stands for it on this machine. `eval_only` evaluates the run's best
     checkpoint. Raises `UserError`."""
     given = merge([file, flags], LENGTHS)
@@ -35,9 +36,10 @@ def without_training(cls: type, file: dict[str, Any], flags: dict[str, Any]) -> 
         sources = own | (sources if "config" in flags else {"flag": flags})
     config = build(cls, merge(sources.values(), LENGTHS))
     if printing:
-        print("\n".join(config_lines(config, sources)))
+        print("\n".join(config_lines(config, sources, world)))
         raise SystemExit(0)
-    options = {"run": folder, "device": config.device, "precision": config.precision, "tokens": config.eval_tokens}
+    precision = "bf16" if config.precision in hardware.LOW else config.precision  # the weights that are saved are whole
+    options = {"run": folder, "device": config.device, "precision": precision, "tokens": config.eval_tokens}
     if config.kernels.every in ("auto", "torch", "triton"):
         options["kernels"] = config.kernels.every
     raise SystemExit(evaluate.main([f"--{key}={value}" for key, value in options.items()]))
@@ -52,9 +54,9 @@ def saved_config(cls: type, folder: Path) -> dict[str, Any]:
         raise RunError(f"{path} is no configuration of train.py: {error}") from error
 
 
-def config_lines(config: Any, sources: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def config_lines(config: Any, sources: Mapping[str, Mapping[str, Any]], world: World = ALONE) -> Iterator[str]:
     """A config file of all values, each with the last of `sources` that has it."""
-    known, chosen = {}, choices(config)
+    known, chosen = {}, choices(config, world)
     for source, values in sources.items():
         if LENGTHS & values.keys():
             known = {key: other for key, other in known.items() if key not in LENGTHS}
@@ -74,9 +76,9 @@ def config_lines(config: Any, sources: Mapping[str, Mapping[str, Any]]) -> Itera
             yield f"{name} = {value!r}".ljust(40) + f"  # {comment(name)}"
 
 
-def choices(config: Any) -> dict[str, str]:
+def choices(config: Any, world: World) -> dict[str, str]:
     """What stands for `auto`, 0 and nothing on this machine, by dotted key. Raises as `choose` does."""
-    chosen = choose(config, ALONE)
+    chosen = choose(config, world.silent())
     found = {"device": f"{chosen.device}, {hardware.device_name(chosen.device)}", "precision": chosen.precision}
     found |= {"residual": "fp32" if chosen.setup.residual is None else "bf16"} | chosen.notes
     given, resolved = asdict(config.model), asdict(config.shape)

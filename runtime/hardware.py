@@ -71,11 +71,8 @@ def pick_precision(name: str, device: torch.device) -> Precision:
         bf16 = device.type == "mps" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if name == "auto":
         return "bf16" if bf16 else "fp32"
-    if name == "fp8" and not has_fp8(device):
-        raise HardwareError(
-            f"{device_name(device)} does not multiply in FP8, as NVIDIA's cards since Ada and Hopper do: use "
-            "--precision=bf16"
-        )
+    if name == "fp8":
+        check_fp8(device, "--precision=bf16")
     if name == "bf16" or name in LOW:
         if not bf16 and device.type == "cuda":
             raise HardwareError(
@@ -91,6 +88,14 @@ def has_fp8(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
     return device.type == "cpu"
+
+
+def check_fp8(device: torch.device, instead: str) -> None:
+    """Raise `HardwareError` on a device without FP8, with the option to use `instead`."""
+    if not has_fp8(device):
+        raise HardwareError(
+            f"{device_name(device)} does not multiply in FP8, as NVIDIA's cards since Ada and Hopper do: use {instead}"
+        )
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
@@ -239,7 +244,8 @@ def set_up(device: torch.device, deterministic: bool) -> None:
     On a CPU, glibc is told to keep freed memory. By default it returns large blocks to the system, and the page faults
     of allocating them again cost a sixth of a small model's step."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
-    torch.use_deterministic_algorithms(deterministic)
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # for this torch imports its compiler: seconds
+        torch.use_deterministic_algorithms(deterministic)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     if device.type == "cpu":

@@ -192,6 +192,7 @@ class Run:
         self.resumes, self.job = resume, job
         self.opening: list[str] = []  # lines for `start` to print
         self.sampled_step = -1  # step of the last sample
+        self.best_after = 0  # the evaluations after this step are all on one set, and so comparable
         self.status: Status | None = None  # as written to status.json; None before `start`
         self._existing = (resume or overwrite) and folder.exists()
         self._before = read_status(folder) if self._existing else {}
@@ -285,14 +286,14 @@ class Run:
         bound = 1.5 * max(math.log(vocab_size), losses[0] if losses else 0.0)
         return "diverged" if len(losses) > 5 and min(losses[-5:]) > bound else None
 
-    def best(self, after: int = 0) -> float:
-        """Lowest validation loss of the evaluations after the step `after`; inf if there is none."""
-        losses = [row["val_loss"] for row in self.rows if row["step"] > after and row.get("val_loss") is not None]
-        return min(losses, default=math.inf)
+    def best(self) -> float:
+        """Lowest validation loss of the evaluations after the step `best_after`; inf if there is none."""
+        rows = [row for row in self.rows if row["step"] > self.best_after]
+        return min((row["val_loss"] for row in rows if row.get("val_loss") is not None), default=math.inf)
 
-    def is_best(self, step: int, after: int = 0) -> bool:
-        """Whether the evaluation of `step` has the lowest validation loss of those after the step `after`."""
-        return any(row["step"] == step and row.get("val_loss") == self.best(after) for row in self.rows)
+    def is_best(self, step: int) -> bool:
+        """Whether the evaluation of `step` has the lowest validation loss, so that its checkpoint is best.pt."""
+        return any(row["step"] == step and row.get("val_loss") == self.best() for row in self.rows)
 
     def summary(self, facts: dict[str, Any]) -> dict[str, Any]:
         """Add to the final `facts` of a run: tokens per second of wall-clock time (`tok_s_wall`), the median over rows

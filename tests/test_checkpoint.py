@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from model import checkpoint
-from model.checkpoint import CheckpointError, Saver
+from model.checkpoint import CheckpointError
+from model.saver import Saver
 from runtime.files import WriteError
 
 CONFIG = {"n_layer": 1, "n_head": 1, "d_model": 2, "vocab_size": 4}

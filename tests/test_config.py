@@ -8,8 +8,10 @@ from typing import Annotated, Literal
 
 import pytest
 
+from model.command_line import CONFIGS
+from runtime.budget import LENGTHS
 from runtime.config import ConfigError, as_dict, build, flatten, knobs, merge, read_file, read_flags
-from train import LENGTHS, Config
+from train import Config
 
 
 @dataclass(frozen=True)
@@ -186,8 +188,6 @@ def test_every_knob_of_the_trainer_has_help_and_a_default_it_accepts(capsys):
 
 
 def test_every_config_file_is_valid():
-    from train import ROOT
-
-    for path in (ROOT / "configs").glob("*.py"):
-        config = build(Config, merge([flatten(Config, read_file(path.name, ROOT / "configs"))], LENGTHS))
+    for path in CONFIGS.glob("*.py"):
+        config = build(Config, merge([flatten(Config, read_file(path.name, CONFIGS))], LENGTHS))
         config.model.resolved(config.data.expected_vocab_size)

@@ -11,6 +11,7 @@ import pytest
 
 import train
 from data import fetch
+from model.command_line import CONFIGS
 from runtime import defaults
 from runtime.budget import LENGTHS
 from runtime.config import build, flatten, merge, read_file
@@ -57,7 +58,7 @@ def test_only_a_gpu_asks_for_a_text():
 
 
 def config_of(name):
-    return build(train.Config, merge([flatten(train.Config, read_file(name, train.ROOT / "configs"))], LENGTHS))
+    return build(train.Config, merge([flatten(train.Config, read_file(name, CONFIGS))], LENGTHS))
 
 
 def test_the_stories_have_the_stated_sizes_and_share_their_tokens():
@@ -150,7 +151,7 @@ def test_one_shard_of_each_split_is_fetched(tmp_path):
     def ended(endpoint):
         command = [sys.executable, "-m", "data.fetch", "tinystories"]
         environment["HF_ENDPOINT"] = endpoint
-        return subprocess.run(command, cwd=train.ROOT, env=environment, capture_output=True, text=True)
+        return subprocess.run(command, cwd=CONFIGS.parent, env=environment, capture_output=True, text=True)
 
     refused = ended(closed_port())
     assert refused.returncode == 1 and "did not give the dataset roneneldan/TinyStories" in refused.stdout

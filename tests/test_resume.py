@@ -275,7 +275,7 @@ def test_a_malformed_checkpoint_is_refused_in_one_sentence(mine, monkeypatch):
     def resumed():
         config, run, state = train.configure(flags)
         Budget(config, 128, state.get("budget", {}))
-        data_changes(state, as_dict(config), trainer.fingerprints)
+        data_changes(state, as_dict(config), trainer.data.fingerprints)
         trainer.restore(state, run.folder / "last.pt")
 
     generated = partial(load_run, mine, torch.device("cpu"), which="last")

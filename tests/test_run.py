@@ -19,10 +19,9 @@ from runtime.budget import Budget, Length
 from runtime.distributed import ALONE
 from runtime.files import WriteError, append, is_locked, locked, write_atomically
 from runtime.hardware import HardwareError, check_memory, pick_compile, rated_flops, set_up
-from runtime.run import Run, RunError, choose_folder, find, read_status
+from runtime.run import ROOT, Run, RunError, choose_folder, find, read_status
 from runtime.signals import Interrupt, Interrupted
 from runtime.text import say
-from train import ROOT
 
 
 def choose(out, name="", config="small", resume=False, overwrite=False):

@@ -6,8 +6,8 @@ import os
 import subprocess
 import sys
 
+from runtime.run import ROOT
 from runtime.text import typed, use_utf8
-from train import ROOT
 
 
 def test_output_is_utf8(monkeypatch):

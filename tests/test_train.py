@@ -21,6 +21,7 @@ import data.prepare
 import train
 from model import checkpoint
 from model.load import load_run
+from model.saver import Saver
 from runtime.files import WriteError
 from runtime.run import Run
 
@@ -41,7 +42,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_a_run_leaves_its_record(run, capsys):
+def test_a_run_leaves_its_record(run, drawn, capsys):
     code, folder = run(sample_every=6, sample_prompt="The old ")
     lines = capsys.readouterr().out.splitlines()
     (step,) = (line for line in lines if line.startswith("step      8   58%"))
@@ -176,7 +177,7 @@ def test_a_checkpoint_lost_at_an_interruption_is_said(run, monkeypatch, capsys):
 def test_a_checkpoint_is_copied_before_the_next_update(run, monkeypatch):
     """Which a GPU may otherwise run first."""
     calls = []
-    for owner, name in ((checkpoint.Saver, "save"), (checkpoint.Saver, "before_update"), (train.Trainer, "update")):
+    for owner, name in ((Saver, "save"), (Saver, "before_update"), (train.Trainer, "update")):
         during(monkeypatch, owner, name, lambda name=name: calls.append(name))
     run(steps=2, save_every=1)
     assert calls == 2 * ["before_update", "update", "save"]
@@ -271,7 +272,7 @@ def test_an_error_once_the_folder_exists_is_its_status(run, monkeypatch, capsys,
 
 def test_a_reader_that_leaves_does_not_end_the_run(tiny, tmp_path):
     """As `train.py | head -1` does; also at the interpreter's exit."""
-    command = [sys.executable, str(train.ROOT / "train.py"), *tiny(tmp_path)]
+    command = [sys.executable, train.__file__, *tiny(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline().startswith("config ")
     process.stdout.close()
@@ -300,7 +301,7 @@ class BrokenTracker:
 
 
 @pytest.mark.parametrize("fails", ["log", "finish"])
-def test_what_is_beside_a_run_never_ends_it(run, monkeypatch, capsys, fails):
+def test_what_is_beside_a_run_never_ends_it(run, drawn, monkeypatch, capsys, fails):
     broken, start = BrokenTracker(fails), Run.start
 
     def start_badly(self, at_step):
@@ -365,12 +366,12 @@ def test_an_overflow_in_one_gradient_stops_every_optimizer(run, monkeypatch, cli
 
 def test_compiled_follows_eager(run, eager_losses):
     """In evaluation too, which the step's compiled forward is for: there is nothing more to compile, nor to profile."""
-    _, eager = run(run="eager", steps=4)
+    _, eager = run(run="eager", steps=4, **{"model.n_layer": 1})
     del eager_losses[:]
     torch._dynamo.reset()
     counts = torch._dynamo.utils.counters["stats"]
     before = counts["unique_graphs"]
-    _, compiled = run(run="compiled", steps=4, eval_every=2, compile="on", profile="3:1")
+    _, compiled = run(run="compiled", steps=4, eval_every=2, compile="on", profile="3:1", **{"model.n_layer": 1})
     assert rows(compiled)[-1]["val_loss"] == pytest.approx(rows(eager)[-1]["val_loss"], abs=1e-3)
     assert counts["unique_graphs"] == before + 1
     assert [found for found, _ in eager_losses] == pytest.approx([eager for _, eager in eager_losses], rel=1e-5)
@@ -651,11 +652,11 @@ def test_optimizer_options_reach_the_optimizers(tiny, tmp_path):
     knobs = {"optimizer": "muon", "lr": 0.01, "muon_lr": 0.03, "beta1": 0.7, "beta2": 0.8, "eps": 1e-3}
     schedule = {"schedule": "wsd", "decay": 0.5, "final_lr": 0.2, "warmup": 0}
     trainer = train.Trainer(*train.configure(tiny(tmp_path / "out", **knobs, **schedule)))
-    trainer.train_step(*trainer.batches.get(0, 4), progress=1.0)
+    trainer.train_step(*trainer.data.batches.get(0, 4), progress=1.0)
     adamw, muon = (optimizer.param_groups[0] for optimizer in trainer.optimizers)
     assert (adamw["lr"], muon["lr"]) == pytest.approx((0.01 * 0.2, 0.03 * 0.2))
     assert (adamw["betas"], adamw["eps"]) == ((0.7, 0.8), 1e-3)
-    trainer.train_step(*trainer.batches.get(4, 4), progress=0.4)
+    trainer.train_step(*trainer.data.batches.get(4, 4), progress=0.4)
     assert adamw["lr"] == 0.01
 
 
