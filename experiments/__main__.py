@@ -47,7 +47,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("out/experiments"), metavar="DIR", help="folder of the runs")
     own = parser.add_argument_group("a sweep of your own")
     own.add_argument("--base", metavar="CONFIG", help="config file of all trials")
-    what = "values of an option; several flags give their product"
+    what = "values of an option, or of ranks, by torchrun; several flags give their product"
     own.add_argument("--grid", action="append", default=[], metavar="KNOB=A,B", help=what)
     own.add_argument(
         "--versus", action="append", default=[], metavar="KNOB=A,B", help="alternatives, compared seed by seed"

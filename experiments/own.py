@@ -12,16 +12,18 @@ from statistics import fmean
 from typing import Any
 
 import train
+from data.batches import micro_batch_size
 from experiments import analysis, judges, ledger
 from experiments.judges import DIFFERENT, HIGHER, Noise, paired, unpaired
 from experiments.run import configuration, trials
 from experiments.spec import Claim, Knobs, Outcome, Suite
 from runtime.budget import LENGTHS
-from runtime.config import ConfigError, flatten, knobs
+from runtime.config import ConfigError, Knob, flatten, knobs
 from runtime.run import read_status
 
 UNITS = {"s": ("seconds", 1), "min": ("seconds", 60), "h": ("seconds", 3600), "steps": ("steps", 1)}
 UNITS |= {"tokens": ("tokens", 1), "ktokens": ("tokens", 10**3), "Mtokens": ("tokens", 10**6)}
+RANKS = Knob("ranks", int, "", 1, (), "[1, 1024]")
 OF_THE_SWEEP = ("run", "out", "resume", "overwrite", "wandb", "seed")  # knobs that the runner gives to trials
 
 
@@ -38,8 +40,8 @@ def read_budget(text: str) -> dict[str, Any]:
 
 
 def read_values(text: str, flag: str) -> tuple[str, list[Any]]:
-    """`lr=1e-3,3e-3` as the knob and its values. Raises `ConfigError`."""
-    known = knobs(train.Config)
+    """`lr=1e-3,3e-3` as the knob and its values; `ranks=1,2` as the label and its values. Raises `ConfigError`."""
+    known = knobs(train.Config) | {"ranks": RANKS}
     key, _, values = text.partition("=")
     key = next(iter(flatten(train.Config, {key: ""})))  # a section by its name means its first knob
     if key not in known:
@@ -49,7 +51,7 @@ def read_values(text: str, flag: str) -> tuple[str, list[Any]]:
     read = [known[key].read(value) for value in values.split(",")]
     if len(set(read)) < len(read):
         raise ConfigError(f"{flag} {text} has a value twice")
-    return key, read
+    return ("@ranks" if key == "ranks" else key), read
 
 
 def suite(
@@ -91,7 +93,8 @@ def suite(
     )  # fmt: skip
     for trial in trials(declared, "own", 1, extra):
         try:
-            configuration(trial.knobs)
+            config = configuration(trial.knobs)
+            micro_batch_size(config.batch_size, config.micro_batch, trial.ranks)
         except ConfigError as error:
             raise ConfigError(f"{trial}: {error} (--set gives a knob to every trial)") from error
     return declared

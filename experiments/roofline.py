@@ -27,7 +27,7 @@ class Card:
 
 RTX_5090 = Card("an RTX 5090", {"bf16": 209.5e12, "fp8": 838e12, "nvfp4": 1676e12}, 1792e9)
 BYTES = {"bf16": 2.0, "fp8": 1.0, "nvfp4": 0.5 + 1 / 16}  # of a value, with its share of a block's scale
-LOW = {"fp8": ("y", "dx"), "nvfp4": ("y", "dx", "dW")}  # the products in low precision, as in model/precision.py
+LOW = {"fp8": ("y", "dx"), "nvfp4": ("y", "dx", "dW")}  # products in low precision: model/fp8.py, block_scaled.py
 
 
 def product_seconds(m: int, n: int, k: int, precision: str, card: Card) -> float:
@@ -36,8 +36,8 @@ def product_seconds(m: int, n: int, k: int, precision: str, card: Card) -> float
     return max(2 * m * n * k / card.flops[precision], moved / card.bandwidth)
 
 
-def step_seconds(shape: ModelConfig, tokens: int, precision: str, card: Card) -> float:
-    """The least time of all products with weights in a step on `tokens`; the head's are in bf16."""
+def step_seconds(shape: ModelConfig, tokens: int, precision: str, card: Card, head: str = "bf16") -> float:
+    """The least time of all products with weights in a step on `tokens`; those of the `head` are in bf16 or fp8."""
     heads = shape.n_head * shape.head_dim
     gates = 1 + (shape.activation == "swiglu")
     layer = (
@@ -46,15 +46,16 @@ def step_seconds(shape: ModelConfig, tokens: int, precision: str, card: Card) ->
     )  # fmt: skip
     n_low = shape.n_layer - (math.ceil(shape.n_layer / 6) if precision == "nvfp4" else 0)
 
-    def seconds(n_in: int, n_out: int, low: tuple[str, ...]) -> float:
+    def seconds(n_in: int, n_out: int, format: str) -> float:
         sizes = {"y": (tokens, n_out, n_in), "dx": (tokens, n_in, n_out), "dW": (n_out, n_in, tokens)}
-        return sum(product_seconds(*sizes[name], precision if name in low else "bf16", card) for name in sizes)
+        low = LOW.get(format, ())
+        return sum(product_seconds(*sizes[name], format if name in low else "bf16", card) for name in sizes)
 
-    low = sum(seconds(*size, LOW.get(precision, ())) for size in layer)
-    plain = sum(seconds(*size, ()) for size in layer)
-    return n_low * low + (shape.n_layer - n_low) * plain + seconds(shape.d_model, shape.vocab_size, ())
+    low, plain = (sum(seconds(*size, format) for size in layer) for format in (precision, "bf16"))
+    of_head = seconds(shape.d_model, shape.vocab_size, head)
+    return n_low * low + (shape.n_layer - n_low) * plain + of_head
 
 
-def speed_up(shape: ModelConfig, tokens: int, precision: str, card: Card = RTX_5090) -> float:
+def speed_up(shape: ModelConfig, tokens: int, precision: str, card: Card = RTX_5090, head: str = "bf16") -> float:
     """The bound on the speed of a step in low precision over one in bf16. `shape` is resolved."""
-    return step_seconds(shape, tokens, "bf16", card) / step_seconds(shape, tokens, precision, card)
+    return step_seconds(shape, tokens, "bf16", card) / step_seconds(shape, tokens, precision, card, head)

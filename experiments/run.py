@@ -10,6 +10,7 @@ die with the sweep, begin anew.
 import itertools
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -44,6 +45,8 @@ from runtime.signals import Interrupt
 from runtime.text import duration
 
 TRAIN = (sys.executable, str(Path(train.__file__).resolve()))
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python")
+RANK_FAILED = re.compile(r"^E\d{4} .*failed \(exitcode: (-?\d+)\)", re.MULTILINE)  # torchrun's words
 PATIENCE_S: dict[Scale, float] = {"tiny": 600, "low": 7200, "full": 86400, "own": 86400}  # or ten times the median
 POLL_S = 0.05
 ERROR_CHARS = 1000  # of the last lines of a failed run
@@ -167,6 +170,8 @@ class Job:
         argv = flags({"save_every": 10**9} | dict(trial.knobs) | own)
         env, linux = os.environ | {"WANDB_RUN_GROUP": trial.suite.name} | self.environment, sys.platform == "linux"
         with self.folder.with_suffix(".log").open("wb") as log:
+            if trial.ranks > 1:
+                command = (*TORCHRUN, f"--nproc-per-node={trial.ranks}", "--", *command)
             if command == TRAIN and linux and CARD not in env:
                 self._process = Fork(argv, Path(log.name), Path(self._errors.name), env, trial.cap)
             else:
@@ -182,14 +187,14 @@ class Job:
         if self._process.poll() is None and not late:
             return None
         self.kill()
-        kept, code = ledger.condense(self.folder), self._process.returncode
+        kept, (code, words) = ledger.condense(self.folder), self._end()
         status = read_status(self.folder).get("status", "killed")
         if status == "killed":
             starved = code == -signal.SIGKILL and kernel_ooms() > self._ooms
             status = "time_limit" if late else "unsupported" if code == 2 else "oom" if starved else "crashed"
         for path in (*self.folder.glob("*.pt*"), *self.folder.glob("shards-*")):  # checkpoints
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        error = "" if status == "finished" else self._last_words(code)
+        error = "" if status == "finished" else words
         self._errors.close()
         trial = self.trial
         return Outcome(
@@ -206,11 +211,14 @@ class Job:
                     end(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
-    def _last_words(self, code: int) -> str:
+    def _end(self) -> tuple[int, str]:
+        """Exit code and last words of the process, or of the first rank to fail."""
         self._errors.seek(0)
-        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        code, words = self._process.returncode, self._errors.read().decode(errors="replace")
+        if self.trial.ranks > 1 and (failed := RANK_FAILED.search(words)):
+            code, words = int(failed[1]), words[: failed.start()]
         killed = [f"killed by {signal.Signals(-code).name}"] if code < 0 else []
-        return "\n".join([*lines[-5:], *killed])[-ERROR_CHARS:]
+        return code, "\n".join([*words.strip().splitlines()[-5:], *killed])[-ERROR_CHARS:]
 
 
 def kernel_ooms() -> int:
@@ -224,15 +232,17 @@ def kernel_ooms() -> int:
 # A sweep
 
 
-def places(jobs: int = 0) -> list[dict[str, str]]:
+def places(jobs: int = 0, ranks: int = 1) -> list[dict[str, str]]:
     """An environment for each of the trials that run at once: `jobs`, or by default `ON_CARD` per GPU, or one per core.
-    They share the cores."""
+    They share the cores. Trials of several `ranks` have as many GPUs to themselves, or run one after the other."""
     cards, cores = torch.cuda.device_count(), os.cpu_count() or 1
-    jobs = jobs or ON_CARD * cards or cores
     if cards:
         names = os.environ.get(CARD, ",".join(map(str, range(cards)))).split(",")
-        return [{CARD: names[i % cards]} for i in range(jobs)]
-    return [{"OMP_NUM_THREADS": str(max(1, cores // jobs))}] * jobs
+        if ranks > 1:
+            return [{CARD: ",".join(names[i : i + ranks])} for i in range(0, cards - ranks + 1, ranks)]
+        return [{CARD: names[i % cards]} for i in range(jobs or ON_CARD * cards)]
+    jobs = 1 if ranks > 1 else jobs or cores
+    return [{"OMP_NUM_THREADS": str(max(1, cores // (jobs * ranks)))}] * jobs
 
 
 def machine(trial: Trial, jobs: int) -> str:
@@ -300,7 +310,8 @@ class Sweep:
 
     def forecast(self, trials: Sequence[Trial]) -> float:
         """Seconds that trials take, as many at once as there are places."""
-        return sum(map(self.cost, trials)) / len(self.places)
+        at_once = {ranks: len(places(ranks=ranks)) or 1 for ranks in {t.ranks for t in trials} - {1}}
+        return sum(self.cost(trial) / at_once.get(trial.ranks, len(self.places)) for trial in trials)
 
     def cost(self, trial: Trial) -> float:
         here = machine(trial, len(self.places))
@@ -310,10 +321,11 @@ class Sweep:
             command: Sequence[str] = TRAIN, say: Callable[[str], None] = print) -> bool:  # fmt: skip
         """Run the waiting trials, one in each place at a time. Returns False if a signal ended the sweep early.
 
-        On a GPU, trials that measure it, and those that ran out of memory beside others, run last, each with a card to
-        itself. After `time_limit` seconds no more trials start. With `within`, the sweep ends after that many seconds:
-        the cheapest suites run first, a trial starts only if it is expected to end in time, and one that does not is
-        killed and has no outcome. Raises `LedgerError` if another sweep of one of the suites is running.
+        On a GPU, trials that measure it, and those that ran out of memory beside others, run later, each with a card to
+        itself; then those of several ranks. After `time_limit` seconds no more trials start. With `within`, the sweep
+        ends after that many seconds: the cheapest suites run first, a trial starts only if it is expected to end in
+        time, and one that does not is killed and has no outcome. Raises `LedgerError` if another sweep of one of the
+        suites is running, and `ConfigError` for more ranks than this machine has GPUs.
         """
         begin, jobs, total = time.monotonic(), [], len(self.waiting)
         cards = list({place[CARD]: place for place in self.places if CARD in place}.values())
@@ -323,8 +335,13 @@ class Sweep:
             for trial in self.waiting:
                 costs[trial.suite.name] = costs.get(trial.suite.name, 0) + self.cost(trial)
             self.waiting.sort(key=lambda trial: costs[trial.suite.name])
-        free, alone = list(self.places), [trial for trial in self.waiting if cards and measures_its_card(trial)]
-        self.waiting = [trial for trial in self.waiting if trial not in alone]
+        several = {ranks: places(ranks=ranks) for ranks in sorted({trial.ranks for trial in self.waiting} - {1})}
+        if short := [ranks for ranks, free in several.items() if not free]:
+            raise ConfigError(f"a trial takes {short[0]} ranks, and this machine has {torch.cuda.device_count()} GPUs")
+        single = [trial for trial in self.waiting if trial.ranks == 1]
+        free, alone = list(self.places), [trial for trial in single if cards and measures_its_card(trial)]
+        later = [(alone, cards), *(([t for t in self.waiting if t.ranks == n], at) for n, at in several.items())]
+        self.waiting = [trial for trial in single if trial not in alone]
 
         def left() -> float:
             return within - (time.monotonic() - begin)
@@ -351,9 +368,9 @@ class Sweep:
                     usual = [o.seconds for o in self.past if (o.suite, o.machine) == (trial.suite.name, here)]
                     limit = max(PATIENCE_S[trial.scale], 10 * median(usual or [0]))
                     jobs.append(Job(trial, out, here, free.pop(), limit, wandb, command))
-                if alone and not jobs:  # from now on a trial has its card to itself
-                    self.waiting, alone, free = [*self.waiting, *alone], [], cards
-                    cards = []
+                if later and not jobs:  # from now on a trial has its cards to itself
+                    trials, free = later.pop(0)
+                    self.waiting, cards = [*self.waiting, *trials], []
                     continue
                 if not jobs or left() < 0:
                     break
@@ -367,12 +384,12 @@ class Sweep:
                         continue
                     ledger.append(ledger.place(self.results, outcome.scale, outcome.suite), outcome)
                     self.past.append(outcome)
-                    todo = [*self.waiting, *alone, *(job.trial for job in jobs)]
+                    todo = [*self.waiting, *(t for trials, _ in later for t in trials), *(job.trial for job in jobs)]
                     times = f"{outcome.seconds:.1f} s, ETA {duration(self.forecast(todo))}"
                     say(f"{total - len(todo)}/{total}  {job.trial}  {summary(outcome)}, {times}")
                     if bar is not None:
                         bar.update()
                 time.sleep(POLL_S)
-            if n := len(self.waiting) + len(alone) + len(jobs):
+            if n := len(self.waiting) + len(jobs):
                 say(f"{n} trials are left because the time is up: the same command continues")
         return True

@@ -116,7 +116,8 @@ class Claim:
 class Suite:
     """Trials: each of `variants` (label to knobs) at every point of `grid` (knob to values), `seeds` times.
 
-    `base` has the knobs for each scale; `grids` replaces parts of the grid at a scale. On an `axis` all trials have the
+    `base` has the knobs for each scale; `grids` replaces parts of the grid at a scale. Names in the grid that begin
+    with @ are labels and no knobs; `@ranks` starts trials on as many ranks. On an `axis` all trials have the
     tokens, or the training FLOPs, of the first variant. Suites of one `preset` share their measured noise. `plots`
     names figures of the report. Trials that are `alone` share a GPU with no others, because they measure its speed or
     memory. `cap` limits the memory of a trial's process on a CPU, in bytes.
@@ -168,9 +169,14 @@ class Trial:
         return self.suite.cap.get(self.scale)
 
     @property
+    def ranks(self) -> int:
+        return self.labels.get("ranks", 1)
+
+    @property
     def key(self) -> str:
-        """A hash of the suite, the scale and the knobs."""
+        """A hash of the suite, the scale, the knobs and the ranks."""
         identity = [self.suite.name, self.scale, dict(self.knobs), *([self.cap] if self.cap else [])]
+        identity += [{"ranks": self.ranks}] if self.ranks > 1 else []
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
     @property

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from data.formats import DataError
 from experiments import __main__ as cli
 from experiments import own
 from experiments.judges import DIFFERENT, best, versus
@@ -59,6 +60,15 @@ def test_flags_declare_a_suite():
     ):
         own.suite("small.py", [], ["model.norm_place=pre,post"], 1, "", "mine", {})
     assert declared(three.judge) == declared(best("lr", "inside", where={"variant": "base"}))
+
+
+def test_trials_may_differ_by_their_ranks():
+    suite = own.suite("small.py", ["ranks=1,2"], [], 1, "60s", "scaling", {"batch_size": 8})
+    assert [trial.ranks for trial in trials(suite, "own")] == [1, 2]
+    with pytest.raises(DataError, match=r"batch_size 8 must be a multiple of 3 \(3 ranks\)"):
+        own.suite("small.py", ["ranks=3"], [], 1, "", "scaling", {"batch_size": 8})
+    with pytest.raises(ConfigError, match="ranks must be at least 1, not 0"):
+        own.read_values("ranks=0", "--grid")
 
 
 BUDGETS = {

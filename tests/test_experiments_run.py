@@ -29,6 +29,7 @@ from experiments.run import (
     kernel_ooms,
     machine,
     meta_model,
+    places,
     trials,
 )
 from experiments.run import configuration as configured
@@ -85,8 +86,9 @@ def fake(tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture
-def run(fake, tmp_path):
+def run(fake, tmp_path, monkeypatch):
     """Sweep a suite of the fake at tiny scale: what it returned, and what was said."""
+    monkeypatch.setattr("experiments.run._digest", lambda data: f"of {data.corpus}")  # the fake reads no text
 
     def start(suite: Suite, jobs: int = 4, rerun: bool = False, **options):
         said = []
@@ -306,7 +308,7 @@ def test_equal_knobs_run_once(run, tmp_path):
 def test_an_outcome_of_another_recipe_or_text_is_not_that_of_the_trial(run, tmp_path):
     (trial,) = trials(suite(), "tiny")
     good = outcome(key=trial.key, recipe=RECIPE, digest=digest_of(trial))
-    assert is_done(trial, good) and not is_done(trial, None)
+    assert good.digest and is_done(trial, good) and not is_done(trial, None)
     assert is_done(trial, replace(good, digest="", status="unsupported"))  # it never got to a text
     for change in ({"recipe": RECIPE - 1}, {"digest": "0"}, {"status": "interrupted"}):
         assert not is_done(trial, replace(good, **change))
@@ -485,6 +487,38 @@ def test_small_trials_share_a_card(run, tmp_path, monkeypatch):
         spans[o.suite, o.status] = (began, began + o.seconds)
     (first, killed, alone) = (spans[key] for key in (("s", "finished"), ("s", "oom"), ("m", "finished")))
     assert killed[0] >= first[1] - 0.1 and (alone[0] >= killed[1] - 0.1 or alone[1] <= killed[0] + 0.1)
+
+
+LAUNCHER = """
+import os, subprocess, sys
+ranks, command = int(sys.argv[1].partition("=")[2]), sys.argv[3:]
+codes = [subprocess.call(command, env=os.environ | {"RANK": str(rank)}) for rank in range(ranks)]
+if any(codes):
+    print(f"E1127 04:24:23 1 api.py:1] failed (exitcode: {codes[0]}) local_rank: 0\\nTraceback", file=sys.stderr)
+sys.exit(any(codes))
+"""
+
+
+def test_trials_of_several_ranks_come_last_each_on_cards_of_its_own(run, tmp_path, monkeypatch):
+    launcher = tmp_path / "launcher.py"
+    launcher.write_text(LAUNCHER)
+    monkeypatch.setattr("experiments.run.TORCHRUN", [sys.executable, "-S", "-E", str(launcher)])
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1,2,0")
+    assert places(ranks=2) == [{"CUDA_VISIBLE_DEVICES": "3,1"}, {"CUDA_VISIBLE_DEVICES": "2,0"}]
+    scaling = suite(grid={"@ranks": (3, 1, 2)})
+    assert len({trial.key for trial in trials(scaling, "tiny")}) == 3
+    refused = suite("r", {"do": "refuse"}, grid={"@ranks": (2,)})
+    sweep = Sweep([t for each in (scaling, refused) for t in trials(each, "tiny")], tmp_path)
+    assert sweep.run(tmp_path / "out", command=run.command, say=lambda line: None)
+    found = {o.labels["ranks"]: o for o in history(tmp_path)}
+    assert list(found) == [1, 2, 3]
+    counts = {o.key: sum(key == o.key for key, _ in starts(tmp_path)) for o in found.values()}
+    assert counts == {found[1].key: 1, found[2].key: 2, found[3].key: 3}
+    (ended,) = history(tmp_path, "r")
+    assert (ended.status, ended.error.splitlines()) == ("unsupported", 2 * ["error: no knob called so"])
+    with pytest.raises(ConfigError, match="a trial takes 5 ranks, and this machine has 4 GPUs"):
+        Sweep(trials(suite(grid={"@ranks": (5,)}), "tiny"), tmp_path).run(tmp_path / "out", command=run.command)
 
 
 def test_offline_trials_have_text_that_is_there_and_a_tokenizer_of_the_same_size():
