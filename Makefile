@@ -41,7 +41,7 @@ lint: .venv/ready-test
 	touch $@
 
 .venv/ready-test: .venv/ready
-	$(PYTHON) -P runtime/install.py .venv test experiments kernels parquet
+	$(PYTHON) -P runtime/install.py .venv test experiments kernels parquet gguf
 	touch $@
 
 oldest: .venv-oldest/ready

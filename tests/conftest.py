@@ -9,16 +9,18 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
-import torch
 
-# Triton kernels run compiled on a GPU and interpreted elsewhere. triton reads this on import.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+def pytest_sessionstart(session):
+    if session.config.getoption("dist", "no") != "no":
+        return  # the process that starts the workers, which wait for it, runs no tests
+    import torch
 
-import train
+    # Triton kernels run compiled on a GPU and interpreted elsewhere. triton reads this when a test imports it.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    # More threads make operators on such small tensors slower.
+    torch.set_num_threads(min(2, torch.get_num_threads()))
 
-# More threads make operators on such small tensors slower.
-torch.set_num_threads(min(2, torch.get_num_threads()))
 
 SENTENCES = [
     f"The {adjective} {noun} {verb} the {other}." for adjective in ("quick", "lazy", "old", "red", "small")
@@ -56,8 +58,21 @@ def tiny(corpus, tmp_path_factory):
 
 
 @pytest.fixture
+def drawn():
+    """For tests whose runs plot their losses."""
+
+
+@pytest.fixture(autouse=True)
+def not_drawn(request, monkeypatch):
+    """Runs in this process do not plot their losses, which is a third of the time of a tiny one."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("runtime.run.Run.plot", lambda self: None)
+
+
+@pytest.fixture
 def run(tiny, tmp_path):
     """A function that trains with some options changed. Returns the exit code and the run's folder."""
+    import train
 
     def start(*extra: str, **changes) -> tuple[int, Path]:
         name = str(changes.get("run", "small"))
@@ -69,6 +84,8 @@ def run(tiny, tmp_path):
 @pytest.fixture
 def eager_losses(monkeypatch):
     """A list of the validation losses of the runs to come, each with the eager one."""
+    import train
+
     evaluate, losses = train.evaluate, []
 
     def both(model, batches, byte_lengths, loss, world):

@@ -8,47 +8,64 @@ The test suite runs a short version.
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
-import signal
-import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from ranks import forks
+
+import train
 from model import checkpoint
 from runtime.run import read_status
 
-SLOW = """
-import os, sys, time
-sync = os.fsync
-def slow(file):
-    os.write(1, b"syncing\\n")
-    time.sleep(0.05)
-    sync(file)
-os.fsync = slow
-import train
-sys.exit(train.main())
-"""
+FORK = multiprocessing.get_context("fork")  # spares each run the import of torch
+SYNC_S = 0.02
 
 
-def start(flags: list[str]) -> subprocess.Popen:
-    command = [sys.executable, "-u", "-c", SLOW, *flags]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+def start(flags: list[str]) -> tuple[BaseProcess, TextIO]:
+    """Train in a process of its own. Returns it and what it prints."""
+    ours, theirs = os.pipe()
+    process = FORK.Process(target=train_slowly, args=(flags, theirs))
+    process.start()
+    os.close(theirs)
+    return process, open(ours)
 
 
-def finish(process: subprocess.Popen) -> list[str]:
+def train_slowly(flags: list[str], output: int) -> None:
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.close(output)
+    sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)
+    sync = os.fsync
+
+    def slow(file):
+        os.write(1, b"syncing\n")
+        time.sleep(SYNC_S)
+        sync(file)
+
+    os.fsync = slow
+    torch.set_num_threads(1)  # those of the parent are not in its fork
+    sys.exit(train.main(flags))
+
+
+def finish(process: BaseProcess, output: TextIO) -> list[str]:
     """Wait for the end of a run. Returns the lines that it printed in training."""
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
-    return [line for line in output.splitlines() if line.startswith("step")]
+    with output:
+        text = output.read()
+    process.join()
+    assert process.exitcode == 0, text
+    return [line for line in text.splitlines() if line.startswith("step")]
 
 
 def kill_and_resume(flags: list[str], out: Path, kills: int, seed: int = 0) -> tuple[int, int]:
@@ -59,36 +76,37 @@ def kill_and_resume(flags: list[str], out: Path, kills: int, seed: int = 0) -> t
     Returns the number of kills that hit a running process, and how many of these hit it while it wrote a checkpoint.
     """
     flags, rng, n_hits, n_writing = [*flags, f"--out={out}"], random.Random(seed), 0, 0
-    n_lines = len(finish(start([*flags, "--run=whole"])))
+    n_lines = len(finish(*start([*flags, "--run=whole"])))
     seconds_per_line = json.loads((out / "whole" / "status.json").read_text())["seconds"] / n_lines
     whole, killed = out / "whole", out / "killed"
 
-    def start_or_resume() -> subprocess.Popen:
+    def start_or_resume() -> tuple[BaseProcess, TextIO]:
         return start([*flags, "--run=killed", "--resume" if (killed / "last.pt").exists() else "--overwrite"])
 
     for _ in range(kills):
         if killed.exists() and read_status(killed)["status"] == "finished":
             break
-        process = start_or_resume()
-        while not process.stdout.readline().startswith("compile"):  # the last line before training
-            assert process.poll() is None
-        for _ in range(rng.randint(0, max(1, 2 * n_lines // kills - 1))):
-            process.stdout.readline()
-        if rng.random() < 0.7:  # in what follows the start of a sync: the file's, the links, the folder's
-            while (line := process.stdout.readline()) and "syncing" not in line:
-                pass
-            time.sleep(rng.uniform(0, 0.15))
-        else:
-            time.sleep(rng.uniform(0, seconds_per_line))
-        running = process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process, output = start_or_resume()
+        with output:
+            while not output.readline().startswith("compile"):  # the last line before training
+                assert process.is_alive()
+            for _ in range(rng.randint(0, max(1, 2 * n_lines // kills - 1))):
+                output.readline()
+            if rng.random() < 0.7:  # in what follows the start of a sync: the file's, the links, the folder's
+                while (line := output.readline()) and "syncing" not in line:
+                    pass
+                time.sleep(rng.uniform(0, 3 * SYNC_S))
+            else:
+                time.sleep(rng.uniform(0, seconds_per_line))
+            running = process.is_alive()
+            process.kill()
+            process.join()
         n_hits += running
         n_writing += running and (killed / "last.pt.partial").exists()
         if read_status(killed)["status"] == "finished":  # before its kill: nothing is left to resume
             break
         assert read_status(killed)["status"] == "killed"
-    finish(start_or_resume())
+    finish(*start_or_resume())
     for name in ("last.pt", "best.pt"):
         ours, theirs = checkpoint.load(killed / name), checkpoint.load(whole / name)
         assert ours["step"] == theirs["step"]
@@ -108,8 +126,9 @@ def losses(folder: Path) -> list[tuple[int, float, float]]:
 VARIED = {"model.dropout": 0.1, "data.packing": "documents", "micro_batch": 2}
 
 
+@forks
 def test_killed_three_times(tiny, tmp_path):
-    flags = tiny(tmp_path, steps=400, save_every=20, eval_every=100, log_every=50, sample_every=100, **VARIED)
+    flags = tiny(tmp_path, steps=80, save_every=4, eval_every=20, log_every=10, sample_every=40, **VARIED)
     n_hits, _ = kill_and_resume(flags, tmp_path, kills=3)
     assert n_hits >= 2
 
