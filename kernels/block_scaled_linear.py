@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.common import card, cdiv, rows_of
+from kernels.common import card, cdiv, rows_of, store_tile, tile_of_product
 from kernels.formats import (
     BLOCK_SCALED_CARDS,
     MXFP8,
@@ -101,13 +101,8 @@ def _block_scaled_linear_kernel(
     FORMAT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y. GROUP_M rows of tiles are computed column by column, so that their inputs stay in L2."""
-    n_columns = tl.cdiv(N, BLOCK_N)
-    group = tl.program_id(0) // (GROUP_M * n_columns)
-    height = min(tl.cdiv(M, BLOCK_M) - group * GROUP_M, GROUP_M)
-    within = tl.program_id(0) % (GROUP_M * n_columns)
-    rows = (group * GROUP_M + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = (within // height) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """One tile of y."""
+    rows, columns = tile_of_product(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     BYTES_K: tl.constexpr = BLOCK_K // 2 if FORMAT == "e2m1" else BLOCK_K
     k, k_block = tl.arange(0, BYTES_K), tl.arange(0, BLOCK_K // BLOCK)
     # Rows beyond the end are loaded as others, and not stored: a mask would cost registers in the loop.
@@ -122,8 +117,7 @@ def _block_scaled_linear_kernel(
         xs, ws = tl.load(xs_ptrs + i * (BLOCK_K // BLOCK)), tl.load(ws_ptrs + i * (BLOCK_K // BLOCK))
         acc = tl.dot_scaled(x, xs, FORMAT, w, ws, FORMAT, acc)
     acc *= tl.load(scale_ptr) * tl.load(weight_scale_ptr)
-    mask = (rows[:, None] < M) & (columns[None, :] < N)
-    tl.store(y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :], acc, mask=mask)
+    store_tile(y_ptr, acc, rows, columns, M, N)
 
 
 # Launch parameters

@@ -1,4 +1,5 @@
-"""What several ops need: on the host the GPU, sizes of blocks and layouts of tensors; in kernels tanh and FP8 codes."""
+"""What several ops need: on the host the GPU, sizes of blocks and layouts of tensors; in kernels tanh, FP8
+codes and the tiles of a product."""
 
 from functools import cache, partial
 
@@ -90,3 +91,22 @@ def raise_amax(amax_ptr, largest):
     """Raise amax to the largest value of a block, of magnitudes in float32, by one atomic. The order of programs does
     not matter."""
     tl.atomic_max(amax_ptr, tl.max(tl.max(largest, axis=1), axis=0), sem="relaxed")
+
+
+@triton.jit
+def tile_of_product(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Rows and columns of this program's tile of a product `[M, N]`. GROUP_M rows of tiles are computed column by
+    column, so that their inputs stay in L2."""
+    n_columns = tl.cdiv(N, BLOCK_N)
+    group = tl.program_id(0) // (GROUP_M * n_columns)
+    height = min(tl.cdiv(M, BLOCK_M) - group * GROUP_M, GROUP_M)
+    within = tl.program_id(0) % (GROUP_M * n_columns)
+    rows = (group * GROUP_M + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    return rows, (within // height) * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
+def store_tile(y_ptr, acc, rows, columns, M, N):
+    """Store a tile of a contiguous product `[M, N]`."""
+    mask = (rows[:, None] < M) & (columns[None, :] < N)
+    tl.store(y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :], acc, mask=mask)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.common import card, cdiv, rows_of
+from kernels.common import card, cdiv, rows_of, store_tile, tile_of_product
 from kernels.formats import E4M3, E5M2, FORMATS, FP8_CARDS, quantize
 from kernels.launch import library_op, tl, triton
 from kernels.spec import Cost, LaunchTable, Op
@@ -92,13 +92,8 @@ def _fp8_linear_kernel(
     X_FORMAT: tl.constexpr, SCALED: tl.constexpr, MAX_IMPRECISE: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y. GROUP_M rows of tiles are computed column by column, so that their inputs stay in L2."""
-    n_columns = tl.cdiv(N, BLOCK_N)
-    group = tl.program_id(0) // (GROUP_M * n_columns)
-    height = min(tl.cdiv(M, BLOCK_M) - group * GROUP_M, GROUP_M)
-    within = tl.program_id(0) % (GROUP_M * n_columns)
-    rows = (group * GROUP_M + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = (within // height) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """One tile of y."""
+    rows, columns = tile_of_product(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     k = tl.arange(0, BLOCK_K)
     # Rows beyond the end are loaded as others, and not stored: a mask would cost registers in the loop.
     x_ptrs = x_ptr + (rows % M).to(tl.int64)[:, None] * stride_x + k[None, :]
@@ -118,8 +113,7 @@ def _fp8_linear_kernel(
         else:
             acc = tl.dot(x, w, acc, max_num_imprecise_acc=MAX_IMPRECISE)
     acc *= tl.load(scale_ptr) * tl.load(weight_scale_ptr)
-    mask = (rows[:, None] < M) & (columns[None, :] < N)
-    tl.store(y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :], acc, mask=mask)
+    store_tile(y_ptr, acc, rows, columns, M, N)
 
 
 # Launch parameters
