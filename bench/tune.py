@@ -150,9 +150,11 @@ def tune(job: Job, most: int, lock: Path, known: Mapping[str, str]) -> dict:
     kernels = compile_all(job, variants)
     variants = watched(variants)
     for shape in shapes:
-        with card_held(lock):
-            row, _ = contest(job.op, shape, job.step, variants, {})
-        faulthandler.cancel_dump_traceback_later()
+        try:
+            with card_held(lock):
+                row, _ = contest(job.op, shape, job.step, variants, {})
+        finally:
+            faulthandler.cancel_dump_traceback_later()
         for name, result in row["results"].items():
             if "failed" in result:
                 failed[name] = result["failed"]

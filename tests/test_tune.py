@@ -139,7 +139,10 @@ def test_where_the_table_itself_cannot_be_timed_the_others_are(fake, tmp_path):
 
 
 def test_a_card_that_fails_ends_the_process(fake, tmp_path, monkeypatch):
-    """It would fail all that follow, and is not taken for their failure."""
+    """It would fail all that follow, and is not taken for their failure. No timer is left to end this process."""
+    timers = []
+    for name in ("dump_traceback_later", "cancel_dump_traceback_later"):
+        monkeypatch.setattr(f"faulthandler.{name}", lambda *args, name=name, **options: timers.append(name))
 
     def synchronize():
         if launched[-1][1] == RAISES:
@@ -149,6 +152,7 @@ def test_a_card_that_fails_ends_the_process(fake, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="illegal"):
         tuned(tmp_path)
     assert fake.said[-1] == {"trying": repr(RAISES)}
+    assert timers[-2:] == ["dump_traceback_later", "cancel_dump_traceback_later"]
 
 
 # Launched with the real thing, this file's op is gone over in processes of its own; one candidate ends them.
